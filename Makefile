@@ -1,0 +1,64 @@
+# Two commands matter: `make demo` runs the main job, `make test` passes the tests. Each does its own set-up.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMPS  = $(VENV)/.stamp
+PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test test-slow bench bench-full gpu lint types torch-test wheel-test clean
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit("fastbn needs Python >= 3.11, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# An editable install with the extras named in the stamp; made again when pyproject.toml changes.
+$(STAMPS)/demo: $(STAMPS)/venv pyproject.toml
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/demo
+	$(PIP) -e '.[demo,test,bench]'
+	touch $@
+
+$(STAMPS)/lint: $(STAMPS)/test
+	$(PIP) -e '.[demo,test,bench,lint]'
+	touch $@
+
+# torch is pinned and never a dependency: an unpinned one brings gigabytes of CUDA.
+$(STAMPS)/torch: $(STAMPS)/test
+	$(PIP) torch==2.13.0
+	touch $@
+
+demo: $(STAMPS)/demo
+	$(BIN)/fastbn demo --out demo-out
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest tests -m "not torch"
+
+torch-test: $(STAMPS)/torch
+	$(BIN)/python -m pytest tests -m torch
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMPS)/lint
+	$(BIN)/mypy
+
+wheel-test: $(STAMPS)/test
+	$(BIN)/python tests/check_wheel.py
+
+bench: $(STAMPS)/test
+	$(BIN)/python -m bench
+
+bench-full: $(STAMPS)/torch
+	$(BIN)/python -m bench --full
+
+gpu: $(STAMPS)/test
+	$(BIN)/python -m bench.gpu
+
+clean:
+	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
