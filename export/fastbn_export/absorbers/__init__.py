@@ -1,0 +1,1 @@
+"""Operators that swallow a per-channel map into their constants."""

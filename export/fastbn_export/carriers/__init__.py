@@ -1,0 +1,1 @@
+"""Operators that a per-channel map travels through."""

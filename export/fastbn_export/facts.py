@@ -1,0 +1,168 @@
+"""What is known about a model: shapes, types, constants, versions. The planner asks; nothing here changes the model.
+
+Requirement: an answer is certain or it is None. Shapes are inferred once, on first need, on a copy without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from . import constants
+from .affine import Array, Dims
+
+__all__ = ["Facts", "all_graphs", "subgraphs"]
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes (bodies of If, Loop, Scan)."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def all_graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
+    """Every graph of a model with its scope: the main graph (""), functions, and their subgraphs, outermost first."""
+    stack: list[tuple[str, ir.Graph]] = [(f"function {f.name}", f.graph) for f in reversed(model.functions.values())]
+    stack.append(("", model.graph))
+    while stack:
+        scope, graph = stack.pop()
+        yield scope, graph
+        inner = []
+        for node in graph:
+            if node.attributes:
+                place = f"{scope}/{node.name or node.op_type}" if scope else (node.name or node.op_type)
+                inner += [(place, sub) for sub in subgraphs(node)]
+        stack.extend(reversed(inner))
+
+
+def _declared(value: ir.Value) -> Dims | None:
+    shape = value.shape
+    if shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in shape)
+
+
+def _merge(first: Dims | None, second: Dims | None) -> Dims | None:
+    """The more precise of two statements about one shape; numbers beat symbols, symbols beat nothing."""
+    if first is None or second is None:
+        return second if first is None else first
+    if len(first) != len(second):
+        return first
+    pairs = zip(first, second, strict=True)
+    return tuple(b if a is None or (isinstance(a, str) and isinstance(b, int)) else a for a, b in pairs)
+
+
+class Facts:
+    """Answers about one model that is being folded.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+        The model. Edits may change it between questions: values keep their shapes, new constants are read afresh.
+    """
+
+    def __init__(self, model: ir.Model):
+        self.model = model
+        self._dims: dict[ir.Value, Dims] = {}
+        self._dtypes: dict[ir.Value, ir.DataType] = {}
+        self._inferred = False
+        self._folded: dict[ir.Value, Array | None] = {}
+        self._frozen_inputs = model.ir_version < 4
+        self._function_opsets = {f.graph: f.opset_imports.get("", 0) for f in model.functions.values()}
+        self._main_opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+        self._opsets: dict[ir.Graph, int] = {}
+        for function in model.functions.values():
+            for inner in function.subgraphs():
+                self._opsets[inner] = self._function_opsets[function.graph]
+
+    def opset(self, node: ir.Node) -> int:
+        """Version of the standard operators that `node` obeys."""
+        graph = node.graph
+        if not self._function_opsets or graph is None:
+            return self._main_opset
+        if isinstance(graph, ir.Function):
+            graph = graph.graph
+        return self._function_opsets.get(graph, self._opsets.get(graph, self._main_opset))
+
+    def dims(self, value: ir.Value) -> Dims | None:
+        """Shape of a value as far as it is known; None when even the rank is unknown."""
+        if value.const_value is not None:
+            return tuple(int(d) for d in value.const_value.shape.numpy())
+        known = self._dims.get(value)
+        if known is None:
+            known = _declared(value)
+        if not self._inferred and (known is None or None in known):
+            self._infer()
+            known = self._dims.get(value, known)
+        return known
+
+    def rank(self, value: ir.Value) -> int | None:
+        """Number of dimensions, or None."""
+        dims = self.dims(value)
+        return None if dims is None else len(dims)
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """Element type, or None."""
+        if value.const_value is not None:
+            return value.const_value.dtype
+        known = value.dtype or self._dtypes.get(value)
+        if known is None and not self._inferred:
+            self._infer()
+            known = self._dtypes.get(value)
+        return known
+
+    def learn(self, value: ir.Value, like: ir.Value) -> None:
+        """A new value has the shape and type of `like`."""
+        if (dims := self.dims(like)) is not None:
+            self._dims[value] = dims
+        if (dtype := self.dtype(like)) is not None:
+            self._dtypes[value] = dtype
+
+    def is_overridable(self, value: ir.Value) -> bool:
+        """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""
+        return value.is_initializer() and value.is_graph_input() and not self._frozen_inputs
+
+    def constant(self, value: ir.Value | None) -> Array | None:
+        """The constant that a value always holds, or None.
+
+        Initializers, Constant nodes and expressions of them. Float expressions are computed in float64 where the
+        operators allow it, so the type of the array may be wider than the type of the value.
+        """
+        if value is None:
+            return None
+        if value.is_initializer():
+            if value.const_value is None or self.is_overridable(value):
+                return None
+            return constants.tensor_array(value.const_value)
+        node = value.producer()
+        if node is None:
+            return None
+        if value not in self._folded:
+            constants.evaluate(self, value, self._folded)
+        return self._folded.get(value)
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Whether `constant` has an answer, found more cheaply for plain initializers."""
+        if value is None:
+            return False
+        if value.is_initializer():
+            return value.const_value is not None and not self.is_overridable(value)
+        return self.constant(value) is not None
+
+    def _infer(self) -> None:
+        """Run ONNX's shape inference once, on a skeleton without weights, and keep the result aside."""
+        self._inferred = True
+        from .shapes import infer  # only a model that needs it pays for it
+
+        for value, (dims, dtype) in infer(self.model).items():
+            merged = _merge(_declared(value), dims)
+            if merged is not None:
+                self._dims[value] = merged
+            if dtype is not None:
+                self._dtypes[value] = dtype

@@ -1,0 +1,210 @@
+"""Fold every batch normalization that has an exact fold, and say why the rest stay.
+
+Requirement: the input is never modified; each fold is all or nothing; folding twice changes nothing.
+
+Rounds over all sources, upstream before downstream, until a round folds nothing: one fold can open the way for
+another (a reader disappears, an Add becomes a bias), and only a fixed point is idempotent.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from fastbn.errors import ArgumentTypeError
+
+from . import search
+from .editor import Editor
+from .facts import Facts, all_graphs
+from .plan import Bypass, Edit, Refused
+from .report import BnEntry, FoldReport
+from .sources import Source, find
+
+__all__ = ["FoldResult", "Keep", "fold"]
+
+Keep = str | Sequence[str] | Callable[[str], bool] | None
+"""Which batch normalizations to leave alone: a name, a glob pattern, several of them, or a function of the name."""
+
+
+@dataclass
+class FoldResult:
+    """The folded model and what was done.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        A new model; equal to the input where nothing could be folded.
+    report : FoldReport
+    """
+
+    model: onnx.ModelProto
+    report: FoldReport
+
+
+def fold(
+    model: onnx.ModelProto | str | os.PathLike[str],
+    *,
+    keep: Keep = None,
+    duplicate: bool = False,
+    skip: Iterable[str] = (),
+) -> FoldResult:
+    """Fold batch normalization into its neighbours, exactly.
+
+    In inference, ``y = (x - mean) / sqrt(var + eps) * weight + bias`` is one scale and one shift per channel. It is
+    carried to operators whose constants can take it (Ioffe & Szegedy 2015, algorithm 2), computed in float64 and
+    rounded once to the type of those constants.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto or path
+        The model; never modified. A path is loaded with its external data.
+    keep : str, sequence of str, callable or None
+        Batch normalizations to leave alone: names or glob patterns, or a function of the name.
+    duplicate : bool
+        Fold also behind a linear operator that has other readers, by folding a copy of that operator.
+    skip : iterable of str
+        Names whose fold is to be left out.
+
+    Returns
+    -------
+    FoldResult
+        ``result.model`` and ``result.report``.
+
+    Raises
+    ------
+    TypeError
+        `model` is neither a model nor a path, or `keep` is none of the above.
+    """
+    proto = _load(model)
+    kept = _keeper(keep, frozenset(skip))
+    engine = _Engine(ir.serde.deserialize_model(proto), kept, duplicate)
+    report = engine.run()
+    if engine.changed:
+        folded = ir.serde.serialize_model(engine.model)
+    else:
+        folded = onnx.ModelProto()
+        folded.CopyFrom(proto)
+    return FoldResult(folded, report)
+
+
+def _load(model: Any) -> onnx.ModelProto:
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return onnx.load(os.fspath(model))
+    raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
+
+
+def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:
+    if keep is None:
+        return skip.__contains__
+    if callable(keep):
+        return lambda name: name in skip or bool(keep(name))
+    patterns = [keep] if isinstance(keep, str) else keep
+    if not isinstance(patterns, Iterable):
+        raise ArgumentTypeError("keep", "a name, a pattern, a sequence of them or a callable", type(keep).__name__)
+    patterns = list(patterns)
+    if not all(isinstance(p, str) for p in patterns):
+        raise ArgumentTypeError("keep", "names or patterns as strings", keep)
+    return lambda name: name in skip or any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+class _Engine:
+    """One fold of one model, in place on its own copy."""
+
+    def __init__(self, model: ir.Model, kept: Callable[[str], bool], duplicate: bool):
+        self.model = model
+        self.changed = False
+        self._kept = kept
+        self._duplicate = duplicate
+        self._facts = Facts(model)
+        self._editor = Editor(self._facts)
+        self._entries: dict[ir.Node, BnEntry] = {}
+
+    def run(self) -> FoldReport:
+        report = FoldReport()
+        report.ops_before, report.parameters_before = self._count()
+        sources = self._sources()
+        while self._round(sources):
+            self.changed = True
+            sources = self._sources()
+        report.entries = list(self._entries.values())
+        report.ops_after, report.parameters_after = self._count()
+        return report
+
+    def _sources(self) -> list[Source]:
+        found = []
+        for scope, graph in all_graphs(self.model):
+            for source in find(self._facts, graph):
+                found.append(source)
+                if source.anchor not in self._entries:
+                    self._entries[source.anchor] = BnEntry(source.name, source.kind, scope=scope)
+        return found
+
+    def _round(self, sources: list[Source]) -> int:
+        done = 0
+        for direction in ("upstream", "downstream"):
+            for source in sources:
+                if source.alive:
+                    done += self._try(source, direction)
+        return done
+
+    def _try(self, source: Source, direction: str) -> bool:
+        entry = self._entries[source.anchor]
+        try:
+            if self._kept(source.name):
+                raise Refused("kept by request")
+            plan = self._plan(source, direction)
+            for edit in plan.edits:
+                edit.prepare()
+        except Refused as refusal:
+            self._note(entry, direction, refusal.reason)
+            return False
+        own = _bypasses(source, direction)
+        order: list[Edit] = [e for _, step in reversed(plan.trail) for e in step.edits] if direction == "upstream" else plan.edits
+        self._editor.commit([*order, *own])
+        entry.folded, entry.reason, entry.direction = True, None, direction
+        entry.absorber = [f"{n.name or n.outputs[0].name} ({n.op_type})" for n in plan.absorbers]
+        entry.path = plan.path
+        return True
+
+    def _plan(self, source: Source, direction: str) -> search.Plan:
+        affine = source.affine(self._facts)
+        if direction == "upstream":
+            first, index = source.data()[0]
+            value = first.inputs[index]
+            assert value is not None
+            return search.upstream(self._facts, first, value, affine)
+        return search.downstream(self._facts, source.nodes[-1], source.nodes[-1].outputs[0], affine)
+
+    @staticmethod
+    def _note(entry: BnEntry, direction: str, reason: str) -> None:
+        if direction == "upstream":
+            entry.reason = reason
+        elif entry.reason is None or entry.reason == reason:
+            entry.reason = reason
+        else:
+            entry.reason = f"upstream: {entry.reason}; downstream: {reason}"
+
+    def _count(self) -> tuple[dict[str, int], int]:
+        ops: Counter[str] = Counter()
+        parameters = 0
+        for _, graph in all_graphs(self.model):
+            parameters += sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None)
+            for node in graph:
+                ops[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
+                if node.op_type == "Constant" and node.domain == "" and (value := node.attributes.get("value")):
+                    if not value.is_ref():
+                        parameters += value.as_tensor().size
+        return dict(sorted(ops.items())), parameters
+
+
+def _bypasses(source: Source, direction: str) -> list[Edit]:
+    return [Bypass(node, index, rename=direction == "upstream") for node, index in reversed(source.data())]

@@ -1,0 +1,97 @@
+"""ONNX's own shape inference, run on a skeleton of the model: no weights, nothing written back.
+
+Requirement: a model that inference cannot digest is not an error; its shapes are then unknown.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from .affine import Dims
+
+__all__ = ["infer"]
+
+_SMALL = 1024
+"""Initializers up to this many bytes stay in the skeleton: shapes, axes and repeats are among them."""
+
+
+def infer(model: ir.Model) -> dict[ir.Value, tuple[Dims | None, ir.DataType | None]]:
+    """Infer shapes and types of all values of the main graph and of its subgraphs."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+    except Exception:  # whatever the C++ side throws at an odd model: unknown shapes only mean fewer folds
+        return {}
+    found: dict[ir.Value, tuple[Dims | None, ir.DataType | None]] = {}
+    _collect(model.graph, inferred.graph, found)
+    return found
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto in which large tensors are graph inputs without data."""
+    proto = onnx.ModelProto(ir_version=max(model.ir_version, 4))
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    for function in model.functions.values():
+        proto.functions.append(ir.serde.serialize_function(function))
+    _skeleton_graph(model.graph, proto.graph)
+    return proto
+
+
+def _skeleton_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+    proto.name = graph.name or "graph"
+    names = set()
+    for value in graph.inputs:
+        names.add(value.name)
+        ir.serde.serialize_value_into(proto.input.add(), value)
+    for value in graph.outputs:
+        ir.serde.serialize_value_into(proto.output.add(), value)
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if tensor.nbytes <= _SMALL and not isinstance(tensor, ir.ExternalTensor):
+            ir.serde.serialize_tensor_into(proto.initializer.add(), tensor)
+            proto.initializer[-1].name = value.name or ""
+        elif value.name not in names:
+            info = proto.input.add(name=value.name or "")
+            info.type.tensor_type.elem_type = int(tensor.dtype)
+            for d in tensor.shape.numpy():
+                info.type.tensor_type.shape.dim.add(dim_value=int(d))
+    for node in graph:
+        ir.serde.serialize_node_into(proto.node.add(), node)
+        for value in node.outputs:
+            if value.name and value.type is not None and not value.is_graph_output():
+                ir.serde.serialize_value_into(proto.value_info.add(), value)
+
+
+def _collect(
+    graph: ir.Graph, proto: onnx.GraphProto, found: dict[ir.Value, tuple[Dims | None, ir.DataType | None]]
+) -> None:
+    types = {info.name: info.type for info in (*proto.input, *proto.output, *proto.value_info)}
+    values = list(graph.inputs)
+    for node, node_proto in zip(graph, proto.node, strict=True):
+        values.extend(node.outputs)
+        for attribute in node_proto.attribute:
+            mine = node.attributes.get(attribute.name)
+            if mine is None or mine.is_ref():
+                continue
+            if mine.type == ir.AttributeType.GRAPH:
+                _collect(mine.as_graph(), attribute.g, found)
+            elif mine.type == ir.AttributeType.GRAPHS:
+                for sub, sub_proto in zip(mine.as_graphs(), attribute.graphs, strict=True):
+                    _collect(sub, sub_proto, found)
+    for value in values:
+        type_proto = types.get(value.name or "")
+        if type_proto is not None and type_proto.HasField("tensor_type"):
+            found[value] = _read(type_proto.tensor_type)
+
+
+def _read(tensor: onnx.TypeProto.Tensor) -> tuple[Dims | None, ir.DataType | None]:
+    dtype = ir.DataType(tensor.elem_type) if tensor.elem_type else None
+    if not tensor.HasField("shape"):
+        return None, dtype
+    dims: list[int | str | None] = []
+    for d in tensor.shape.dim:
+        dims.append(d.dim_value if d.HasField("dim_value") else (d.dim_param or None))
+    return tuple(dims), dtype
