@@ -1,0 +1,256 @@
+"""Model files in and out: what is read is checked before it is believed, what is written appears whole or not at all.
+
+A model file is untrusted input. External data must lie inside the model's own folder (no absolute path, no "..", no
+symbolic link out of it) and its sizes must agree with the tensor's shape *before* memory is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+
+from fastbn.errors import FastbnError
+from fastbn_export.protos import tensors_of
+
+__all__ = ["ModelFileError", "atomic_path", "check_output", "load_model", "save_model"]
+
+EXTERNAL_ABOVE = 1_900_000_000
+"""Bytes of tensors above which a model is saved with external data: protobuf ends at 2 GiB."""
+
+_EXTERNAL_TENSOR = 1024
+"""Tensors of fewer bytes stay inside the model file."""
+
+
+class ModelFileError(FastbnError, ValueError):
+    """A file that is no readable ONNX model, or an output that cannot be written."""
+
+
+def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> onnx.ModelProto:
+    """Read an ONNX model from a file.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The binary ONNX file.
+    external_data : bool
+        Read the external tensors as well (False leaves them as references).
+
+    Returns
+    -------
+    onnx.ModelProto
+
+    Raises
+    ------
+    ModelFileError
+        Missing, a folder, truncated, not ONNX, or with external data that is missing, too short, of a size that
+        disagrees with its shape, or outside of the model's folder.
+    """
+    file = Path(path)
+    model = _parse(file, _read(file))
+    for tensor in tensors_of(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            where = _external(file, tensor)
+            if external_data:
+                _fill(tensor, *where)
+    return model
+
+
+def _read(file: Path) -> bytes:
+    if file.is_dir():
+        raise ModelFileError(f"{file}: expected an ONNX file, got a folder")
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise ModelFileError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise ModelFileError(f"{file}: cannot be read: {_reason(error)}") from None
+
+
+def _parse(file: Path, data: bytes) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except (DecodeError, RecursionError):
+        raise ModelFileError(f"{file}: expected an ONNX model, got a truncated file or another format") from None
+    if not model.HasField("graph") or not (model.graph.node or model.graph.output):
+        raise ModelFileError(f"{file}: expected an ONNX model, got a file without a graph")
+    return model
+
+
+def _external(file: Path, tensor: Any) -> tuple[Path, int, int]:
+    """Return (file, offset, length) of an external tensor, all of it checked against the disk."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    name = f"{file}: external data of {tensor.name!r}"
+    location = entries.get("location", "")
+    if not location or os.path.isabs(location) or "\0" in location:
+        raise ModelFileError(f"{name}: expected a path relative to the model, got {location!r}")
+    folder = file.parent.resolve()
+    data = (folder / location.replace("\\", "/")).resolve()
+    if not data.is_relative_to(folder):
+        raise ModelFileError(f"{name}: expected a path inside the model's folder, got {location!r}")
+    if not data.is_file():
+        raise ModelFileError(f"{name}: no such file: {location!r}")
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
+    except ValueError:
+        raise ModelFileError(f"{name}: expected whole numbers for offset and length, got {entries}") from None
+    needed = _byte_size(tensor, name)
+    length = needed if length == -1 else length
+    if length != needed:
+        raise ModelFileError(f"{name}: expected {needed} bytes for shape {list(tensor.dims)}, got {length}")
+    if offset < 0 or offset + length > data.stat().st_size:
+        raise ModelFileError(
+            f"{name}: expected {length} bytes at {offset}, got a file of {data.stat().st_size} bytes: {location!r}"
+        )
+    return data, offset, length
+
+
+def _byte_size(tensor: Any, name: str) -> int:
+    if any(dim < 0 for dim in tensor.dims):
+        raise ModelFileError(f"{name}: expected sizes >= 0, got {list(tensor.dims)}")
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except (KeyError, ValueError):
+        raise ModelFileError(f"{name}: expected a known element type, got {tensor.data_type}") from None
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    per_element = bits.get(onnx.TensorProto.DataType.Name(tensor.data_type), dtype.itemsize * 8)
+    return -(-int(prod(tensor.dims)) * int(per_element) // 8)
+
+
+def _fill(tensor: Any, data: Path, offset: int, length: int) -> None:
+    with data.open("rb") as stream:
+        stream.seek(offset)
+        tensor.raw_data = stream.read(length)
+    tensor.ClearField("external_data")
+    tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def check_output(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> None:
+    """Refuse an output path that could not be written, or that is the input, before any work is done.
+
+    Raises
+    ------
+    ModelFileError
+        The path is a folder, its folder is missing or read-only, or it is the same file as ``source``.
+    """
+    out = Path(path)
+    if out.is_dir():
+        raise ModelFileError(f"{out}: expected a file to write, got a folder")
+    if not out.parent.is_dir():
+        raise ModelFileError(f"{out}: no such folder: {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise ModelFileError(f"{out}: cannot be written: no permission in {out.parent}")
+    if source is not None and out.exists() and Path(source).exists() and os.path.samefile(out, source):
+        raise ModelFileError(f"{out}: expected another file than the input, which is never touched")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on success it becomes ``path`` in one step, on failure it is gone.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file to be.
+
+    Raises
+    ------
+    ModelFileError
+        The file cannot be written there.
+    """
+    out = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent)
+        os.close(handle)
+    except OSError as error:
+        raise ModelFileError(f"{out}: cannot be written: {_reason(error)}") from None
+    part = Path(name)
+    try:
+        yield part
+        _give_usual_mode(part)
+        os.replace(part, out)
+    except OSError as error:
+        raise ModelFileError(f"{out}: cannot be written: {_reason(error)}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _give_usual_mode(part: Path) -> None:
+    """Undo mkstemp's 0600: an output has the permissions that open() would have given it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    part.chmod(0o666 & ~mask)
+
+
+def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+    """Write an ONNX model; it appears under its name whole or not at all.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        The model; it is not changed.
+    path : str or os.PathLike
+        The file to write. With external data, ``<path>.data`` is written beside it, first.
+    external : bool, optional
+        Put the large tensors into the data file. Default: only when protobuf's limit of 2 GiB demands it.
+
+    Raises
+    ------
+    ModelFileError
+        The file cannot be written.
+    """
+    out = Path(path)
+    check_output(out)
+    if external is None:
+        external = sum(len(tensor.raw_data) for tensor in tensors_of(model)) > EXTERNAL_ABOVE
+    if external:
+        _save_external(model, out)
+        return
+    try:
+        data = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise ModelFileError(f"{out}: cannot be written: {error}") from None
+    with atomic_path(out) as part:
+        part.write_bytes(data)
+
+
+def _save_external(model: onnx.ModelProto, out: Path) -> None:
+    """Move the large tensors to ``<out>.data``; only the skeleton of the model is copied, never the weights."""
+    sidecar = out.with_name(out.name + ".data")
+    moved: list[tuple[Any, int, int]] = []
+    with atomic_path(sidecar) as part, atomic_path(out) as skeleton, part.open("w+b") as stream:
+        try:
+            for tensor in tensors_of(model):
+                if len(tensor.raw_data) >= _EXTERNAL_TENSOR:
+                    moved.append((tensor, *_refer(tensor, sidecar.name, stream)))
+            skeleton.write_bytes(model.SerializeToString())
+        finally:
+            for tensor, offset, length in moved:  # the caller's model gets its weights back, read from the new file
+                stream.seek(offset)
+                tensor.raw_data = stream.read(length)
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+
+
+def _refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
+    stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
+    offset, length = stream.tell(), len(tensor.raw_data)
+    stream.write(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    return offset, length
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()

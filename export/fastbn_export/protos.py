@@ -1,0 +1,79 @@
+"""Walks over an ONNX model: every graph, node and tensor, wherever it is nested, visited once.
+
+Graphs nest (If, Loop, Scan bodies are attributes of nodes) and local functions hold nodes of their own; whoever
+looks at the top-level graph alone misses weights. These generators are the one place that knows where things hide.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import onnx
+
+__all__ = ["graphs_of", "nodes_of", "operator_counts", "overridable_names", "parameter_count", "tensors_of"]
+
+_GRAPH = onnx.AttributeProto.GRAPH
+_GRAPHS = onnx.AttributeProto.GRAPHS
+
+
+def _graphs_below(nodes: Any) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == _GRAPH:
+                yield attribute.g
+                yield from _graphs_below(attribute.g.node)
+            elif attribute.type == _GRAPHS:
+                for graph in attribute.graphs:
+                    yield graph
+                    yield from _graphs_below(graph.node)
+
+
+def graphs_of(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield the main graph, all nested graphs, and the graphs nested in local functions."""
+    yield model.graph
+    yield from _graphs_below(model.graph.node)
+    for function in model.functions:
+        yield from _graphs_below(function.node)
+
+
+def nodes_of(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield every node of the model, of nested graphs and of local functions."""
+    for graph in graphs_of(model):
+        yield from graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def tensors_of(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield every constant tensor: initialisers, sparse initialisers' parts and tensor attributes."""
+    for graph in graphs_of(model):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield sparse.values
+            yield sparse.indices
+    for node in nodes_of(model):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("sparse_tensor"):
+                yield attribute.sparse_tensor.values
+                yield attribute.sparse_tensor.indices
+
+
+def operator_counts(model: onnx.ModelProto) -> Counter[str]:
+    """Count the operators of the model by type, Constant nodes (data, not work) left out."""
+    return Counter(node.op_type for node in nodes_of(model) if node.op_type != "Constant")
+
+
+def parameter_count(model: onnx.ModelProto) -> int:
+    """Count the elements of all constant tensors of the model."""
+    return sum(prod(tensor.dims) for tensor in tensors_of(model))
+
+
+def overridable_names(graph: Any) -> set[str]:
+    """Return the names of initialisers that are also graph inputs: the caller may override them at run time."""
+    return {value.name for value in graph.input} & {tensor.name for tensor in graph.initializer}

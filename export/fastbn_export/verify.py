@@ -1,0 +1,245 @@
+"""Is the candidate the same function as the reference? Judged against float64, in a process that may crash.
+
+Both models are (1) lifted to float64 and compared there, where only the rounding of changed weights may show, and
+(2) run in their own types by onnxruntime with all graph optimizations off, where the candidate may be as far from
+the float64 truth as the reference is: a correct fold is often closer to it. At onnxruntime's default level it would
+compare two folds: it folds Conv + BatchNormalization itself, sometimes wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn_export import samples as sampling
+from fastbn_export.compare import RELATIVE, Tolerance, flatten
+from fastbn_export.files import load_model
+from fastbn_export.float64 import narrowest
+from fastbn_export.judge import Judge
+from fastbn_export.protos import nodes_of
+from fastbn_export.truth import Lifted, Truth
+from fastbn_export.verdict import OutputReport, VerifyReport
+from fastbn_export.worker import RunError, RunTimeout, Worker
+
+__all__ = ["Checker", "OutputReport", "VerifyReport", "as_model", "verify"]
+
+_STEPS = {
+    *("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "Round", "Floor", "Ceil", "Sign"),
+    *("ArgMax", "ArgMin", "TopK", "Hardmax", "NonZero", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"),
+    *("NonMaxSuppression", "Unique", "Mod", "Binarizer"),
+}
+"""Operators that turn a rounding error into a jump."""
+
+_STEP_SHAKE = 16.0
+
+
+def verify(
+    reference: onnx.ModelProto | str | os.PathLike[str],
+    candidate: onnx.ModelProto | str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
+    samples: int = 3,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+    timeout: float = 120.0,
+) -> VerifyReport:
+    """Compare two models on the same inputs; they should be the same function.
+
+    Parameters
+    ----------
+    reference, candidate : onnx.ModelProto or path
+        The original and its folded form.
+    inputs : mapping of str to array_like, sequence of mappings, or path to npz, optional
+        What to run them on. Default: ``samples`` random inputs that fit the declared types and shapes.
+    samples, seed : int
+        How many random inputs, and their seed.
+    rtol, atol : float, optional
+        Accept ``|candidate - truth| <= atol + rtol * |truth|`` elementwise. Default: no more than the dtype and the
+        reference's own error justify (`compare`).
+    timeout : float
+        Seconds that loading or running one model once may take.
+
+    Returns
+    -------
+    VerifyReport
+        Its ``ok`` is the verdict; ``print`` it for the rest.
+
+    Raises
+    ------
+    ModelFileError, ArgumentValueError, ArgumentTypeError
+        An unreadable file, unusable inputs or options. A model that crashes is no exception but a verdict.
+    """
+    with Checker(
+        reference, inputs=inputs, samples=samples, seed=seed, rtol=rtol, atol=atol, timeout=timeout
+    ) as checker:
+        return checker.check(candidate)
+
+
+class Checker:
+    """Checks any number of candidates against one reference, which is run once.
+
+    Parameters
+    ----------
+    reference : onnx.ModelProto or path
+        The original.
+    **options
+        As :func:`verify`.
+    """
+
+    def __init__(
+        self,
+        reference: onnx.ModelProto | str | os.PathLike[str],
+        *,
+        inputs: Any = None,
+        samples: int = 3,
+        seed: int = 0,
+        rtol: float | None = None,
+        atol: float | None = None,
+        timeout: float = 120.0,
+    ):
+        if samples < 1:
+            raise ArgumentValueError("samples", "at least 1", samples)
+        for name, value in (("rtol", rtol), ("atol", atol)):
+            if value is not None and not value >= 0:
+                raise ArgumentValueError(name, "a number >= 0", value)
+        self.reference = as_model(reference)
+        self.samples, self.seed = samples, seed
+        self.dtype = narrowest(self.reference)
+        self.user = None
+        if rtol is not None or atol is not None:
+            self.user = Tolerance(RELATIVE[self.dtype] if rtol is None else rtol, atol or 0.0)
+        self.given = None if inputs is None else sampling.given(self.reference, inputs)
+        self.stepped = any(node.op_type in _STEPS for node in nodes_of(self.reference))
+        self.notes: list[str] = []
+        self.feeds: list[sampling.Feeds] | None = None
+        self.own: list[list[Any]] | None = None
+        self.worker = Worker(timeout)
+        self.truth = Truth(self.worker, self.reference, _STEP_SHAKE if self.stepped else 1.0)
+
+    def __enter__(self) -> Checker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.worker.__exit__(*exception)
+
+    def check(self, candidate: onnx.ModelProto | str | os.PathLike[str]) -> VerifyReport:
+        """Compare one candidate with the reference; see :func:`verify`."""
+        model = as_model(candidate)
+        if difference := _interface(self.reference, model):
+            return VerifyReport(False, notes=[difference])
+        self._prepare()
+        if self.feeds is None:
+            return VerifyReport(
+                False, notes=[*self.notes, "nothing could be checked; pass inputs that the model accepts"]
+            )
+        notes = list(self.notes)
+        lifted = self.truth.compare(model, self.feeds)
+        notes += self.truth.notes
+        ours: list[list[Any]] | None = None
+        if self.own is not None:
+            try:
+                ours = self._run("candidate", model, self.feeds)
+            except RunError as failure:
+                return self._report(False, [], [*notes, f"the candidate cannot be run: {failure}"])
+        outputs = self._judge(ours, lifted)
+        checks = ["onnxruntime without optimizations"] * (ours is not None)
+        checks += [f"float64 by {self.truth.engine}"] * (lifted is not None)
+        if not checks:
+            notes.append("nothing could be checked")
+        return self._report(bool(checks) and all(o.ok for o in outputs), checks, notes, outputs)
+
+    def _report(
+        self, ok: bool, checks: list[str], notes: list[str], outputs: Sequence[OutputReport] = ()
+    ) -> VerifyReport:
+        feeds = self.feeds or []
+        shapes = {name: _looks(array) for name, array in feeds[0].items()} if feeds else {}
+        return VerifyReport(ok, list(outputs), len(feeds), shapes, checks, notes)
+
+    def _prepare(self) -> None:
+        """Find inputs that the reference runs on, and keep what it makes of them; once."""
+        if self.feeds is not None or self.notes:
+            return
+        lists = (
+            iter([self.given]) if self.given is not None else sampling.guesses(self.reference, self.samples, self.seed)
+        )
+        failure: RunError | None = None
+        fallback: list[sampling.Feeds] | None = None
+        for feeds in lists:
+            fallback = fallback or feeds
+            try:
+                self.own = self._run("reference", self.reference, feeds)
+                self.feeds = feeds
+                return
+            except RunError as error_:
+                failure = failure or error_
+                if not self.worker.is_loaded("reference"):
+                    break
+        self.notes.append(f"onnxruntime cannot run the original: {failure}")
+        timed_out = isinstance(failure, RunTimeout)  # and so would the slower evaluators
+        if fallback is not None and not timed_out and self.truth.runs(fallback):
+            self.feeds = fallback
+
+    def _run(self, key: str, model: onnx.ModelProto, feeds: list[sampling.Feeds]) -> list[list[Any]]:
+        if key == "candidate" or not self.worker.is_loaded(key):
+            self.worker.load(key, model)
+        return [self.worker.run(key, feed) for feed in feeds]
+
+    def _judge(self, ours: list[list[Any]] | None, lifted: Lifted | None) -> list[OutputReport]:
+        """Turn outputs sample by sample into verdicts output by output."""
+        parts = (self.own if ours is not None else None, ours, *(_rows(lifted)))
+        own, have, truth, theirs = (self._columns(part) for part in parts)
+        noise = [self._columns(draw) for draw in (lifted.noise if lifted is not None else [])]
+        judge = Judge(self.dtype, self.stepped, self.user)
+        return [
+            judge.output(key, own.get(key), have.get(key), truth.get(key), theirs.get(key), [n.get(key) for n in noise])
+            for key in dict.fromkeys([*own, *have, *truth, *theirs])
+        ]
+
+    def _columns(self, rows: list[list[Any]] | None) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {}
+        for row in rows or []:
+            for key, array in flatten([value.name for value in self.reference.graph.output], row):
+                columns.setdefault(key, []).append(array)
+        return columns
+
+
+def _rows(lifted: Lifted | None) -> tuple[Any, Any]:
+    return (None, None) if lifted is None else (lifted.truth, lifted.candidate)
+
+
+def as_model(model: onnx.ModelProto | str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the model itself, or the one in the file."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return load_model(model)
+    raise ArgumentTypeError("model", "onnx.ModelProto or a path", type(model).__name__)
+
+
+def _interface(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> str | None:
+    def kinds(values: Any) -> dict[str, Any]:
+        return {v.name: (v.type.WhichOneof("value"), v.type.tensor_type.elem_type) for v in values}
+
+    for what, ours, theirs in (
+        ("inputs", kinds(sampling.required_inputs(reference)), kinds(sampling.required_inputs(candidate))),
+        ("outputs", kinds(reference.graph.output), kinds(candidate.graph.output)),
+    ):
+        if ours != theirs:
+            return f"{what} differ: {_names(ours, theirs)}"
+    return None
+
+
+def _names(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    if set(ours) != set(theirs):
+        return f"{sorted(ours)} became {sorted(theirs)}"
+    return "types of " + ", ".join(sorted(name for name in ours if ours[name] != theirs[name]))
+
+
+def _looks(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
