@@ -1,3 +1,31 @@
-"""fastbn: batch normalization as fast as memory allows, on CPU and GPU."""
+"""fastbn: batch normalization as fast as memory allows, for NumPy arrays, in training and in inference.
+
+>>> import numpy as np, fastbn
+>>> x = np.random.default_rng(0).standard_normal((32, 64, 56, 56), dtype=np.float32)
+>>> y, saved = fastbn.batch_norm_train(x)
+>>> grads = fastbn.backward(np.ones_like(y), saved)
+"""
+
+from fastbn.errors import ArgumentTypeError, ArgumentValueError, DeviceError, FastbnError
+from fastbn.functional import Gradients, Saved, backward, batch_norm_infer, batch_norm_train
+from fastbn.layers import BatchNorm
+from fastbn.moments import Moments
+from fastbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "BatchNorm",
+    "DeviceError",
+    "FastbnError",
+    "Gradients",
+    "Moments",
+    "Saved",
+    "backward",
+    "batch_norm_infer",
+    "batch_norm_train",
+    "get_num_threads",
+    "set_num_threads",
+]

@@ -1,0 +1,149 @@
+"""Checks of arguments: each returns the usable value or raises, naming the argument, before anything is written."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import dispatch, layout
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+
+Array = npt.NDArray[Any]
+F32, F64, F16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+_NAMES = "float32, float64, float16 or bfloat16"
+
+
+def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of parameters and statistics for tensors of this dtype: float32 for half types."""
+    return F64 if dtype == F64 else F32
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Tell whether this is ml_dtypes' bfloat16, without importing ml_dtypes."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+
+
+def tensor(name: str, x: Any) -> Array:
+    """Check an array of data: NumPy, float, rank >= 2."""
+    if type(x) is not np.ndarray:
+        x = _host(name, x)
+    dtype = x.dtype
+    if not ((dtype in (F32, F64, F16) or is_bfloat16(dtype)) and dtype.isnative):
+        raise ArgumentTypeError(name, f"an array of {_NAMES}", dtype)
+    if x.ndim < 2:
+        raise ArgumentValueError(name, "an array of rank >= 2", f"shape {x.shape}")
+    return cast(Array, x)
+
+
+def _host(name: str, x: Any) -> Array:
+    if isinstance(x, np.ma.MaskedArray):
+        raise ArgumentTypeError(name, "a plain array (give the mask as mask=)", "a masked array")
+    if isinstance(x, np.ndarray):
+        return cast(Array, x.view(np.ndarray))
+    if hasattr(x, "__cuda_array_interface__"):
+        raise dispatch.refuse_device(name)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
+    raise ArgumentTypeError(name, "a NumPy array", type(x).__name__)
+
+
+def same_kind(name: str, value: Any, x: Array, of: str = "x") -> Array:
+    """Check an array with the shape and dtype of x."""
+    value = tensor(name, value)
+    if value.shape != x.shape:
+        raise ArgumentValueError(name, f"the shape of {of}, {x.shape}", value.shape)
+    if value.dtype != x.dtype:
+        raise ArgumentTypeError(name, f"the dtype of {of}, {x.dtype}", value.dtype)
+    return value
+
+
+def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
+    """Check a vector with one number per channel in the arithmetic dtype; make it contiguous."""
+    array = np.asarray(value)
+    if array.shape != (channels,):
+        raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
+    if array.dtype != dtype:
+        raise ArgumentTypeError(name, f"{dtype} (parameters of half types are float32)", array.dtype)
+    return np.ascontiguousarray(array)
+
+
+def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
+    """Check a running statistic that will be updated in place."""
+    if not isinstance(value, np.ndarray):
+        raise ArgumentTypeError(name, "a NumPy array (it is updated in place)", type(value).__name__)
+    parameter(name, value, channels, dtype)
+    if not value.flags.writeable:
+        raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """Check a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.floating | np.integer):
+        raise ArgumentTypeError(name, "a number", type(value).__name__)
+    if not math.isfinite(value):
+        raise ArgumentValueError(name, "a finite number", value)
+    return float(value)
+
+
+def epsilon(value: Any, positive: bool) -> float:
+    """Check eps: > 0 in training, as PyTorch, and >= 0 in inference."""
+    eps = number("eps", value)
+    if eps < 0.0 or (positive and eps == 0.0):
+        raise ArgumentValueError("eps", "a number > 0" if positive else "a number >= 0", value)
+    return eps
+
+
+def activation(value: Any) -> bool | None:
+    """Return True for "relu", None for None."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "relu":
+        return True
+    raise ArgumentValueError("activation", 'None or "relu"', repr(value))
+
+
+def output(out: Any, x: Array, axis: int) -> layout.Layout:
+    """Check an output array: like x, writeable and dense; return its layout."""
+    if type(out) is not np.ndarray:
+        raise ArgumentTypeError("out", "a NumPy array", type(out).__name__)
+    same_kind("out", out, x)
+    if not out.flags.writeable:
+        raise ArgumentValueError("out", "a writeable array", "a read-only one")
+    found = layout.of(out.shape, out.strides, out.itemsize, axis)
+    if found is None:
+        raise ArgumentValueError(
+            "out", "an array without gaps in memory (contiguous in some order of axes)", f"strides {out.strides}"
+        )
+    return found
+
+
+def apart(name: str, out: Array, other: Array, exact_allowed: bool) -> None:
+    """Raise if out overlaps another array, unless it is the very same memory and that is allowed."""
+    if not np.may_share_memory(out, other):
+        return
+    same = out.ctypes.data == other.ctypes.data and out.strides == other.strides
+    if same and exact_allowed:
+        return
+    expected = f"memory apart from {name}" + (f", or exactly that of {name}" if exact_allowed else "")
+    raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
+
+
+def valid(mask: Any, x: Array, axis: int) -> Array:
+    """Check a mask and broadcast it to the shape of x without its channel axis."""
+    mask = np.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise ArgumentTypeError("mask", "an array of bool", mask.dtype)
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ArgumentValueError(
+            "mask", f"a shape that broadcasts to {shape}, that of x without its channel axis", mask.shape
+        ) from None

@@ -1,0 +1,91 @@
+"""One place for every Numba flag, and a disk cache that can be neither stale nor in the way.
+
+- ``fastmath`` stays off: NaN must survive, and the kernels spell out their vectors and their fused multiply-adds.
+- ``nogil``: threads are ours (``pool.py``), so a kernel exists in one variant only. A ``parallel=True`` twin was the
+  alternative: twice the compile time, a cache entry that the serial variant can pick up by mistake (numba#6845),
+  OpenMP that kills a forked child and ``workqueue`` that aborts the process under concurrent calls.
+- The cache lies in a folder per user, named after a hash of all our sources and of Numba's version. Numba itself
+  looks only at the file of the kernel, so a helper changed in another file would keep its old code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+import numpy as np
+from numba.core.caching import FunctionCache
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hash of every source file of this package and of the versions that compile it."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
+    for path in sorted(Path(__file__).resolve().parent.parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _user_cache() -> Path:
+    for name in ("FASTBN_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        if os.environ.get(name):
+            return Path(os.environ[name])
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "fastbn" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fastbn"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbn"
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels lie; None where nothing is writable (kernels are then compiled in every process)."""
+    try:
+        folder = _user_cache() / source_digest()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: Path.home() without a home
+        return None
+
+
+class _QuietCache(FunctionCache):  # type: ignore[misc]
+    """A disk cache that gives up silently: a full disk or a race must not fail a normalisation."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception:
+            return
+
+
+def jit(function: F) -> F:
+    """Compile lazily, per dtype; release the GIL; keep the machine code on disk."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    folder = cache_folder()
+    if folder is not None and not numba.config.DISABLE_JIT:
+        theirs = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(folder)  # read by the cache's constructor only
+        try:
+            dispatcher._cache = _QuietCache(dispatcher.py_func)
+        except (OSError, RuntimeError):
+            pass
+        finally:
+            numba.config.CACHE_DIR = theirs
+    return dispatcher  # type: ignore[no-any-return]

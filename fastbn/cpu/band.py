@@ -1,0 +1,164 @@
+"""Bands of a matrix (R, V) whose columns belong to different channels: the innermost loops of the rows kernels.
+
+The matrix is a flat array of T elements cut into rows of V; the last row may be short. Column v belongs to channel
+(v // S) % C. A band is rows r0 <= r < r1 and columns v0 <= v < v1. Per-column constants (``m``, ``k``, ``b``, ...) are
+arrays indexed by v - o, in the arithmetic type of the vectors.
+
+Four rows are added at a time: the sums of a column are then fetched from L1 once for four elements.
+"""
+
+from __future__ import annotations
+
+from fastbn.cpu._jit import jit
+from fastbn.cpu.simd import (
+    clear,
+    first,
+    fma,
+    head,
+    lanes,
+    load,
+    load_n,
+    store,
+    store_n,
+    stream,
+    widen_add,
+)
+from fastbn.cpu.sweep import output, term, through_relu
+
+ROWS = 256  # rows that are summed in float32 before they join the float64 sums: 64 additions a lane
+
+
+@jit
+def _add_four(x, g, y, at, V, n, m, k, b, i, relu, s, q):
+    """Add four rows of one vector of columns: u to s[i:], u*v to q[i:]; n < W lanes count at the right edge."""
+    mv, kv, bv = load(m, i), load(k, i), load(b, i)
+    at1, at2, at3 = at + V, at + 2 * V, at + 3 * V
+    if n >= lanes(x):
+        v0, v1, v2, v3 = load(x, at) - mv, load(x, at1) - mv, load(x, at2) - mv, load(x, at3) - mv
+        u0, u1 = term(load(g, at), v0, load(y, at), kv, bv, relu), term(load(g, at1), v1, load(y, at1), kv, bv, relu)
+        u2, u3 = term(load(g, at2), v2, load(y, at2), kv, bv, relu), term(load(g, at3), v3, load(y, at3), kv, bv, relu)
+    else:
+        v0, v1 = first(load_n(x, at, n) - mv, n), first(load_n(x, at1, n) - mv, n)
+        v2, v3 = first(load_n(x, at2, n) - mv, n), first(load_n(x, at3, n) - mv, n)
+        u0 = first(term(load_n(g, at, n), v0, load_n(y, at, n), kv, bv, relu), n)
+        u1 = first(term(load_n(g, at1, n), v1, load_n(y, at1, n), kv, bv, relu), n)
+        u2 = first(term(load_n(g, at2, n), v2, load_n(y, at2, n), kv, bv, relu), n)
+        u3 = first(term(load_n(g, at3, n), v3, load_n(y, at3, n), kv, bv, relu), n)
+    store(s, i, load(s, i) + ((u0 + u1) + (u2 + u3)))
+    store(q, i, fma(u0, v0, fma(u1, v1, fma(u2, v2, fma(u3, v3, load(q, i))))))
+
+
+@jit
+def _add_one(x, g, y, at, n, m, k, b, i, relu, s, q):
+    """Add one row of one vector of columns."""
+    v = first(load_n(x, at, n) - load(m, i), n)
+    u = first(term(load_n(g, at, n), v, load_n(y, at, n), load(k, i), load(b, i), relu), n)
+    store(s, i, load(s, i) + u)
+    store(q, i, fma(u, v, load(q, i)))
+
+
+@jit
+def _put_away(s, q, total_s, total_q, n):
+    """Move the float32 sums of n columns into the float64 sums."""
+    for i in range(0, n, lanes(s)):
+        widen_add(total_s, i, load(s, i))
+        widen_add(total_q, i, load(q, i))
+    clear(s, n)
+    clear(q, n)
+
+
+@jit
+def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
+    """Sums of u and u*v by column into total_s, total_q, index v - v0 (see ``sweep.sums``). s and q are scratch.
+
+    Arrays indexed by column are as long as whole vectors. Floor: one read of the band a tensor.
+    """
+    W, width = lanes(x), v1 - v0
+    padded = (width + W - 1) // W * W
+    clear(s, padded)
+    clear(q, padded)
+    clear(total_s, padded)
+    clear(total_q, padded)
+    m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
+    r, since, whole = r0, 0, min(r1, T // V)
+    while r + 4 <= whole:
+        at = r * V + v0
+        for i in range(0, width, W):
+            _add_four(x, g, y, at + i, V, width - i, m, k, b, i, relu, s, q)
+        r += 4
+        since += 4
+        if since >= ROWS:
+            _put_away(s, q, total_s, total_q, padded)
+            since = 0
+    while r < r1:
+        at = r * V + v0
+        length = min(width, T - at)
+        for i in range(0, length, W):
+            _add_one(x, g, y, at + i, min(W, length - i), m, k, b, i, relu, s, q)
+        r += 1
+    _put_away(s, q, total_s, total_q, padded)
+
+
+@jit
+def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
+    v = load_n(x, at, n) - load_n(m, i, n)
+    store_n(y, at, output(v, load_n(r, at, n), load_n(k, i, n), load_n(b, i, n), relu), n)
+
+
+@jit
+def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
+    """Y = activation((x - m)*k + b + r), last row first: it is the one still cached. Floor: read and write the band."""
+    W = lanes(x)
+    for row in range(r1 - 1, r0 - 1, -1):
+        at = row * V + v0
+        n = min(v1 - v0, T - at)
+        off, end = v0 - o - at, at + n  # column constants of the element at position i lie at i + off
+        h = min(head(y, at), n)
+        if h > 0:
+            _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
+        i = at + h
+        while i + W <= end:
+            v = load(x, i) - load(m, i + off)
+            z = output(v, load(r, i), load(k, i + off), load(b, i + off), relu)
+            if streamed:
+                stream(y, i, z)
+            else:
+                store(y, i, z)
+            i += W
+        if i < end:
+            _normalise_n(x, r, y, i, end - i, m, k, b, i + off, relu)
+
+
+@jit
+def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
+    v = load_n(x, at, n) - load_n(m, i, n)
+    u = through_relu(load_n(g, at, n), v, load_n(y, at, n), load_n(k, i, n), load_n(b, i, n), relu)
+    store_n(dr, at, u, n)
+    store_n(dx, at, fma(load_n(k, i, n), u, fma(load_n(c1, i, n), v, load_n(c0, i, n))), n)
+
+
+@jit
+def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
+    """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient``). Floor: two reads and one write of the band."""
+    W = lanes(x)
+    for row in range(r1 - 1, r0 - 1, -1):
+        at = row * V + v0
+        n = min(v1 - v0, T - at)
+        off, end = v0 - o - at, at + n
+        h = min(head(dx, at), n)
+        if h > 0:
+            _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
+        i = at + h
+        while i + W <= end:
+            j = i + off
+            v = load(x, i) - load(m, j)
+            u = through_relu(load(g, i), v, load(y, i), load(k, j), load(b, j), relu)
+            store(dr, i, u)
+            z = fma(load(k, j), u, fma(load(c1, j), v, load(c0, j)))
+            if streamed:
+                stream(dx, i, z)
+            else:
+                store(dx, i, z)
+            i += W
+        if i < end:
+            _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off, relu)

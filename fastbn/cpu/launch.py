@@ -1,0 +1,176 @@
+"""Which CPU kernel for which shape: from (N, C, S) to one call, or three, of the kernels.
+
+Tensors arrive flat and contiguous (``layout``), half types as ``uint16`` (float16) or ``int16`` (bfloat16) views,
+parameters in the arithmetic type. Returned ``stats`` is float64 of 3*C: mean, invstd, biased variance.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn.cpu import planes, pool, rows, rows_swept, tuning
+
+Array = npt.NDArray[Any]
+Dims = tuple[int, int, int]
+
+
+class Plan(NamedTuple):
+    """How a shape is worked off; ``kind`` is "planes", "rows" or "swept"."""
+
+    kind: str
+    parallel: bool
+    V: int = 0  # columns of the matrix
+    per: int = 0  # channels of a block (rows)
+    height: int = 0  # rows of a band (swept)
+    width: int = 0  # columns of a band (swept)
+
+    def bands(self, size: int) -> tuple[int, int]:
+        """Return how many bands lie below each other and side by side."""
+        matrix_rows = -(-size // self.V)
+        return -(-matrix_rows // self.height), -(-self.V // self.width)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(dims: Dims) -> Plan:
+    """Choose the kernel for a shape."""
+    N, C, S = dims
+    size = N * C * S
+    parallel = size >= tuning.PARALLEL
+    if S >= tuning.RUN or (N < 4 and S >= 16):
+        return Plan("planes", parallel)
+    V = C * S
+    V *= max(1, min(N, tuning.MATRIX // V))
+    if size <= tuning.WHOLE:
+        return Plan("rows", False, V, C)
+    if V == C * S and N <= tuning.TALL:
+        per = max(1, tuning.WIDTH // S)
+        return Plan("rows", parallel, V, min(C, per - per % 16 if per >= 16 else per))
+    width = V if V <= 2 * tuning.WIDTH else tuning.WIDTH
+    height = max(4, tuning.BAND // width // 4 * 4)
+    return Plan("swept", parallel, V, C, height, width)
+
+
+def _streams(out: Array) -> bool:
+    return out.nbytes >= tuning.STREAM
+
+
+def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
+    return np.zeros(arrays * (chosen.V + rows.PAD), weight.dtype)
+
+
+def _part(chosen: Plan, down: int) -> Array:
+    return np.empty(down * 2 * (chosen.V + rows.PAD), np.float64)
+
+
+def train(
+    x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array,
+    dims: Dims, eps: float, momentum: float, relu: bool | None,
+) -> Array:  # fmt: skip
+    """Training forward into ``out``; moves the running statistics if they have elements."""
+    p = plan(dims)
+    N, C, S = dims
+    stats = np.empty(3 * C)
+    params = (weight, bias, running_mean, running_var, stats)
+    streamed = _streams(out)
+    if p.kind == "planes":
+        work = (x, residual, out, *params, N, C, S, eps, momentum, relu, streamed)
+        pool.run(planes.train, *work, units=C, parallel=p.parallel)
+    elif p.kind == "rows":
+        matrix = (x, residual, out, *params, dims, p.V, p.per, eps, momentum, relu, streamed)
+        pool.run(rows.train, *matrix, units=C, parallel=p.parallel)
+    else:
+        columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
+        rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
+        _swept_normalise(x, residual, out, columns, p, relu, streamed)
+    return stats
+
+
+def _swept_moments(
+    x: Array, stats: Array, weight: Array, running_mean: Array, running_var: Array,
+    dims: Dims, p: Plan, eps: float, momentum: float,
+) -> Array:  # fmt: skip
+    down, across = p.bands(x.size)
+    columns, part = _columns(weight, p, 3), _part(p, down)
+    rows_swept.pivots(x, columns, dims, p.V)
+    sums = (x, None, None, columns, part, p.V, p.height, p.width, None)
+    pool.run(rows_swept.sums, *sums, units=down * across, parallel=p.parallel)
+    rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum)
+    return columns
+
+
+def _swept_normalise(
+    x: Array, residual: Array | None, out: Array, columns: Array, p: Plan, relu: bool | None, streamed: bool
+) -> None:
+    down, across = p.bands(x.size)
+    work = (x, residual, out, columns, p.V, p.height, p.width, relu, streamed)
+    pool.run(rows_swept.normalise, *work, units=down * across, parallel=p.parallel)
+
+
+def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
+    """Statistics alone; ``weight`` only tells the arithmetic type."""
+    p = plan(dims)
+    N, C, S = dims
+    stats, none = np.empty(3 * C), weight[:0]
+    if p.kind == "planes":
+        pool.run(planes.moments, x, stats, N, C, S, eps, units=C, parallel=p.parallel)
+    else:
+        _swept_moments(x, stats, weight, none, none, dims, _as_swept(p), eps, 0.0)
+    return stats
+
+
+def _as_swept(p: Plan) -> Plan:
+    if p.kind == "swept":
+        return p
+    width = min(p.V, tuning.WIDTH)
+    return p._replace(kind="swept", width=width, height=max(4, tuning.BAND // width // 4 * 4))
+
+
+def infer(
+    x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, stats: Array, dims: Dims,
+    relu: bool | None,
+) -> None:  # fmt: skip
+    """Inference into ``out`` with the means and invstds in ``stats``."""
+    p = plan(dims)
+    N, C, S = dims
+    if p.kind == "planes":
+        work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
+        pool.run(planes.infer, *work, units=N * C, parallel=p.parallel)
+        return
+    p = _as_swept(p)
+    columns = _columns(weight, p, 3)
+    rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
+    _swept_normalise(x, residual, out, columns, p, relu, _streams(out))
+
+
+def backward(
+    x: Array, grad: Array, y: Array | None, out: Array, grad_residual: Array | None, weight: Array, bias: Array,
+    stats: Array, dims: Dims, frozen: bool, relu: bool | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Input gradient into ``out``; returns the gradients of weight and bias."""
+    p = plan(dims)
+    N, C, S = dims
+    dweight, dbias = np.empty_like(weight), np.empty_like(bias)
+    streamed = _streams(out)
+    tensors = (x, grad, y, out, grad_residual)
+    params = (weight, bias, dweight, dbias, stats)
+    if p.kind == "planes":
+        work = (*tensors, *params, N, C, S, frozen, relu, streamed)
+        pool.run(planes.backward, *work, units=C, parallel=p.parallel)
+    elif p.kind == "rows":
+        matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
+        pool.run(rows.backward, *matrix, units=C, parallel=p.parallel)
+    else:
+        down, across = p.bands(x.size)
+        columns, part = _columns(weight, p, 5), _part(p, down)
+        bands = (p.V, p.height, p.width, relu)
+        rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
+        pool.run(rows_swept.sums, x, grad, y, columns, part, *bands, units=down * across, parallel=p.parallel)
+        rows_swept.settle_backward(
+            x, grad, y, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu
+        )
+        pool.run(rows_swept.gradient, *tensors, columns, *bands, streamed, units=down * across, parallel=p.parallel)
+    return dweight, dbias

@@ -1,0 +1,112 @@
+"""Our own threads: a kernel claims numbered blocks from an atomic counter, and so may any number of callers of it.
+
+Why not ``prange``: OpenMP kills a forked child, ``workqueue`` aborts the process when two Python threads call at once,
+a static split waits at its barrier for the slower core (8 ms beside a busy neighbour), and each parallel kernel is a
+second compilation. Here every thread runs the same compiled kernel with the GIL released:
+
+- a helper that the machine never schedules costs nothing, the caller does all blocks itself;
+- a second Python thread that finds the helpers taken runs its kernel alone;
+- a forked child starts its own helpers when it first needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numba
+import numpy as np
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+_SPINS = 200
+
+_chosen: int | None = None
+_busy = threading.Lock()
+_jobs: SimpleQueue[Job] = SimpleQueue()
+_helpers = 0
+
+
+def _reset() -> None:
+    """In a forked child the helpers are gone and the lock may have been held by a thread that is gone too."""
+    global _busy, _jobs, _helpers
+    _busy, _jobs, _helpers = threading.Lock(), SimpleQueue(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset)
+
+
+def set_num_threads(n: int | None) -> None:
+    """Use at most ``n`` threads in this process; None returns to the default (see ``get_num_threads``)."""
+    global _chosen
+    if n is not None and (not isinstance(n, int) or n < 1):
+        raise ValueError(f"n: expected an integer >= 1 or None, got {n!r}")
+    _chosen = n
+
+
+def get_num_threads() -> int:
+    """Return the threads a large operation uses.
+
+    What ``set_num_threads`` said, else ``FASTBN_NUM_THREADS``, else Numba's own setting (``numba.set_num_threads`` or
+    ``NUMBA_NUM_THREADS``, by default the cores this process may use). Results are bit-identical for any number.
+    """
+    if _chosen is not None:
+        return _chosen
+    named = os.environ.get("FASTBN_NUM_THREADS", "")
+    if named.isdigit() and int(named) > 0:
+        return int(named)
+    from numba.np.ufunc import parallel
+
+    # Numba's masked thread count can be asked only once its threading layer runs; asking would start it.
+    if getattr(parallel, "_is_initialized", False):
+        return int(numba.get_num_threads())
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _help(jobs: SimpleQueue[Job]) -> None:
+    while True:
+        kernel, args = jobs.get()
+        kernel(*args)
+        del kernel, args  # or the last arrays would live until the next call
+
+
+def _start(count: int) -> None:
+    global _helpers
+    while _helpers < count:
+        threading.Thread(target=_help, args=(_jobs,), name="fastbn", daemon=True).start()
+        _helpers += 1
+
+
+def _wait(claim: np.ndarray[Any, Any], units: int) -> None:
+    """Wait for the blocks that helpers hold; they write to the caller's arrays, so even Ctrl-C waits."""
+    interrupted: KeyboardInterrupt | None = None
+    spins = 0
+    while claim[1] < units:
+        spins += 1
+        try:
+            time.sleep(0 if spins < _SPINS else 5e-5)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+def run(kernel: Callable[..., Any], *args: Any, units: int, parallel: bool) -> None:
+    """Call ``kernel(*args, claim)`` here, and in helpers too if ``parallel``, until all ``units`` are done."""
+    claim = np.zeros(2, np.int64)
+    threads = get_num_threads() if parallel else 1
+    if threads == 1 or not _busy.acquire(blocking=False):
+        kernel(*args, claim)
+        return
+    try:
+        _start(threads - 1)
+        for _ in range(threads - 1):
+            _jobs.put((kernel, (*args, claim)))
+        kernel(*args, claim)
+        _wait(claim, units)
+    finally:
+        _busy.release()

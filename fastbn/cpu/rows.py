@@ -1,0 +1,85 @@
+"""Batch norm on rows (N, C), and on channels-first arrays (N, C, S) whose runs are short: one read, one write.
+
+Both are one matrix with rows of V = C*S elements; where that is short, ``widen`` lays several rows side by side. The
+column v belongs to channel (v // S) % C. Here a block of columns holds whole channels and all its rows fit in the
+cache, so the tensor is read from memory once and written once. Where the rows are too many, see ``rows_swept``.
+
+Blocks are numbered by the shape alone and handed out by an atomic counter (``claim``: next channel, channels done), so
+any number of threads gives the same bits. Arrays are flat, as in ``planes``; ``dims`` is (N, C, S), ``V`` the row
+length, ``per`` the channels of a block (all C if the matrix is widened).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastbn.cpu._jit import jit
+from fastbn.cpu.band import band_gradient, band_normalise, band_sums
+from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
+from fastbn.cpu.simd import base, fence, fetch_add
+
+PAD = 16  # column arrays end with this many spare elements: whole vectors are read and written
+
+
+@jit
+def _block(lo, per, dims, V):
+    """Channels and columns of the block that begins with channel lo: (hi, v0, v1)."""
+    hi = min(lo + per, dims[1])
+    if per >= dims[1]:
+        return hi, 0, V
+    return hi, lo * dims[2], hi * dims[2]
+
+
+@jit
+def train(
+    x, residual, y, weight, bias, running_mean, running_var, stats, dims, V, per, eps, momentum, relu, streamed, claim
+):
+    """Training forward. Floor: one read and one write of the tensor."""
+    T = x.size
+    R, tracked = (T + V - 1) // V, running_mean.size > 0
+    x, y, residual = base(x), base(y), base(residual)
+    wide = (V if per >= dims[1] else per * dims[2]) + PAD
+    scratch, totals = np.empty(5 * wide, weight.dtype), np.empty(2 * wide, np.float64)
+    weight, bias, stats = base(weight), base(bias), base(stats)
+    running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
+    m, ts = base(scratch), base(totals)
+    k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
+    lo = fetch_add(claim, 0, per)
+    while lo < dims[1]:
+        hi, v0, v1 = _block(lo, per, dims, V)
+        block = (lo, hi, v1 - v0)
+        spread_pivots(x, dims, block, m)
+        band_sums(x, None, None, T, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
+        settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum)
+        spread_affine(x, stats, weight, bias, dims, block, m, k, b)
+        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, streamed)
+        fence()
+        fetch_add(claim, 1, hi - lo)
+        lo = fetch_add(claim, 0, per)
+    return scratch.size + totals.size  # keeps the scratch arrays alive: Numba frees an array after its last use
+
+
+@jit
+def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per, frozen, relu, streamed, claim):
+    """Gradients. Floor: two reads and one write of the tensor (and y, dr where they exist)."""
+    T = x.size
+    R = (T + V - 1) // V
+    x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
+    wide = (V if per >= dims[1] else per * dims[2]) + PAD
+    scratch, totals = np.empty(7 * wide, weight.dtype), np.empty(2 * wide, np.float64)
+    weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
+    stats, claim, m, ts = base(stats), base(claim), base(scratch), base(totals)
+    k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
+    c1, c0 = m + 5 * wide, m + 6 * wide
+    lo = fetch_add(claim, 0, per)
+    while lo < dims[1]:
+        hi, v0, v1 = _block(lo, per, dims, V)
+        block = (lo, hi, v1 - v0)
+        spread_affine(x, stats, weight, bias, dims, block, m, k, b)
+        band_sums(x, g, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
+        settle_gradients(x, g, y, dims, block, m, ts, tq, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0)
+        band_gradient(x, g, y, dx, dr, T, V, 0, R, v0, v1, v0, m, k, b, c1, c0, relu, streamed)
+        fence()
+        fetch_add(claim, 1, hi - lo)
+        lo = fetch_add(claim, 0, per)
+    return scratch.size + totals.size

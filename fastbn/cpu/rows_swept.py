@@ -1,0 +1,130 @@
+"""Batch norm on matrices with too many rows for ``rows``: bands of rows, swept twice.
+
+Bands are summed (``sums``), the sums settled by channel (``settle_*``), then the bands are normalised in reverse order,
+so that what the cache still holds is read from there. Floor: two reads and one write of the tensor, and one read less
+where it fits in the last-level cache.
+
+Bands are numbered by the shape alone; ``part`` keeps the sums of each and they are added in the order of their numbers,
+so any number of threads gives the same bits. A band has ``height`` rows and at most ``width`` columns; ``part`` is
+float64 of bands * 2 * (V + PAD). ``columns`` holds m, k, b, c1, c0 of V + PAD elements each, in the arithmetic type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastbn.cpu._jit import jit
+from fastbn.cpu.band import band_gradient, band_normalise, band_sums
+from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
+from fastbn.cpu.rows import PAD
+from fastbn.cpu.simd import base, fence, fetch_add, get, put
+
+
+@jit
+def _band(number, T, V, height, width):
+    """Rows and columns of a band: (index of its row of bands, r0, r1, v0, v1)."""
+    across = (V + width - 1) // width
+    row, column = number // across, number % across
+    R = (T + V - 1) // V
+    return row, row * height, min(R, (row + 1) * height), column * width, min(V, (column + 1) * width)
+
+
+@jit
+def _count(T, V, height, width):
+    R = (T + V - 1) // V
+    return ((R + height - 1) // height) * ((V + width - 1) // width)
+
+
+@jit
+def pivots(x, columns, dims, V):
+    """First step forward: the pivots into m."""
+    spread_pivots(base(x), dims, (0, dims[1], V), base(columns))
+
+
+@jit
+def affines(x, stats, weight, bias, columns, dims, V):
+    """Column constants m, k, b: for the output, and as the first step backward."""
+    m, wide = base(columns), V + PAD
+    spread_affine(base(x), base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
+
+
+@jit
+def sums(x, g, y, columns, part, V, height, width, relu, claim):
+    """Sums of u and u*v of every band (see ``sweep.sums``)."""
+    T, wide = x.size, V + PAD
+    scratch = np.empty(2 * (width + PAD), columns.dtype)
+    x, g, y, m, part, claim, s = base(x), base(g), base(y), base(columns), base(part), base(claim), base(scratch)
+    q, k, b = s + (width + PAD), m + wide, m + 2 * wide
+    bands = _count(T, V, height, width)
+    number = fetch_add(claim, 0, 1)
+    while number < bands:
+        row, r0, r1, v0, v1 = _band(number, T, V, height, width)
+        ts = part + (2 * row * wide + v0)
+        band_sums(x, g, y, T, V, r0, r1, v0, v1, 0, m, k, b, relu, s, q, ts, ts + wide)
+        fence()
+        fetch_add(claim, 1, 1)
+        number = fetch_add(claim, 0, 1)
+    return scratch.size
+
+
+@jit
+def _add_bands(part, V, count):
+    """Add the sums of all bands into those of the first, in order."""
+    wide = V + PAD
+    for row in range(1, count):
+        for j in range(2 * wide):
+            put(part, j, get(part, j) + get(part, 2 * row * wide + j))
+
+
+@jit
+def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, count, eps, momentum):
+    """Statistics of all channels from the sums of ``count`` rows of bands."""
+    tracked = running_mean.size > 0
+    s = base(part)
+    _add_bands(s, V, count)
+    settle_moments(
+        base(x), dims, (0, dims[1], V), base(columns), s, s + (V + PAD),
+        base(stats), base(running_mean), base(running_var), tracked, eps, momentum,
+    )  # fmt: skip
+
+
+@jit
+def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu):
+    """Parameter gradients of all channels, and the column constants c1 and c0."""
+    s, m, wide = base(part), base(columns), V + PAD
+    _add_bands(s, V, count)
+    settle_gradients(
+        base(x), base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
+        base(stats), base(weight), base(bias), base(dweight), base(dbias), frozen, relu, m + 3 * wide, m + 4 * wide,
+    )  # fmt: skip
+
+
+@jit
+def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
+    """Output of every band, last band first."""
+    T, wide = x.size, V + PAD
+    x, residual, y, m, claim = base(x), base(residual), base(y), base(columns), base(claim)
+    bands = _count(T, V, height, width)
+    number = fetch_add(claim, 0, 1)
+    while number < bands:
+        _, r0, r1, v0, v1 = _band(bands - 1 - number, T, V, height, width)
+        band_normalise(x, residual, y, T, V, r0, r1, v0, v1, 0, m, m + wide, m + 2 * wide, relu, streamed)
+        fence()
+        fetch_add(claim, 1, 1)
+        number = fetch_add(claim, 0, 1)
+
+
+@jit
+def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
+    """Input gradient of every band, last band first."""
+    T, wide = x.size, V + PAD
+    x, g, y, dx, dr, m, claim = base(x), base(g), base(y), base(dx), base(dr), base(columns), base(claim)
+    k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
+    bands = _count(T, V, height, width)
+    number = fetch_add(claim, 0, 1)
+    while number < bands:
+        _, r0, r1, v0, v1 = _band(bands - 1 - number, T, V, height, width)
+        band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, 0, m, k, b, c1, c0, relu, streamed)
+        fence()
+        fetch_add(claim, 1, 1)
+        number = fetch_add(claim, 0, 1)

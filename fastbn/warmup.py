@@ -1,0 +1,40 @@
+"""Compile ahead: run every kernel once on small arrays, so that later processes find it in the disk cache."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import fastbn
+
+# One shape for each kernel: channels-first, one cached block of rows, rows swept in bands.
+SHAPES = {"planes": (2, 4, 512), "rows": (64, 100), "rows swept": (4096, 80)}
+
+
+def tasks() -> list[tuple[str, Callable[[], None]]]:
+    """Return what there is to compile, as (label, call) pairs in the order to run them."""
+    return [
+        (f"{kind} {np.dtype(dtype).name}", functools.partial(_run, shape, dtype))
+        for dtype, (kind, shape) in itertools.product((np.float32, np.float64, np.float16), SHAPES.items())
+    ]
+
+
+def _variants(x: npt.NDArray[Any]) -> Iterator[dict[str, Any]]:
+    for activation, residual in itertools.product((None, "relu"), (None, x)):
+        yield {"activation": activation, "residual": residual}
+
+
+def _run(shape: tuple[int, ...], dtype: type) -> None:
+    x: npt.NDArray[Any] = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    parameters = np.float64 if dtype is np.float64 else np.float32
+    mean, var = np.zeros(shape[1], parameters), np.ones(shape[1], parameters)
+    fastbn.Moments.of(x)
+    for variant in _variants(x):
+        fastbn.batch_norm_infer(x, mean, var, **variant)
+        _, saved = fastbn.batch_norm_train(x, None, None, mean, var, **variant)
+        fastbn.backward(x, saved)
