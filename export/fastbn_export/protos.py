@@ -13,7 +13,14 @@ from typing import Any
 
 import onnx
 
-__all__ = ["graphs_of", "nodes_of", "operator_counts", "overridable_names", "parameter_count", "tensors_of"]
+__all__ = [
+    "graphs_of",
+    "nodes_of",
+    "operator_counts",
+    "parameter_count",
+    "tensors_of",
+    "used_names",
+]
 
 _GRAPH = onnx.AttributeProto.GRAPH
 _GRAPHS = onnx.AttributeProto.GRAPHS
@@ -74,6 +81,10 @@ def parameter_count(model: onnx.ModelProto) -> int:
     return sum(prod(tensor.dims) for tensor in tensors_of(model))
 
 
-def overridable_names(graph: Any) -> set[str]:
-    """Return the names of initialisers that are also graph inputs: the caller may override them at run time."""
-    return {value.name for value in graph.input} & {tensor.name for tensor in graph.initializer}
+def used_names(node: Any) -> set[str]:
+    """Return the values that a node reads, those that its nested graphs take from outside included."""
+    names = set(node.input) - {""}
+    for graph in _graphs_below([node]):
+        names |= {name for inner in graph.node for name in inner.input if name}
+        names |= {value.name for value in graph.output}
+    return names

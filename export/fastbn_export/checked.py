@@ -1,0 +1,116 @@
+"""Fold, check, and where the check fails find the fold to blame, undo that one, and let the rest stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+
+from fastbn_export.fold import FoldResult
+from fastbn_export.report import FoldReport
+from fastbn_export.verdict import VerifyReport
+from fastbn_export.verify import Checker
+
+__all__ = ["CheckedFold", "fold_checked"]
+
+_MOST_BLAMED = 8
+"""Folds undone before giving up: so many wrong ones are not an accident of one operator."""
+
+Fold = Callable[..., FoldResult]
+"""``fold(model, skip=names)``."""
+
+
+@dataclass(frozen=True)
+class CheckedFold:
+    """A folded model and the proof.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        The folded model; to be used only if ``verdict.ok``.
+    report : FoldReport
+        What was folded; an undone fold has its reason.
+    verdict : VerifyReport
+        The check of ``model``.
+    undone : list of str
+        Names of the batch normalizations whose fold was to blame.
+    """
+
+    model: onnx.ModelProto
+    report: FoldReport
+    verdict: VerifyReport
+    undone: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and dicts, ready for JSON."""
+        return {**self.report.to_dict(), "verification": self.verdict.to_dict(), "undone": list(self.undone)}
+
+
+def fold_checked(model: onnx.ModelProto, checker: Checker, fold: Fold) -> CheckedFold:
+    """Fold a model and verify the result; undo the folds that are to blame where it is not the same function.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        The original, which ``checker`` has for its reference.
+    checker : Checker
+        Runs the comparisons.
+    fold : callable
+        ``fold(model, skip=names)`` returns a FoldResult with the named ones left alone.
+
+    Returns
+    -------
+    CheckedFold
+        Its verdict is not ok when no single folds could be blamed, or too many were, or the model does not even
+        agree with itself (it draws random numbers, or cannot be run).
+    """
+    result = fold(model, skip=())
+    verdict = checker.check(result.model)
+    undone: list[str] = []
+    first_failure = _failure(verdict)
+    if not verdict.ok and result.report.folded and checker.check(model).ok:
+        while not verdict.ok and len(undone) < _MOST_BLAMED:
+            culprit = _first_wrong(model, checker, fold, _folded(result.report), undone)
+            if culprit is None:
+                break
+            undone.append(culprit)
+            result = fold(model, skip=undone)
+            verdict = checker.check(result.model)
+    for entry in result.report.entries:
+        if entry.name in undone:
+            entry.reason = f"its fold did not pass the check and was undone ({first_failure})"
+    return CheckedFold(result.model, result.report, verdict, undone)
+
+
+def _folded(report: FoldReport) -> list[str]:
+    return list(dict.fromkeys(entry.name for entry in report.entries if entry.folded))
+
+
+def _first_wrong(
+    model: onnx.ModelProto, checker: Checker, fold: Fold, names: list[str], undone: list[str]
+) -> str | None:
+    """Return the last name of the shortest prefix of ``names`` that fails when it alone is folded; by bisection.
+
+    None when folding nothing fails as well.
+    """
+
+    def passes(count: int) -> bool:
+        return checker.check(fold(model, skip=[*undone, *names[count:]]).model).ok
+
+    if not names or not passes(0):
+        return None
+    right, wrong = 0, len(names)
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        if passes(middle):
+            right = middle
+        else:
+            wrong = middle
+    return names[wrong - 1]
+
+
+def _failure(verdict: VerifyReport) -> str:
+    reasons = [f"{output.name}: {output.reason}" for output in verdict.outputs if not output.ok]
+    return "; ".join([*reasons, *([] if reasons else verdict.notes)])

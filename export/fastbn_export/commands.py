@@ -1,0 +1,187 @@
+"""The commands that read and write models: what they print, what they write, and with which exit status they end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fastbn.errors import ArgumentValueError
+from fastbn_export.checked import CheckedFold, fold_checked
+from fastbn_export.console import bytes_text, line, print_table, working
+from fastbn_export.files import ModelFileError, atomic_path, check_output, load_model, save_model
+from fastbn_export.fold import fold as fold_model
+from fastbn_export.recalibrate import recalibrate as recalibrate_model
+from fastbn_export.report import FoldReport
+from fastbn_export.samples import read_npz, required_inputs
+from fastbn_export.verdict import VerifyReport
+from fastbn_export.verify import Checker
+from fastbn_export.verify import verify as verify_models
+
+__all__ = ["fold", "inspect", "recalibrate", "verify"]
+
+DONE, FAILED = 0, 1
+
+_CHECKED_BELOW = 1_900_000_000
+"""Bytes of file above which protobuf cannot hand the model to onnx's checker."""
+
+
+def fold(arguments: argparse.Namespace) -> int:
+    """Fold IN to OUT, checked; print what changed and what stays."""
+    source, out = Path(arguments.input), Path(arguments.output)
+    check_output(out, source)
+    if arguments.report:
+        check_output(arguments.report, source)
+    model = _load_valid(source)
+    start = time.perf_counter()
+    folder = partial(fold_model, keep=arguments.keep, duplicate=arguments.duplicate)
+    if arguments.no_verify:
+        with working("folding"):
+            result = folder(model)
+        checked = CheckedFold(result.model, result.report, VerifyReport(True, notes=["not verified, as asked"]))
+        folding = time.perf_counter() - start
+    else:
+        checked, folding = _fold_and_check(model, folder, arguments)
+    if checked.verdict.ok:
+        save_model(checked.model, out)
+    if arguments.report:
+        _write_json(arguments.report, checked.to_dict())
+    _print_fold(checked, source, out, folding)
+    if checked.verdict.ok:
+        return DONE
+    line(f"the check failed: {out} was not written")
+    return FAILED
+
+
+def _fold_and_check(model: onnx.ModelProto, folder: Any, arguments: argparse.Namespace) -> tuple[CheckedFold, float]:
+    """Return the checked fold and the seconds that the first fold alone took."""
+    seconds: list[float] = []
+
+    def timed(model: onnx.ModelProto, skip: Sequence[str] = ()) -> Any:
+        start = time.perf_counter()
+        result = folder(model, skip=skip)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    with working("folding and checking"), Checker(model, **_options(arguments)) as checker:
+        checked = fold_checked(model, checker, timed)
+    return checked, seconds[0]
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("inputs", "samples", "seed", "rtol", "atol", "timeout")}
+
+
+def _load_valid(path: Path) -> onnx.ModelProto:
+    model = load_model(path)
+    if model.ByteSize() < _CHECKED_BELOW:
+        try:
+            onnx.checker.check_model(model)
+        except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+            raise ModelFileError(f"{path}: expected a valid ONNX model: {str(error).strip().splitlines()[0]}") from None
+    return model
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _print_fold(checked: CheckedFold, source: Path, out: Path, seconds: float) -> None:
+    report = checked.report
+    before, after = report.ops_before, report.ops_after
+    rows: list[tuple[object, ...]] = [
+        (op, before.get(op, 0), after.get(op, 0), f"{after.get(op, 0) - before.get(op, 0):+d}")
+        for op in sorted({*before, *after})
+        if before.get(op, 0) != after.get(op, 0)
+    ]
+    rows += [
+        _row("all operators", sum(before.values()), sum(after.values())),
+        _row("parameters", report.parameters_before, report.parameters_after),
+    ]
+    size = os.stat(source).st_size
+    if checked.verdict.ok:
+        rows.append(("file size", bytes_text(size), bytes_text(os.stat(out).st_size), ""))
+    print_table(f"{source.name} -> {out.name}", ["", "before", "after", "change"], rows)
+    line(f"{report.folded} of {len(report.entries)} batch normalizations folded in {seconds:.2f} s")
+    for name in checked.undone:
+        line(f"warning: the fold of {name} did not pass the check and was undone")
+    _print_left(report)
+    line(str(checked.verdict))
+
+
+def _row(what: str, before: int, after: int) -> tuple[object, ...]:
+    return (what, before, after, f"{after - before:+d}")
+
+
+def _print_left(report: FoldReport) -> None:
+    left = [entry for entry in report.entries if not entry.folded]
+    if left:
+        print_table("left as they are", ["batch normalization", "why"], [(e.name, e.reason or "") for e in left])
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print every batch normalization of a model and what folding would do with it."""
+    model = _load_valid(Path(arguments.model))
+    with working("folding"):
+        report = fold_model(model, duplicate=arguments.duplicate).report
+    if arguments.json:
+        line(json.dumps(report.to_dict(), indent=2, ensure_ascii=False, default=str))
+        return DONE
+    rows = [(entry.name, entry.kind, *_fate(entry)) for entry in report.entries]
+    if rows:
+        print_table(str(arguments.model), ["batch normalization", "kind", "fate", "where, or why not"], rows)
+    line(f"{report.folded} of {len(report.entries)} batch normalizations can be folded")
+    return DONE
+
+
+def _fate(entry: Any) -> tuple[str, str]:
+    if not entry.folded:
+        return "stays", entry.reason or ""
+    where = ", ".join(entry.absorber) or "nothing to do: it was the identity"
+    through = f" through {', '.join(entry.path)}" if entry.path else ""
+    return f"folds {entry.direction or ''}".strip(), where + through
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare two models and print the errors."""
+    if arguments.report:
+        check_output(arguments.report)
+    with working("running both models"):
+        report = verify_models(arguments.reference, arguments.candidate, **_options(arguments))
+    if arguments.report:
+        _write_json(arguments.report, report.to_dict())
+    line(str(report))
+    return DONE if report.ok else FAILED
+
+
+def recalibrate(arguments: argparse.Namespace) -> int:
+    """Write IN with statistics re-estimated from the examples in DATA."""
+    check_output(arguments.output, arguments.input)
+    model = _load_valid(Path(arguments.input))
+    names = [value.name for value in required_inputs(model)]
+    data = {name: array for name, array in read_npz(arguments.data).items() if name in names}
+    if set(data) != set(names):
+        raise ArgumentValueError(arguments.data, f"arrays named {names}", f"none for {sorted(set(names) - set(data))}")
+    counts = {name: len(array) if array.ndim else 0 for name, array in data.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ArgumentValueError(arguments.data, "the same number of examples, at least one, for each input", counts)
+    batches = list(_batches(data, next(iter(counts.values())), arguments.batch))
+    with working("running the model on the data"):
+        result = recalibrate_model(model, batches)
+    save_model(result, arguments.output)
+    line(f"{arguments.output}: statistics of {next(iter(counts.values()))} examples")
+    return DONE
+
+
+def _batches(data: dict[str, np.ndarray[Any, Any]], count: int, size: int) -> Iterator[dict[str, Any]]:
+    for start in range(0, count, size):
+        yield {name: array[start : start + size] for name, array in data.items()}
