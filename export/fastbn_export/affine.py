@@ -89,7 +89,7 @@ class ChannelAffine:
         return ChannelAffine(self.scale[indices], self.shift[indices], self.axis)
 
     def after(self, first: ChannelAffine) -> ChannelAffine:
-        """This map applied after `first`: ``scale * (first.scale * x + first.shift) + shift``."""
+        """Apply this map after `first`: ``scale * (first.scale * x + first.shift) + shift``."""
         return ChannelAffine(self.scale * first.scale, self.scale * first.shift + self.shift, self.axis)
 
     def within(self, start: int, total: int) -> ChannelAffine:

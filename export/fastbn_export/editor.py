@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from .affine import Array
 from .facts import Facts, all_graphs
-from .plan import AddShift, BecomeGemm, Bypass, Edit, SetAttribute, SetConstant, SetInput
+from .plan import AddShift, BecomeGemm, Bypass, Edit, Fork, SetAttribute, SetConstant, SetInput
 
 __all__ = ["Editor"]
 
@@ -46,6 +46,8 @@ class Editor:
             elif isinstance(edit, BecomeGemm):
                 edit.node.op_type = "Gemm"
                 self._set_constant(edit.node, 2, edit.value, "bias")
+            elif isinstance(edit, Fork):
+                self._fork(edit)
             elif isinstance(edit, Bypass):
                 self._bypass(edit)
             else:
@@ -60,10 +62,8 @@ class Editor:
             old.shape = ir.Shape(array.shape)
             self._restate_input(old)
             return
-        if old is not None and old.name:
-            name = old.name
-        else:
-            name = f"{node.name or node.outputs[0].name}.{hint or 'constant'}"
+        fresh = f"{node.name or node.outputs[0].name}.{hint or 'constant'}"
+        name = old.name if old is not None and old.name else fresh
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
         node.replace_input_with(index, None)
@@ -77,7 +77,7 @@ class Editor:
         assert graph is not None
         name = self._unique(name)
         tensor = ir.Tensor(array, name=name)
-        if isinstance(graph, ir.Function) or graph in self._function_graphs():
+        if graph in self._function_graphs():
             constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=self._unique(f"{name}_const"))
             value = constant.outputs[0]
             value.name, value.type, value.shape = name, ir.TensorType(tensor.dtype), ir.Shape(array.shape)
@@ -140,6 +140,34 @@ class Editor:
         new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
         new.metadata_props.clear()
         new.metadata_props.update(old.metadata_props)
+
+    def _fork(self, edit: Fork) -> None:
+        node, graph = edit.node, edit.node.graph
+        assert graph is not None
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            node.inputs,
+            tuple(node.attributes.values()),
+            num_outputs=1,
+            name=self._unique(f"{node.name or node.op_type}_folded"),
+            doc_string=node.doc_string,
+            metadata_props=dict(node.metadata_props),
+        )
+        out = copy.outputs[0]
+        out.name = self._unique(f"{edit.value.name}_folded")
+        out.type, out.shape = edit.value.type, edit.value.shape
+        graph.insert_after(node, copy)
+        self._facts.learn(out, edit.value)
+        for user, index in tuple(edit.value.uses()):
+            if user is edit.reader:
+                user.replace_input_with(index, out)
+        for inner in edit.edits:
+            if isinstance(inner, SetConstant | SetAttribute | BecomeGemm | AddShift):
+                inner.node = copy
+            if isinstance(inner, AddShift):
+                inner.value = out
+        self.commit(edit.edits)
 
     def _bypass(self, edit: Bypass) -> None:
         node = edit.node
@@ -223,5 +251,3 @@ def _all_names(model: ir.Model) -> set[str]:
 
 def _doc(value: ir.Value) -> str | None:
     return None if value.const_value is None else value.const_value.doc_string
-
-

@@ -86,8 +86,6 @@ class Facts:
         graph = node.graph
         if not self._function_opsets or graph is None:
             return self._main_opset
-        if isinstance(graph, ir.Function):
-            graph = graph.graph
         return self._function_opsets.get(graph, self._opsets.get(graph, self._main_opset))
 
     def dims(self, value: ir.Value) -> Dims | None:

@@ -127,6 +127,7 @@ class _Engine:
         self._facts = Facts(model)
         self._editor = Editor(self._facts)
         self._entries: dict[ir.Node, BnEntry] = {}
+        self._minor: set[ir.Node] = set()
 
     def run(self) -> FoldReport:
         report = FoldReport()
@@ -135,63 +136,61 @@ class _Engine:
         while self._round(sources):
             self.changed = True
             sources = self._sources()
-        report.entries = list(self._entries.values())
+        report.entries = [e for node, e in self._entries.items() if e.folded or node not in self._minor]
         report.ops_after, report.parameters_after = self._count()
         return report
 
     def _sources(self) -> list[Source]:
-        found = []
+        found: list[Source] = []
         for scope, graph in all_graphs(self.model):
             for source in find(self._facts, graph):
                 found.append(source)
                 if source.anchor not in self._entries:
                     self._entries[source.anchor] = BnEntry(source.name, source.kind, scope=scope)
+                    if not source.complete:
+                        self._minor.add(source.anchor)
         return found
 
     def _round(self, sources: list[Source]) -> int:
         done = 0
-        for direction in ("upstream", "downstream"):
+        for upstream in (True, False):
             for source in sources:
                 if source.alive:
-                    done += self._try(source, direction)
+                    done += self._try(source, upstream)
         return done
 
-    def _try(self, source: Source, direction: str) -> bool:
+    def _try(self, source: Source, upstream: bool) -> bool:
         entry = self._entries[source.anchor]
         try:
             if self._kept(source.name):
                 raise Refused("kept by request")
-            plan = self._plan(source, direction)
-            for edit in plan.edits:
+            plan = self._plan(source, upstream)
+            edits = _in_order(plan, source, upstream)
+            for edit in edits:
                 edit.prepare()
         except Refused as refusal:
-            self._note(entry, direction, refusal.reason)
+            _note(entry, upstream, refusal.reason)
             return False
-        own = _bypasses(source, direction)
-        order: list[Edit] = [e for _, step in reversed(plan.trail) for e in step.edits] if direction == "upstream" else plan.edits
-        self._editor.commit([*order, *own])
-        entry.folded, entry.reason, entry.direction = True, None, direction
+        self._editor.commit(edits)
+        entry.folded, entry.reason = True, None
+        entry.direction = ("upstream" if upstream else "downstream") if plan.trail else None
         entry.absorber = [f"{n.name or n.outputs[0].name} ({n.op_type})" for n in plan.absorbers]
         entry.path = plan.path
         return True
 
-    def _plan(self, source: Source, direction: str) -> search.Plan:
+    def _plan(self, source: Source, upstream: bool) -> search.Plan:
         affine = source.affine(self._facts)
-        if direction == "upstream":
+        if affine.is_identity:
+            return search.Plan()
+        growth = len(source.nodes) if source.complete else len(source.nodes) - 1
+        if upstream:
             first, index = source.data()[0]
             value = first.inputs[index]
-            assert value is not None
-            return search.upstream(self._facts, first, value, affine)
-        return search.downstream(self._facts, source.nodes[-1], source.nodes[-1].outputs[0], affine)
-
-    @staticmethod
-    def _note(entry: BnEntry, direction: str, reason: str) -> None:
-        if direction == "upstream":
-            entry.reason = reason
-        elif entry.reason is None or entry.reason == reason:
-            entry.reason = reason
-        else:
-            entry.reason = f"upstream: {entry.reason}; downstream: {reason}"
+            if value is None:
+                raise Refused("it has no input")
+            return search.upstream(self._facts, first, value, affine, growth, self._duplicate)
+        last = source.nodes[-1]
+        return search.downstream(self._facts, last, last.outputs[0], affine, growth)
 
     def _count(self) -> tuple[dict[str, int], int]:
         ops: Counter[str] = Counter()
@@ -200,11 +199,37 @@ class _Engine:
             parameters += sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None)
             for node in graph:
                 ops[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
-                if node.op_type == "Constant" and node.domain == "" and (value := node.attributes.get("value")):
-                    if not value.is_ref():
-                        parameters += value.as_tensor().size
+                value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
+                if value is not None and not value.is_ref():
+                    parameters += value.as_tensor().size
         return dict(sorted(ops.items())), parameters
 
 
-def _bypasses(source: Source, direction: str) -> list[Edit]:
-    return [Bypass(node, index, rename=direction == "upstream") for node, index in reversed(source.data())]
+def _note(entry: BnEntry, upstream: bool, reason: str) -> None:
+    """Keep both reasons when they differ."""
+    if upstream or entry.reason is None or entry.reason == reason:
+        entry.reason = reason
+    else:
+        entry.reason = f"upstream: {entry.reason}; downstream: {reason}"
+
+
+def _in_order(plan: search.Plan, source: Source, upstream: bool) -> list[Edit]:
+    """All edits of a fold, producers first where names move down, and the source itself last."""
+    steps = reversed(plan.trail) if upstream else iter(plan.trail)
+    edits = [edit for _, step in steps for edit in step.edits]
+    rename = upstream if plan.trail else _identity_renames(source)
+    return edits + [Bypass(node, index, rename) for node, index in source.data()]
+
+
+def _identity_renames(source: Source) -> bool:
+    """Whether the input of an identity can take over the name of its output; refuses where neither can vanish."""
+    (first, index), out = source.data()[0], source.nodes[-1].outputs[0]
+    value = first.inputs[index]
+    if value is None:
+        raise Refused("it has no input")
+    if not out.is_graph_output():
+        return False
+    producer = value.producer()
+    if producer is None or producer.graph is not first.graph or value.is_graph_output():
+        raise Refused("it is the identity, but it stands between two names that must both stay")
+    return True

@@ -18,6 +18,7 @@ __all__ = [
     "BecomeGemm",
     "Bypass",
     "Edit",
+    "Fork",
     "Refused",
     "SetAttribute",
     "SetConstant",
@@ -63,11 +64,12 @@ class SetConstant(Edit):
     dtype: ir.DataType
     axis: int | tuple[int, ...] | None = None
     hint: str = ""
+    exact: bool = False
     value: Array | None = None
 
     def prepare(self) -> None:
-        """Compute the value and cast it once."""
-        self.value = to_dtype(self.compute(), self.dtype, self.axis)
+        """Compute the value and cast it once; an `exact` one is stored as it is."""
+        self.value = self.compute() if self.exact else to_dtype(self.compute(), self.dtype, self.axis)
 
 
 @dataclass(eq=False)
@@ -131,6 +133,24 @@ class BecomeGemm(Edit):
     def prepare(self) -> None:
         """Cast the bias once."""
         self.value = to_dtype(self.shift, self.dtype, None)
+
+
+@dataclass(eq=False)
+class Fork(Edit):
+    """Copy `node` for one of the readers of its output `value`, and apply `edits` to the copy."""
+
+    node: ir.Node
+    value: ir.Value
+    reader: ir.Node
+    edits: list[Edit]
+
+    def __post_init__(self) -> None:
+        self.grows = 1 + sum(edit.grows for edit in self.edits)
+
+    def prepare(self) -> None:
+        """Prepare the edits of the copy."""
+        for edit in self.edits:
+            edit.prepare()
 
 
 @dataclass

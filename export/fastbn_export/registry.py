@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -129,13 +130,14 @@ class Operator:
         raise Refused(f"{site.node.op_type} is not linear: no map passes it downstream")
 
 
+_Rule = TypeVar("_Rule", bound=Operator)
 _OPERATORS: dict[str, Operator] = {}
 
 
-def operator(*op_types: str) -> type[Operator] | object:
+def operator(*op_types: str) -> Callable[[type[_Rule]], type[_Rule]]:
     """Class decorator: register one instance of an `Operator` for these op types of the standard domain."""
 
-    def register(cls: type[Operator]) -> type[Operator]:
+    def register(cls: type[_Rule]) -> type[_Rule]:
         instance = cls()
         for op_type in op_types:
             if op_type in _OPERATORS:

@@ -7,13 +7,15 @@ backtracking over an explicit stack, and gives up after a fixed number of steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 
 from .affine import ChannelAffine
 from .facts import Facts
-from .plan import Edit, Refused, Step
+from .plan import Edit, Fork, Refused, Step
 from .registry import Site, lookup
 
 __all__ = ["Plan", "downstream", "upstream"]
@@ -62,22 +64,30 @@ class _Task:
 
 # A persistent list of tasks, so that a choice point can be returned to by keeping a reference.
 _Todo = tuple[_Task, "_Todo"] | None
+_Choice = tuple[_Todo, int, ir.Node, Iterator[Step]]
 
 
-def upstream(facts: Facts, source: ir.Node, value: ir.Value, affine: ChannelAffine, budget: int = 0) -> Plan:
-    """Plan to make `value`, read by `source`, deliver the map itself."""
-    return _search(facts, source, [_Task(value, affine, source)], True, _BUDGET - 1)
+def upstream(
+    facts: Facts, reader: ir.Node, value: ir.Value, affine: ChannelAffine, growth: int = 1, duplicate: bool = False
+) -> Plan:
+    """Plan to make `value`, read by `reader`, deliver the map itself, adding at most `growth` operators."""
+    return _Search(facts, reader, True, growth, duplicate).run([_Task(value, affine, reader)])
 
 
-def downstream(facts: Facts, source: ir.Node, value: ir.Value, affine: ChannelAffine) -> Plan:
+def downstream(facts: Facts, source: ir.Node, value: ir.Value, affine: ChannelAffine, growth: int = 1) -> Plan:
     """Plan for `value`, the output of `source`, to lack the map: its readers take it."""
-    return _search(facts, source, _readers(value, affine), False, _BUDGET)
+    return _Search(facts, source, False, growth, False).run(_readers(value, affine))
+
+
+def _uses(value: ir.Value) -> list[Any]:
+    """Who reads the numbers of a value; its shape is not changed by any map."""
+    return [u for u in value.uses() if not (u.node.op_type in ("Shape", "Size") and u.node.domain == "")]
 
 
 def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
     if value.is_graph_output():
         raise Refused(f"'{value.name}' is a graph output")
-    uses = list(value.uses())
+    uses = _uses(value)
     if not uses:
         raise Refused(f"'{value.name}' has no readers")
     if len({use.node for use in uses}) != len(uses):
@@ -85,89 +95,111 @@ def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
     return [_Task(value, affine, use.node, use.idx) for use in uses]
 
 
-def _steps_up(facts: Facts, source: ir.Node, task: _Task, seen: set[ir.Node]) -> Iterator[Step]:
-    value, node = task.value, task.value.producer()
-    if node is None:
-        if facts.constant(value) is not None:
-            raise Refused(f"'{value.name}' is a constant")
-        raise Refused(f"'{value.name}' is a graph input")
-    if node.graph is not source.graph:
-        raise Refused(f"'{value.name}' comes from an enclosing graph")
-    rule = lookup(node)
-    index = value.index()
-    steps = rule.pull(Site(facts, node, 0 if index is None else index, task.affine))
-    if value.is_graph_output():
-        raise Refused(f"the output of {node.op_type} '{value.name}' is also a graph output")
-    uses = value.uses()
-    if len(uses) != 1:
-        raise Refused(f"the output of {node.op_type} '{value.name}' has other readers")
-    if node in seen:
-        raise Refused(f"the map reaches {node.op_type} twice")
-    return iter(steps)
+class _Search:
+    """One search: depth first, with the places to come back to on a stack."""
 
+    def __init__(self, facts: Facts, source: ir.Node, up: bool, growth: int, duplicate: bool):
+        self._facts, self._source, self._up, self._growth, self._duplicate = facts, source, up, growth, duplicate
+        self._budget = _BUDGET
+        self._plan = Plan()
+        self._seen: set[ir.Node] = set()
 
-def _steps_down(facts: Facts, source: ir.Node, task: _Task, seen: set[ir.Node]) -> Iterator[Step]:
-    node = task.node
-    assert node is not None
-    if node.graph is not source.graph:
-        raise Refused(f"'{task.value.name}' is read inside a subgraph")
-    rule = lookup(node)
-    if node in seen:
-        raise Refused(f"two branches of the map meet at {node.op_type}")
-    return iter(rule.push(Site(facts, node, task.index, task.affine)))
-
-
-def _search(facts: Facts, source: ir.Node, tasks: list[_Task], up: bool, budget: int) -> Plan:
-    todo: _Todo = None
-    for task in reversed(tasks):
-        todo = (task, todo)
-    plan = Plan()
-    choices: list[tuple[_Todo, int, ir.Node, Iterator[Step]]] = []
-    first: Refused | None = None
-    steps: Iterator[Step] | None = None
-    node: ir.Node = source
-    while True:
-        try:
-            if steps is None:
+    def run(self, tasks: list[_Task]) -> Plan:
+        """Follow all tasks to their ends; raises `Refused` with the reason of the best alternative."""
+        todo = _stack(tasks, None)
+        choices: list[_Choice] = []
+        first: Refused | None = None
+        while True:
+            try:
                 if todo is None:
-                    _must_not_grow(plan)
-                    return plan
+                    self._must_not_grow()
+                    return self._plan
                 task, todo = todo
                 if task.affine.is_identity:
                     continue
-                budget -= 1
-                if budget < 0:
-                    raise Refused("the search for an absorber was given up: too many operators on the way")
-                seen = {n for n, _ in plan.trail}
-                steps = (_steps_up if up else _steps_down)(facts, source, task, seen)
-                owner = task.value.producer() if up else task.node
-                assert owner is not None
-                node = owner
-            step = next(steps)
-            choices.append((todo, len(plan.trail), node, steps))
-            plan.trail.append((node, step))
-            onward = step.onward if up else None
-            if onward is None:
-                following = [t for value, affine in step.onward if not affine.is_identity for t in _readers(value, affine)]
-            else:
-                following = [_Task(value, affine, node) for value, affine in onward]
-            for task in reversed(following):
-                todo = (task, todo)
-            steps = None
-        except (Refused, StopIteration) as error:
-            if isinstance(error, Refused):
-                first = first or error
-                if budget < 0:
+                node = self._owner(task)
+                steps = self._steps(task, node)
+                todo = self._take(todo, node, steps, choices)
+            except Refused as refusal:
+                first = first or refusal
+                if self._budget < 0:
                     raise
-            if not choices:
-                raise first or Refused("no operator takes the map") from None
+                todo = self._back(choices, first)
+
+    def _take(self, todo: _Todo, node: ir.Node, steps: Iterator[Step], choices: list[_Choice]) -> _Todo:
+        """Go on with the next alternative at `node`."""
+        step = next(steps, None)
+        if step is None:
+            raise Refused(f"{node.op_type} has no place for the map")
+        choices.append((todo, len(self._plan.trail), node, steps))
+        self._plan.trail.append((node, step))
+        self._seen.add(node)
+        return _stack(self._following(node, step), todo)
+
+    def _back(self, choices: list[_Choice], first: Refused) -> _Todo:
+        """Undo up to the last place that has another alternative, and take it."""
+        while choices:
             todo, length, node, steps = choices.pop()
-            del plan.trail[length:]
+            self._seen.difference_update(n for n, _ in self._plan.trail[length:])
+            del self._plan.trail[length:]
+            with suppress(Refused):
+                return self._take(todo, node, steps, choices)
+        raise first
+
+    def _following(self, node: ir.Node, step: Step) -> list[_Task]:
+        if self._up:
+            return [_Task(value, affine, node) for value, affine in step.onward]
+        return [t for value, affine in step.onward if not affine.is_identity for t in _readers(value, affine)]
+
+    def _owner(self, task: _Task) -> ir.Node:
+        if not self._up:
+            assert task.node is not None
+            return task.node
+        node = task.value.producer()
+        if node is None:
+            what = "a graph input" if task.value.is_graph_input() else "a constant"
+            raise Refused(f"'{task.value.name}' is {what}")
+        return node
+
+    def _steps(self, task: _Task, node: ir.Node) -> Iterator[Step]:
+        """The alternatives of one operator, once the place itself allows any."""
+        self._budget -= 1
+        if self._budget < 0:
+            raise Refused("the search for an absorber was given up: too many operators on the way")
+        value = task.value
+        if node.graph is not self._source.graph:
+            raise Refused(f"'{value.name}' crosses the border of a control-flow body")
+        rule = lookup(node)
+        if node in self._seen:
+            raise Refused(f"two branches of the map meet at {node.op_type}")
+        if not self._up:
+            return iter(rule.push(Site(self._facts, node, task.index, task.affine)))
+        index = value.index()
+        steps = rule.pull(Site(self._facts, node, 0 if index is None else index, task.affine))
+        shared = None
+        if value.is_graph_output():
+            shared = f"the output of {node.op_type} '{value.name}' is also a graph output"
+        elif len(_uses(value)) != 1:
+            shared = f"the output of {node.op_type} '{value.name}' has other readers"
+        if shared is None:
+            return iter(steps)
+        copies = [_copy(node, value, task.node, s) for s in steps if s.absorbs and not s.onward]
+        if not self._duplicate or not copies:
+            raise Refused(shared)
+        return iter(copies)
+
+    def _must_not_grow(self) -> None:
+        if sum(edit.grows for edit in self._plan.edits) > self._growth:
+            raise Refused("folding would add more operators than it removes")
 
 
-def _must_not_grow(plan: Plan) -> None:
-    """One operator goes (the batch normalization); no more than that may come."""
-    if sum(edit.grows for edit in plan.edits) > 1:
-        raise Refused("folding would add more operators than it removes")
+def _copy(node: ir.Node, value: ir.Value, reader: ir.Node | None, step: Step) -> Step:
+    """The same step on a copy of the operator that only `reader` reads."""
+    assert reader is not None
+    return Step.absorbed(Fork(node, value, reader, step.edits))
 
 
+def _stack(tasks: list[_Task], rest: _Todo) -> _Todo:
+    for task in reversed(tasks):
+        rest = (task, rest)
+    return rest

@@ -11,11 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from .affine import ChannelAffine
+from .arithmetic import BINARY, ConstantOperand, constant_operand, lift, own_map
 from .facts import Facts
 from .plan import FLOATS, Refused
 from .registry import not_constant
 
-__all__ = ["BatchNorm", "Source", "find"]
+__all__ = ["BatchNorm", "Run", "Source", "find", "must_infer"]
 
 
 class Source:
@@ -28,6 +29,7 @@ class Source:
     """
 
     kind = ""
+    complete = True
 
     def __init__(self, nodes: tuple[ir.Node, ...]):
         self.nodes = nodes
@@ -68,7 +70,7 @@ class BatchNorm(Source):
     def affine(self, facts: Facts) -> ChannelAffine:
         """Scale ``gamma / sqrt(var + epsilon)`` and shift ``B - mean * scale`` along axis 1, in float64."""
         node = self.anchor
-        _must_infer(node, facts)
+        must_infer(node, facts)
         if len(node.inputs) < 5 or node.inputs[0] is None:
             raise Refused("BatchNormalization lacks inputs")
         parameters = []
@@ -87,10 +89,17 @@ class BatchNorm(Source):
             result = ChannelAffine(scale, beta - mean * scale, 1)
         if not result.is_finite:
             raise Refused("the scale or the shift is not finite (variance + epsilon is not positive?)")
-        return result
+        return _snap(result, facts.dtype(node.outputs[0]) or ir.DataType.DOUBLE)
 
 
-def _must_infer(node: ir.Node, facts: Facts) -> None:
+def _snap(affine: ChannelAffine, dtype: ir.DataType) -> ChannelAffine:
+    """The identity, where the type of the tensor cannot tell a map from it (variance 1 - epsilon in float32)."""
+    if dtype in FLOATS and not affine.has_shift and np.all(affine.scale.astype(dtype.numpy()) == 1):
+        return ChannelAffine(np.ones_like(affine.scale), affine.shift, affine.axis)
+    return affine
+
+
+def must_infer(node: ir.Node, facts: Facts) -> None:
     """Refuse whatever is not inference with one mean and variance per channel."""
     opset = facts.opset(node)
     if any(a.is_ref() for a in node.attributes.values()):
@@ -115,8 +124,98 @@ def _must_infer(node: ir.Node, facts: Facts) -> None:
             raise Refused(f"its input is of type {dtype.name}")
 
 
-def find(facts: Facts, graph: ir.Graph) -> Iterator[Source]:
+class Run(Source):
+    """A batch normalization written out: a chain of Mul, Add, Sub and Div by constants, one after the other.
+
+    Attributes
+    ----------
+    complete : bool
+        Whether it both scales and shifts. A run that only scales is folded where possible, but not missed where not.
+    """
+
+    kind = "decomposed"
+
+    def __init__(self, operands: list[ConstantOperand], anchor: ir.Node):
+        super().__init__(tuple(o.node for o in operands))
+        self._data = [(o.node, o.data) for o in operands]
+        self._anchor = anchor
+        self.complete = any(o.node.op_type in ("Add", "Sub") for o in operands)
+
+    @property
+    def anchor(self) -> ir.Node:
+        """The first operator that scales by channel."""
+        return self._anchor
+
+    def data(self) -> list[tuple[ir.Node, int]]:
+        """The operand that is not constant."""
+        return self._data
+
+    def affine(self, facts: Facts) -> ChannelAffine:
+        """All operators as one map."""
+        total: ChannelAffine | None = None
+        before: ir.Value | None = None
+        for node, data in self._data:
+            operand = constant_operand(facts, node)
+            own = None if operand is None else own_map(facts, operand)
+            if own is None or (before is not None and node.inputs[data] is not before):
+                raise Refused("the constants of the run are not one value per channel")
+            total = own if total is None else _chain(total, own)
+            if total is None:
+                raise Refused("the operators of the run do not lie along one axis")
+            before = node.outputs[0]
+        if total is None or total.axis < 0:
+            raise Refused("the run does not scale by channel")
+        return total
+
+
+def _chain(first: ChannelAffine, then: ChannelAffine) -> ChannelAffine | None:
+    """`then` after `first`; scalars go along with any axis."""
+    if first.axis == then.axis and first.size == then.size:
+        return then.after(first)
+    if then.axis == -1:
+        lifted = lift(then, first.axis, first.size)
+        return None if lifted is None else lifted.after(first)
+    lifted = lift(first, then.axis, then.size)
+    return None if lifted is None else then.after(lifted)
+
+
+def find(facts: Facts, graph: ir.Graph) -> Iterator[BatchNorm | Run]:
     """All sources of one graph, in its order."""
+    taken: set[ir.Node] = set()
     for node in graph:
-        if node.op_type == "BatchNormalization" and node.domain == "" and node.outputs:
+        if node.domain != "" or not node.outputs:
+            continue
+        if node.op_type == "BatchNormalization":
             yield BatchNorm((node,))
+        elif node.op_type in BINARY and node not in taken:
+            run = _run(facts, node)
+            if run is not None:
+                taken.update(run.nodes)
+                yield run
+
+
+def _run(facts: Facts, node: ir.Node) -> Run | None:
+    """The longest run that starts at `node` and scales by channel."""
+    operands: list[ConstantOperand] = []
+    total: ChannelAffine | None = None
+    anchor: ir.Node | None = None
+    current: ir.Node | None = node
+    while current is not None:
+        operand = constant_operand(facts, current)
+        own = None if operand is None else own_map(facts, operand)
+        if operand is None or own is None:
+            break
+        if operands and current.inputs[operand.data] is not operands[-1].node.outputs[0]:
+            break
+        joined = own if total is None else _chain(total, own)
+        if joined is None:
+            break
+        total = joined
+        operands.append(operand)
+        if anchor is None and own.axis >= 0 and operand.kind in ("x*c", "x/c"):
+            anchor = current
+        out = current.outputs[0]
+        uses = out.uses()
+        only = next(iter(uses)).node if len(uses) == 1 and not out.is_graph_output() else None
+        current = only if only is not None and only.graph is node.graph and only.op_type in BINARY else None
+    return None if anchor is None else Run(operands, anchor)

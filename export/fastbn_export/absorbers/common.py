@@ -9,6 +9,7 @@ import numpy as np
 from ..affine import Array
 from ..plan import Edit, Refused, SetConstant, scaled
 from ..registry import Site
+from .quantized import dequantizer, rescale
 
 __all__ = ["bias_edit", "vector_shape", "weight_edit"]
 
@@ -18,11 +19,16 @@ def vector_shape(size: int, axis: int, rank: int) -> tuple[int, ...]:
     return tuple(size if i == axis else 1 for i in range(rank))
 
 
-def weight_edit(site: Site, index: int, what: str, factor: Array, axis: int | tuple[int, ...]) -> Edit:
+def weight_edit(site: Site, index: int, what: str, factor: Array, axis: int | tuple[int, ...]) -> list[Edit]:
     """Multiply constant input `index` by `factor`, broadcast against it; `axis` has the channels of the result."""
+    value = site.input(index)
     weight = site.constant(index, what)
-    dtype = site.dtype(site.input(index))
-    return SetConstant(site.node, index, lambda: scaled(weight, factor), dtype, axis)
+    quantized = dequantizer(value)
+    if quantized is not None:
+        if quantized is not value.producer() or len(value.uses()) != 1:
+            raise Refused(f"the {what} of {site.node.op_type} is dequantized, and transformed or shared after that")
+        return rescale(site, quantized, weight.shape, factor)
+    return [SetConstant(site.node, index, lambda: scaled(weight, factor), site.dtype(value), axis)]
 
 
 def bias_edit(site: Site, index: int, compute: Callable[[Array], Array], size: int, hint: str) -> Edit:

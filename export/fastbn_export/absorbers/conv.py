@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..affine import Array
-from ..plan import Edit, Refused, Step
+from ..plan import Refused, Step
 from ..registry import Operator, Site, operator
 from .common import bias_edit, weight_edit
 
@@ -47,7 +47,7 @@ class Conv(Operator):
         weight = site.constant(1, "weight")
         if weight.shape[0] != a.size:
             raise Refused(f"the map has {a.size} channels, Conv delivers {weight.shape[0]}")
-        edits: list[Edit] = [weight_edit(site, 1, "weight", a.scale.reshape(-1, *[1] * (weight.ndim - 1)), 0)]
+        edits = weight_edit(site, 1, "weight", a.scale.reshape(-1, *[1] * (weight.ndim - 1)), 0)
         if _bias_needed(site):
             edits.append(bias_edit(site, 2, lambda b: a.scale * b + a.shift, a.size, "bias"))
         return [Step.absorbed(*edits)]
@@ -67,13 +67,14 @@ class Conv(Operator):
             raise Refused("the next Conv pads with zeros, and the shift is not zero")
         rows = np.repeat(np.arange(group), filters // group)  # group of each filter
         scale = a.scale.reshape(group, per_group)[rows].reshape(filters, per_group, *[1] * (weight.ndim - 2))
-        edits: list[Edit] = [weight_edit(site, 1, "weight", scale, 0)]
+        edits = weight_edit(site, 1, "weight", scale, 0)
         if a.has_shift:
             shift = a.shift.reshape(group, per_group)[rows]
 
             def bias(b: Array) -> Array:
-                taps = weight.reshape(filters, per_group, -1).sum(axis=2, dtype=np.float64)
-                return b + np.einsum("mc,mc->m", taps, shift)
+                taps: Array = weight.reshape(filters, per_group, -1).sum(axis=2, dtype=np.float64)
+                added: Array = np.einsum("mc,mc->m", taps, shift)
+                return b + added
 
             edits.append(bias_edit(site, 2, bias, filters, "bias"))
         return [Step.absorbed(*edits)]
@@ -97,7 +98,7 @@ class ConvTranspose(Operator):
             raise Refused(f"the map has {a.size} channels, ConvTranspose delivers {per_group * group}")
         rows = np.repeat(np.arange(group), channels // group)
         scale = a.scale.reshape(group, per_group)[rows].reshape(channels, per_group, *[1] * (weight.ndim - 2))
-        edits: list[Edit] = [weight_edit(site, 1, "weight", scale, 1)]
+        edits = weight_edit(site, 1, "weight", scale, 1)
         if _bias_needed(site):
             edits.append(bias_edit(site, 2, lambda b: a.scale * b + a.shift, a.size, "bias"))
         return [Step.absorbed(*edits)]
@@ -112,7 +113,7 @@ class ConvTranspose(Operator):
         group = site.int("group", 1)
         if weight.shape[0] != a.size:
             raise Refused(f"the map has {a.size} channels, ConvTranspose reads {weight.shape[0]}")
-        edits: list[Edit] = [weight_edit(site, 1, "weight", a.scale.reshape(-1, *[1] * (weight.ndim - 1)), 0)]
+        edits = weight_edit(site, 1, "weight", a.scale.reshape(-1, *[1] * (weight.ndim - 1)), 0)
         if a.has_shift:
             point = all(k == 1 for k in weight.shape[2:]) and all(s == 1 for s in site.ints("strides") or ())
             plain = not any(site.ints("pads") or ()) and not any(site.ints("output_padding") or ())

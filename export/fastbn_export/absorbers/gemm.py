@@ -32,7 +32,7 @@ class Gemm(Operator):
         axis = a.axis ^ bool(site.int(flag, 0))
         if weight.ndim != 2 or weight.shape[axis] != a.size:
             raise Refused(f"the map has {a.size} channels, Gemm's weight has shape {weight.shape}")
-        edits: list[Edit] = [weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), axis)]
+        edits = weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), axis)
         along = (1, -1) if a.axis == 1 else (-1, 1)
         scale, shift = a.scale.reshape(along), a.shift.reshape(along)
         if a.has_shift or (site.has(2) and site.float("beta", 1.0) != 0.0):
@@ -52,7 +52,7 @@ class Gemm(Operator):
         axis = other[1] ^ bool(site.int(other[0], 0))
         if weight.ndim != 2 or weight.shape[axis] != a.size:
             raise Refused(f"the map has {a.size} channels, Gemm's weight has shape {weight.shape}")
-        edits: list[Edit] = [weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), 1 - axis)]
+        edits = weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), 1 - axis)
         if a.has_shift:
             alpha = site.float("alpha", 1.0)
             wide = weight.astype(np.float64)

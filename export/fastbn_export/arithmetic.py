@@ -1,0 +1,119 @@
+"""Mul, Add, Sub and Div by a constant as maps, in the broadcasting rules of every opset.
+
+Requirement: a constant that broadcasts along the width, or enlarges its partner, is not taken for a per-channel one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .affine import Array, ChannelAffine
+from .facts import Facts
+from .plan import FLOATS
+
+__all__ = ["ConstantOperand", "constant_operand", "lift", "own_map"]
+
+BINARY = frozenset({"Add", "Sub", "Mul", "Div"})
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantOperand:
+    """An elementwise operator with one constant operand.
+
+    Attributes
+    ----------
+    data, index : int
+        Which input is the data and which the constant.
+    value : array
+        The constant, float64, with as many dimensions as the output.
+    """
+
+    node: ir.Node
+    data: int
+    index: int
+    value: Array
+
+    @property
+    def kind(self) -> str:
+        """One of "x+c", "x-c", "c-x", "x*c", "x/c" or "c/x"."""
+        sign = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}[self.node.op_type]
+        return f"x{sign}c" if self.data == 0 or sign in "+*" else f"c{sign}x"
+
+
+def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
+    """The constant operand of a binary elementwise operator on floats, if it has exactly one."""
+    if node.op_type not in BINARY or node.domain != "" or len(node.inputs) != 2:
+        return None
+    first, second = node.inputs
+    if first is None or second is None or first is second:
+        return None
+    fixed = [facts.is_constant(first), facts.is_constant(second)]
+    if fixed[0] == fixed[1]:
+        return None
+    index = fixed.index(True)
+    data, constant = (second, first) if index == 0 else (first, second)
+    if facts.dtype(constant) not in FLOATS and facts.dtype(data) not in FLOATS:
+        return None
+    array = facts.constant(constant)
+    if array is None:
+        return None
+    rank = facts.rank(data)
+    if rank is None:
+        if array.ndim:
+            return None
+        rank = 0
+    aligned = _align(node, facts.opset(node), array.astype(np.float64), rank, index)
+    return None if aligned is None else ConstantOperand(node, 1 - index, index, aligned)
+
+
+def _align(node: ir.Node, opset: int, array: Array, rank: int, index: int) -> Array | None:
+    """Give the constant the rank of the data; None where it would enlarge the rank."""
+    if array.ndim > rank:
+        return None
+    if opset < 7 and array.ndim and array.ndim != rank:
+        # Before opset 7 only the second operand broadcasts, and `axis` says where its first dimension lies.
+        if index != 1 or not node.attributes.get_int("broadcast", 0):
+            return None
+        start = node.attributes.get_int("axis", rank - array.ndim)
+        if not 0 <= start <= rank - array.ndim:
+            return None
+        return array.reshape((1,) * start + array.shape + (1,) * (rank - array.ndim - start))
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
+
+
+def own_map(facts: Facts, operand: ConstantOperand) -> ChannelAffine | None:
+    """The operator as a map along one axis of its data; scalars have axis -1 and size 1."""
+    value = operand.value
+    axes = [i for i, d in enumerate(value.shape) if d != 1]
+    if len(axes) > 1 or operand.kind == "c/x":
+        return None
+    axis = axes[0] if axes else -1
+    if axis >= 0:
+        data = operand.node.inputs[operand.data]
+        dims = None if data is None else facts.dims(data)
+        if dims is None or dims[axis] != value.shape[axis]:
+            return None  # the constant enlarges the data, or may
+    c = value.reshape(-1)
+    one, zero = np.ones_like(c), np.zeros_like(c)
+    with np.errstate(all="ignore"):
+        scale, shift = {
+            "x+c": (one, c),
+            "x-c": (one, -c),
+            "c-x": (-one, c),
+            "x*c": (c, zero),
+            "x/c": (1.0 / c, zero),
+        }[operand.kind]
+    result = ChannelAffine(scale, shift, axis)
+    return result if result.is_finite else None
+
+
+def lift(affine: ChannelAffine, axis: int, size: int) -> ChannelAffine | None:
+    """A scalar map (axis -1) along any axis; None if the map lies along another axis."""
+    if affine.axis == axis:
+        return affine if affine.size == size else None
+    if affine.axis == -1:
+        return ChannelAffine.of(affine.scale[0], affine.shift[0], axis, size)
+    return None

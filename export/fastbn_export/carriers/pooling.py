@@ -1,0 +1,167 @@
+"""Pools, reductions and other averages over positions: weights that sum to one commute with any map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from ..affine import ChannelAffine
+from ..plan import Refused, Step
+from ..registry import Operator, Site, operator
+
+__all__ = ["AveragePool", "GlobalAveragePool", "MaxPool", "Reduce", "Resize"]
+
+
+def _through(site: Site, up: bool, affine: ChannelAffine | None = None) -> Sequence[Step]:
+    if not up and site.index != 0:
+        raise Refused(f"the map feeds a parameter of {site.node.op_type}")
+    a = site.affine if affine is None else affine
+    return [Step.carry((site.input(0) if up else site.node.outputs[0], a))]
+
+
+def _channels_first(site: Site) -> None:
+    if site.affine.axis != 1:
+        raise Refused(f"the map does not lie along the channel axis of {site.node.op_type}")
+
+
+def _not_negative(site: Site) -> None:
+    if np.any(site.affine.scale < 0):
+        raise Refused(f"a negative scale turns the maximum of {site.node.op_type} into a minimum")
+
+
+@operator("AveragePool")
+class AveragePool(Operator):
+    """Counts its padding as zeros only with count_include_pad."""
+
+    upstream = downstream = "carries; a shift only where padding is absent or not counted"
+
+    def _check(self, site: Site) -> None:
+        _channels_first(site)
+        padded = any(site.ints("pads") or ()) or site.text("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+        counted = site.int("count_include_pad", 0) and (padded or site.int("ceil_mode", 0))
+        if counted and site.affine.has_shift:
+            raise Refused("AveragePool counts padded zeros, and the shift is not zero")
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Averages commute."""
+        self._check(site)
+        return _through(site, True)
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """Averages commute."""
+        self._check(site)
+        return _through(site, False)
+
+
+@operator("GlobalAveragePool")
+class GlobalAveragePool(Operator):
+    """The mean over all positions."""
+
+    upstream = downstream = "carries"
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Averages commute."""
+        _channels_first(site)
+        return _through(site, True)
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """Averages commute."""
+        _channels_first(site)
+        return _through(site, False)
+
+
+@operator("MaxPool", "GlobalMaxPool")
+class MaxPool(Operator):
+    """The maximum commutes with any increasing map; padding is minus infinity."""
+
+    upstream = downstream = "carries where no scale is negative and the indices are not used"
+
+    def _check(self, site: Site) -> None:
+        _channels_first(site)
+        _not_negative(site)
+        if site.index or any(o.uses() or o.is_graph_output() for o in site.node.outputs[1:]):
+            raise Refused("the indices of MaxPool are used")
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Increasing maps commute."""
+        self._check(site)
+        return _through(site, True)
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """Increasing maps commute."""
+        self._check(site)
+        return _through(site, False)
+
+
+@operator("ReduceMean", "ReduceSum", "ReduceMax")
+class Reduce(Operator):
+    """Reductions over axes other than the channels; a sum counts the shift once for each element."""
+
+    upstream = downstream = (
+        "carries over other axes (ReduceMax: no negative scale; ReduceSum: shift times static count)"
+    )
+
+    def _axes(self, site: Site) -> tuple[list[int], int]:
+        rank = site.rank(site.input(0))
+        axes = site.ints("axes", 1)
+        if not axes:
+            axes = [] if site.int("noop_with_empty_axes", 0) else list(range(rank))
+        return [x % rank for x in axes], rank
+
+    def _carried(self, site: Site, axis: int, axes: list[int], up: bool) -> ChannelAffine:
+        a = site.affine
+        if axis in axes:
+            raise Refused(f"{site.node.op_type} reduces the channel axis")
+        if site.node.op_type == "ReduceMax":
+            _not_negative(site)
+        if site.node.op_type == "ReduceSum" and a.has_shift:
+            dims = site.dims(site.input(0))
+            sizes = [d for i in axes if isinstance(d := dims[i], int)]
+            if len(sizes) != len(axes) or not prod(sizes):
+                raise Refused("ReduceSum over an unknown number of elements")
+            count = prod(sizes)
+            return ChannelAffine(a.scale, a.shift / count if up else a.shift * count, a.axis)
+        return a
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Back to the axis before the reduction."""
+        axes, rank = self._axes(site)
+        kept = list(range(rank)) if site.int("keepdims", 1) else [i for i in range(rank) if i not in axes]
+        if site.affine.axis >= len(kept):
+            raise Refused(f"the map's axis is not one of {site.node.op_type}")
+        axis = kept[site.affine.axis]
+        return _through(site, True, self._carried(site, axis, axes, True).at(axis))
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """Forward to the axis after the reduction."""
+        axes, rank = self._axes(site)
+        kept = list(range(rank)) if site.int("keepdims", 1) else [i for i in range(rank) if i not in axes]
+        carried = self._carried(site, site.affine.axis, axes, False)
+        return _through(site, False, carried.at(kept.index(site.affine.axis)))
+
+
+@operator("Resize", "Upsample")
+class Resize(Operator):
+    """Interpolation weights sum to one; only tf_crop_and_resize writes values from outside."""
+
+    upstream = downstream = "carries; not tf_crop_and_resize, the channels must not be resized"
+
+    def _check(self, site: Site) -> None:
+        if site.text("coordinate_transformation_mode", "") == "tf_crop_and_resize" and site.affine.has_shift:
+            raise Refused("Resize fills in values from outside the input")
+        before, after = site.dims(site.input(0)), site.dims(site.node.outputs[0])
+        axis = site.affine.axis
+        if axis >= len(before) or not isinstance(before[axis], int) or before[axis] != after[axis]:
+            raise Refused(f"{site.node.op_type} may resize the channel axis")
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Interpolation commutes."""
+        self._check(site)
+        return _through(site, True)
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """Interpolation commutes."""
+        self._check(site)
+        return _through(site, False)
