@@ -123,7 +123,21 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         send(answers, message, outputs)
 
 
+def _limit_memory() -> None:
+    """Ask for no more memory than the machine has: a model of absurd sizes gets an error, not the machine swapping."""
+    try:
+        import resource
+
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = int(physical * 0.9)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if most < 0 else min(wanted, most), most))
+    except (ImportError, OSError, ValueError):  # no such limits on this system
+        return
+
+
 if __name__ == "__main__":
+    _limit_memory()
     with os.fdopen(os.dup(1), "wb") as private:
         os.dup2(2, 1)
         serve(sys.stdin.buffer, private)

@@ -22,7 +22,7 @@ from fastbn_export.console import line, print_table, progress
 from fastbn_export.files import ModelFileError, save_model
 from fastbn_export.float64 import lift
 from fastbn_export.fold import fold
-from fastbn_export.paper_net import DEVIATION, LEARNING_RATE, Net, mini_batches
+from fastbn_export.paper_net import BATCH, DEVIATION, LEARNING_RATE, Net, mini_batches
 from fastbn_export.pictures import Data, digits, mnist
 from fastbn_export.plot import save_accuracies
 from fastbn_export.protos import operator_counts
@@ -47,7 +47,11 @@ def demo(arguments: argparse.Namespace) -> int:
     original = build(nets[NORMALISED].layers(), (None, data.train_x.shape[1]), fold=False)
     with Checker(original, inputs={"input": data.test_x}) as checker:
         checked = fold_checked(original, checker, fold)
-    save_accuracies(out / "accuracy.png", curves, f"{data.name}: three layers of 100 sigmoid units", SHOWN)
+    save_accuracies(
+        *(out / "accuracy.png", curves, f"{data.name}: three layers of 100 sigmoid units"),
+        caption=f"(mini-batches of {BATCH}, learning rate {LEARNING_RATE}, weights N(0, {DEVIATION}²), one run)",
+        marked=SHOWN,
+    )
     save_model(original, out / "bn.onnx")
     if not checked.verdict.ok:
         line(str(checked.verdict))

@@ -50,8 +50,8 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
     Raises
     ------
     ModelFileError
-        Missing, a folder, truncated, not ONNX, or with external data that is missing, too short, of a size that
-        disagrees with its shape, or outside of the model's folder.
+        Missing, a folder, truncated, not ONNX, with a tensor whose bytes disagree with its shape, or with external
+        data that is missing, too short or outside of the model's folder.
     """
     file = Path(path)
     model = _parse(file, _read(file))
@@ -60,6 +60,12 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
             where = _external(file, tensor)
             if external_data:
                 _fill(tensor, *where)
+        elif tensor.HasField("raw_data"):
+            name = f"{file}: tensor {tensor.name!r}"
+            if len(tensor.raw_data) != (needed := _byte_size(tensor, name)):
+                raise ModelFileError(
+                    f"{name}: expected {needed} bytes for shape {list(tensor.dims)}, got {len(tensor.raw_data)}"
+                )
     return model
 
 
@@ -130,7 +136,7 @@ def _fill(tensor: Any, data: Path, offset: int, length: int) -> None:
         stream.seek(offset)
         tensor.raw_data = stream.read(length)
     tensor.ClearField("external_data")
-    tensor.data_location = onnx.TensorProto.DEFAULT
+    tensor.ClearField("data_location")
 
 
 def check_output(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> None:

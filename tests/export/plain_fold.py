@@ -1,4 +1,4 @@
-"""Small networks and their folds done by hand in float64: what the exporter is checked against, and what is corrupted."""
+"""Small networks and their folds done by hand in float64: what the exporter is checked against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
 from fastbn_export.layers import Conv, Linear
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
 from fastbn_export.build import build
 from fastbn_export.layers import Conv, Linear, ReLU, Sigmoid, Softmax
 from fastbn_export.verify import Checker, verify
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from .onnx_models import corrupt, graph, value
 from .plain_fold import folded, norm
 
 
@@ -33,16 +33,6 @@ def two_layers(dtype=np.float32, seed=0):
 def models(dtype=np.float32):
     layers, by_hand, shape = two_layers(dtype)
     return build(layers, shape, fold=False), build(by_hand, shape, fold=False)
-
-
-def corrupt(model, change, which=""):
-    """Return a copy of the model with its first initialiser of such a name changed by a function of its array."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    tensor = next(t for t in copy.graph.initializer if t.name.endswith(which))
-    array = numpy_helper.to_array(tensor).copy()
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(array)).astype(array.dtype), tensor.name))
-    return copy
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -162,15 +152,6 @@ def test_another_interface_is_another_function():
     good.graph.output[0].name = good.graph.node[-1].output[0] = "other"
     report = verify(original, good)
     assert not report.ok and "outputs differ" in str(report)
-
-
-def graph(nodes, inputs, outputs, constants=(), opset=17):
-    made = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(v, n) for n, v in constants])
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-def value(name, dtype, shape):
-    return helper.make_tensor_value_info(name, dtype, shape)
 
 
 def test_not_a_number_and_infinity_belong_at_the_same_places():
