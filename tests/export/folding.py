@@ -8,9 +8,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
-
 from fastbn_export.fold import FoldResult, fold
+from onnx import TensorProto, helper, numpy_helper
 
 ELEMENT = {
     np.dtype(np.float32): TensorProto.FLOAT,
