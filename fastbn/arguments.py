@@ -47,30 +47,46 @@ def _host(name: str, x: Any) -> Array:
         return cast(Array, x.view(np.ndarray))
     if hasattr(x, "__cuda_array_interface__"):
         raise dispatch.refuse_device(name)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
+    if _is_tensor(x):
         raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
     raise ArgumentTypeError(name, "a NumPy array", type(x).__name__)
 
 
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(isinstance(x, torch.Tensor))
+
+
 def same_kind(name: str, value: Any, x: Array, of: str = "x") -> Array:
     """Check an array with the shape and dtype of x."""
-    value = tensor(name, value)
-    if value.shape != x.shape:
-        raise ArgumentValueError(name, f"the shape of {of}, {x.shape}", value.shape)
-    if value.dtype != x.dtype:
-        raise ArgumentTypeError(name, f"the dtype of {of}, {x.dtype}", value.dtype)
-    return value
+    array = tensor(name, value)
+    if array.shape != x.shape:
+        raise ArgumentValueError(name, f"the shape of {of}, {x.shape}", array.shape)
+    if array.dtype != x.dtype:
+        raise ArgumentTypeError(name, f"the dtype of {of}, {x.dtype}", array.dtype)
+    return array
 
 
 def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
-    """Check a vector with one number per channel in the arithmetic dtype; make it contiguous."""
-    array = np.asarray(value)
+    """Check a vector with one number per channel in the arithmetic dtype; make it contiguous, aligned and writeable.
+
+    Numba would compile every kernel once more for arrays that are read-only or not aligned.
+    """
+    array: Array = value if type(value) is np.ndarray else _vector(name, value)
     if array.shape != (channels,):
         raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
     if array.dtype != dtype:
         raise ArgumentTypeError(name, f"{dtype} (parameters of half types are float32)", array.dtype)
-    return np.ascontiguousarray(array)
+    return array if array.flags.carray else np.array(array, order="C")
+
+
+def _vector(name: str, value: Any) -> Array:
+    if isinstance(value, np.ndarray) or _is_tensor(value):
+        return _host(name, value)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentTypeError(name, "one number per channel", type(value).__name__) from None
 
 
 def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
@@ -116,6 +132,8 @@ def output(out: Any, x: Array, axis: int) -> layout.Layout:
     same_kind("out", out, x)
     if not out.flags.writeable:
         raise ArgumentValueError("out", "a writeable array", "a read-only one")
+    if not out.flags.aligned:  # a streaming store to such an address ends the process
+        raise ArgumentValueError("out", f"an array aligned to its {out.itemsize}-byte elements", "an unaligned one")
     found = layout.of(out.shape, out.strides, out.itemsize, axis)
     if found is None:
         raise ArgumentValueError(

@@ -64,11 +64,11 @@ def contiguous(shape: tuple[int, ...], axis: int) -> Layout:
 
 
 def settle(x: Array, axis: int) -> tuple[Array, Layout]:
-    """Return x and its layout, x copied to C order where it has none."""
-    layout = of(x.shape, x.strides, x.itemsize, axis)
+    """Return x and its layout, x copied to C order where it has none or where its elements are not aligned."""
+    layout = of(x.shape, x.strides, x.itemsize, axis) if x.flags.aligned else None
     if layout is not None:
         return x, layout
-    return np.ascontiguousarray(x), contiguous(x.shape, axis)
+    return np.array(x, order="C"), contiguous(x.shape, axis)
 
 
 def empty_like(x: Array, layout: Layout) -> Array:
@@ -95,6 +95,6 @@ def matches(x: Array, layout: Layout, axis: int) -> bool:
 def like(x: Array, layout: Layout) -> Array:
     """Return x itself if it lies in memory as the layout says, else a copy that does."""
     ordered = x.transpose(layout.order)
-    if ordered.flags.c_contiguous:
+    if ordered.flags.c_contiguous and x.flags.aligned:
         return x
-    return np.ascontiguousarray(ordered).transpose(np.argsort(layout.order))
+    return np.array(ordered, order="C").transpose(np.argsort(layout.order))

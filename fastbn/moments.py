@@ -47,6 +47,8 @@ class Moments:
     _estimate: Callable[[Any, Any, Any], Moments] | None = None
 
     def __init__(self, count: int, mean: npt.ArrayLike, m2: npt.ArrayLike):
+        if isinstance(count, bool) or not isinstance(count, int | np.integer):
+            raise ArgumentTypeError("count", "an integer", type(count).__name__)
         self.count = int(count)
         self.mean = np.asarray(mean, np.float64)
         self.m2 = np.asarray(m2, np.float64)

@@ -21,6 +21,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 _SPINS = 200
 
@@ -43,9 +45,11 @@ if hasattr(os, "register_at_fork"):
 def set_num_threads(n: int | None) -> None:
     """Use at most ``n`` threads in this process; None returns to the default (see ``get_num_threads``)."""
     global _chosen
-    if n is not None and (not isinstance(n, int) or n < 1):
-        raise ValueError(f"n: expected an integer >= 1 or None, got {n!r}")
-    _chosen = n
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int | np.integer)):
+        raise ArgumentTypeError("n", "an integer or None", type(n).__name__)
+    if n is not None and n < 1:
+        raise ArgumentValueError("n", "an integer >= 1 or None", n)
+    _chosen = None if n is None else int(n)
 
 
 def get_num_threads() -> int:
@@ -57,7 +61,7 @@ def get_num_threads() -> int:
     if _chosen is not None:
         return _chosen
     named = os.environ.get("FASTBN_NUM_THREADS", "")
-    if named.isdigit() and int(named) > 0:
+    if named.isdecimal() and int(named) > 0:
         return int(named)
     from numba.np.ufunc import parallel
 
