@@ -1,5 +1,6 @@
-"""Operators that onnx's reference evaluator gets wrong, corrected; imported in the child process only.
+"""Operators that onnx's reference evaluator gets wrong or does slowly; imported in the child process only.
 
+Pooling there loops over every output value; here over the few places of the kernel.
 `onnx.reference` runs BatchNormalization of opset 9 in training mode and cannot run opsets 7 and 8. Whether a node is
 in training form is told by ``training_mode`` since opset 14, by ``is_test`` in opset 6, and by the presence of the
 extra outputs in between (https://onnx.ai/onnx/operators/onnx__BatchNormalization.html).
@@ -7,6 +8,7 @@ extra outputs in between (https://onnx.ai/onnx/operators/onnx__BatchNormalizatio
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,4 +53,57 @@ def _normalise(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: floa
     return (scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype)
 
 
-CORRECTED = [BatchNormalization]
+class _Pool(OpRun):  # type: ignore[misc]
+    """A pool as a few operations on whole arrays; anything unusual goes to onnx's own."""
+
+    op_domain = ""
+
+    def _original(self, name: str, x: Any) -> tuple[Any, ...]:
+        from onnx.reference.ops import load_op
+
+        kind = load_op("", name, self.run_params["opsets"][""])
+        return tuple(kind(self.onnx_node, self.run_params).run(x))
+
+    def _windows(self, x: Any, attributes: dict[str, Any], fill: float) -> list[Any] | None:
+        """Return the padded input shifted to each place of the kernel and strided; None for the unusual."""
+        rank = x.ndim - 2
+        unusual = attributes.get("ceil_mode") or attributes.get("auto_pad") not in (None, "NOTSET")
+        if unusual or len(self.onnx_node.output) != 1:
+            return None
+        kernel = attributes["kernel_shape"]
+        strides, dilations = attributes.get("strides") or [1] * rank, attributes.get("dilations") or [1] * rank
+        pads = attributes.get("pads") or [0] * 2 * rank
+        widths = [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]
+        x = np.pad(x, widths, constant_values=fill)
+        ends = [n - d * (k - 1) for n, d, k in zip(x.shape[2:], dilations, kernel, strict=True)]
+        shifts = (tuple(p * d for p, d in zip(place, dilations, strict=True)) for place in np.ndindex(*kernel))
+        return [
+            x[(..., *(slice(s, s + end, step) for s, end, step in zip(shift, ends, strides, strict=True)))]
+            for shift in shifts
+        ]
+
+
+class MaxPool(_Pool):
+    """The largest value of each window."""
+
+    def _run(self, x: Any, **attributes: Any) -> tuple[Any, ...]:
+        windows = self._windows(x, attributes, -np.inf) if x.dtype.kind == "f" else None
+        if windows is None:
+            return self._original("MaxPool", x)
+        return (functools.reduce(np.maximum, windows),)
+
+
+class AveragePool(_Pool):
+    """The mean of each window, padding counted or not."""
+
+    def _run(self, x: Any, **attributes: Any) -> tuple[Any, ...]:
+        windows = self._windows(x, attributes, 0.0)
+        if windows is None:
+            return self._original("AveragePool", x)
+        total = functools.reduce(np.add, windows)
+        if attributes.get("count_include_pad"):
+            return (total / len(windows),)
+        return (total / functools.reduce(np.add, self._windows(np.ones_like(x[:1, :1]), attributes, 0.0) or []),)
+
+
+CORRECTED = [BatchNormalization, MaxPool, AveragePool]

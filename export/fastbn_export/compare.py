@@ -1,8 +1,9 @@
 """When are two outputs the same: errors against a tolerance per channel, NaN and infinity at the same places only.
 
 Two rules. *Algebra*: both models lifted to float64 may differ by no more than the rounding of the changed weights,
-measured by rounding them at random. *Run*: in its own dtype the candidate may be as far from the float64 truth as
-the original is (times four), or as its dtype allows; where there is no truth, as far from the original.
+measured by rounding them at random, or than the output's own type can show. *Run*: in its own dtype the candidate may
+be as far from the float64 truth as the original is (times four), or as its dtype allows; where there is no truth, as
+far from the original.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RELATIVE", "Tolerance", "agree", "error", "flatten", "spread", "worst"]
+__all__ = ["FLOAT64_FLOOR", "FLOOR", "RELATIVE", "Tolerance", "agree", "error", "flatten", "spread", "worst"]
 
 Array = NDArray[Any]
 
 RELATIVE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """What a run in each dtype may lose, relative to the largest value of the output."""
 
-_FLOOR = 1e-10
+FLOOR = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""What an output of each dtype cannot show, relative to its largest value."""
+
+FLOAT64_FLOOR = 1e-10
 """What two float64 evaluations in another order may differ by, relative to the largest value."""
 
 _SAFETY = 8.0
@@ -109,7 +113,7 @@ def agree(
     candidate: Sequence[Array],
     base: Sequence[Array],
     *,
-    relative: float = _FLOOR,
+    relative: float = FLOAT64_FLOOR,
     noise: Sequence[Array] = (),
     factor: float = _SAFETY,
     per_channel: bool = True,

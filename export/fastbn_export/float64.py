@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from fastbn_export.protos import graphs_of, nodes_of, tensors_of
@@ -48,7 +49,7 @@ def lift(
         The model, its external data loaded. It is not changed.
     known : set of bytes, optional
         The :func:`fingerprints` of another model. Float constants that are not among them are moved by the rounding
-        of their own type, half an ulp up or down.
+        of their own type, half an ulp up or down, equal values alike.
     rng : numpy.random.Generator, optional
         The source of the signs; needed with ``known``.
     shake : float
@@ -67,7 +68,7 @@ def lift(
             if known is not None and rng is not None and _fingerprint(tensor) not in known:
                 step = np.maximum(np.abs(value) * _UNIT[tensor.data_type], _SUBNORMAL.get(tensor.data_type, 0.0))
                 step = np.where(np.isfinite(step), shake * step, 0.0)
-                value = np.asarray(value + step * rng.choice(np.array([-1.0, 1.0]), size=value.shape))
+                value = np.asarray(value + step * _signs(value, rng))
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     for node in nodes_of(lifted):
         _lift_node(node)
@@ -87,6 +88,18 @@ def lift_array(array: Any) -> Any:
     if isinstance(array, list):
         return [lift_array(item) for item in array]
     return array
+
+
+def _signs(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a random sign for every *distinct* value, by a multiplicative hash of its bits.
+
+    Equal values are rounded the same way. Independent signs would let the errors of a constant weight average out,
+    which the real ones do not.
+    """
+    first, second = rng.integers(1, 2**63, size=2, dtype=np.uint64) | np.uint64(1)
+    mixed = np.ascontiguousarray(values).view(np.uint64) * first
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * second
+    return np.where(mixed >> np.uint64(63), 1.0, -1.0).reshape(values.shape)
 
 
 def _lift_type(kind: Any) -> None:

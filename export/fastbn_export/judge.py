@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn_export.compare import RELATIVE, Tolerance, agree, error, worst
+from fastbn_export.compare import FLOAT64_FLOOR, FLOOR, RELATIVE, Tolerance, agree, error, worst
 from fastbn_export.verdict import OutputReport
 
 __all__ = ["Judge"]
@@ -66,17 +66,18 @@ class Judge:
             reasons.append("only one of the two models has it")
         else:
             if truth is not None and theirs is not None:
-                reasons.append(self._algebra(truth, theirs, noise))
+                dtype = (own or truth)[0].dtype.name
+                reasons.append(self._algebra(truth, theirs, noise, FLOOR.get(dtype, FLOAT64_FLOOR)))
             if own is not None and have is not None:
                 reasons.append(self._run(own, have, truth))
         return _measure(name, own, have, truth, theirs, "; ".join(reason for reason in reasons if reason))
 
-    def _algebra(self, truth: Arrays, theirs: Arrays, noise: list[Any]) -> str:
+    def _algebra(self, truth: Arrays, theirs: Arrays, noise: list[Any], floor: float) -> str:
         if self.user is not None:
             reason = agree(theirs, truth, user=self.user)
         else:
             shaken = [error(a, b) for draw in noise if _fits(draw, theirs) for a, b in zip(draw, theirs, strict=True)]
-            reason = agree(theirs, truth, noise=shaken, per_channel=self.per_channel)
+            reason = agree(theirs, truth, relative=floor, noise=shaken, per_channel=self.per_channel)
         return f"in float64 {reason}" if reason else ""
 
     def _run(self, own: Arrays, have: Arrays, truth: Arrays | None) -> str:

@@ -1,0 +1,80 @@
+"""The float64 evaluator of the checks equals onnxruntime on what onnx's own gets wrong or does slowly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+from fastbn_export._reference_ops import CORRECTED
+from numpy.testing import assert_allclose
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from .onnx_models import graph, value
+
+RNG = np.random.default_rng(0)
+
+
+def both(node, x, constants=(), opset=17):
+    model = graph([node], [value("x", shape=x.shape)], [value("y")], constants, opset=opset)
+    ours = ReferenceEvaluator(model, new_ops=CORRECTED).run(None, {"x": x})[0]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return ours, session.run(None, {"x": x})[0]
+
+
+POOLS = [
+    {},
+    {"strides": [2, 3]},
+    {"pads": [1, 0, 1, 1]},
+    {"pads": [1, 1, 1, 1], "strides": [2, 2]},
+    {"auto_pad": "SAME_UPPER"},
+    {"ceil_mode": 1, "strides": [2, 2]},
+]
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("options", POOLS, ids=str)
+def test_pools(op, options):
+    x = RNG.normal(size=(2, 3, 7, 8)).astype(np.float32)
+    ours, theirs = both(helper.make_node(op, ["x"], ["y"], kernel_shape=[3, 2], **options), x)
+    assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_pools_with_dilation_and_counted_padding_in_one_and_three_dimensions():
+    x = RNG.normal(size=(1, 2, 9)).astype(np.float32)
+    node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3], dilations=[2], pads=[1, 1])
+    assert_allclose(*both(node, x))
+    x = RNG.normal(size=(1, 2, 4, 4, 4)).astype(np.float32)
+    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2] * 3, pads=[1] * 6, count_include_pad=1)
+    assert_allclose(*both(node, x), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 14, 15, 17])
+def test_batch_norm_of_every_opset_in_inference(opset):
+    x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    constants = [(name, RNG.uniform(0.5, 1.5, 3).astype(np.float32)) for name in "sbmv"]
+    node = helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y"], epsilon=1e-3)
+    assert_allclose(*both(node, x, constants, opset), rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_per_activation():
+    x = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    s, b, m, v = (RNG.uniform(0.5, 1.5, (3, 4)).astype(np.float32) for _ in range(4))
+    node = helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y"], spatial=0)
+    constants = list(zip("sbmv", (s, b, m, v), strict=True))
+    model = graph([node], [value("x", shape=x.shape)], [value("y")], constants, opset=8)
+    (have,) = ReferenceEvaluator(model, new_ops=CORRECTED).run(None, {"x": x})
+    assert_allclose(have, s * (x - m) / np.sqrt(v + 1e-5) + b, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_in_training():
+    x = RNG.normal(size=(5, 3, 4)).astype(np.float32)
+    constants = [(name, RNG.uniform(0.5, 1.5, 3).astype(np.float32)) for name in "sbmv"]
+    node = helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y", "rm", "rv"], training_mode=1, momentum=0.8)
+    model = graph([node], [value("x", shape=x.shape)], [value(n) for n in ("y", "rm", "rv")], constants)
+    y, mean, var = ReferenceEvaluator(model, new_ops=CORRECTED).run(None, {"x": x})
+    p = dict(constants)
+    assert_allclose(mean, 0.8 * p["m"] + 0.2 * x.mean((0, 2)), rtol=1e-5)
+    assert_allclose(var, 0.8 * p["v"] + 0.2 * x.var((0, 2)), rtol=1e-5)
+    z = (x - x.mean((0, 2), keepdims=True)) / np.sqrt(x.var((0, 2), keepdims=True) + 1e-5)
+    assert_allclose(y, z * p["s"][:, None] + p["b"][:, None], rtol=1e-4, atol=1e-5)
