@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .affine import Array, ChannelAffine
+from .affine import Array, ChannelAffine, Dims
 from .facts import Facts
 from .plan import FLOATS
 
 __all__ = ["ConstantOperand", "constant_operand", "lift", "own_map"]
+
+_THIN_LIMIT = 1 << 22
+"""Largest constant, in elements, that is searched for repetitions."""
 
 BINARY = frozenset({"Add", "Sub", "Mul", "Div"})
 
@@ -66,7 +69,21 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
             return None
         rank = 0
     aligned = _align(node, facts.opset(node), array.astype(np.float64), rank, index)
-    return None if aligned is None else ConstantOperand(node, 1 - index, index, aligned)
+    if aligned is None:
+        return None
+    return ConstantOperand(node, 1 - index, index, _thin(aligned, facts.dims(data) or ()))
+
+
+def _thin(array: Array, dims: Dims) -> Array:
+    """Drop what an Expand wrote out: axes along which the constant repeats, where the data has that length anyway."""
+    if array.size == max(array.shape, default=1) or array.size > _THIN_LIMIT:
+        return array
+    for axis, size in enumerate(array.shape):
+        if size > 1 and dims[axis] == size:
+            first = array.take([0], axis)
+            if np.array_equal(np.broadcast_to(first, array.shape), array):
+                array = first
+    return array
 
 
 def _align(node: ir.Node, opset: int, array: Array, rank: int, index: int) -> Array | None:

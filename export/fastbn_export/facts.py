@@ -12,7 +12,7 @@ import onnx_ir as ir
 from . import constants
 from .affine import Array, Dims
 
-__all__ = ["Facts", "all_graphs", "subgraphs"]
+__all__ = ["Facts", "all_graphs", "holding", "subgraphs"]
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -41,6 +41,20 @@ def all_graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
         stack.extend(reversed(inner))
 
 
+def holding(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """The functions that hold a BatchNormalization, themselves or in a function that they call."""
+    calls: dict[ir.OperatorIdentifier, set[ir.OperatorIdentifier]] = {}
+    found = set()
+    for identifier, function in model.functions.items():
+        nodes = list(function.all_nodes())
+        calls[identifier] = {n.op_identifier() for n in nodes} & set(model.functions)
+        if any(n.op_type == "BatchNormalization" and n.domain == "" for n in nodes):
+            found.add(identifier)
+    while more := {i for i, called in calls.items() if called & found} - found:
+        found |= more
+    return found
+
+
 def _declared(value: ir.Value) -> Dims | None:
     shape = value.shape
     if shape is None:
@@ -56,6 +70,36 @@ def _merge(first: Dims | None, second: Dims | None) -> Dims | None:
         return first
     pairs = zip(first, second, strict=True)
     return tuple(b if a is None or (isinstance(a, str) and isinstance(b, int)) else a for a, b in pairs)
+
+
+def _written_type(value: ir.Value) -> ir.DataType | None:
+    """The type of a constant expression from the expression itself; nothing infers types inside functions."""
+    for _ in range(64):
+        if value.dtype is not None:
+            return value.dtype
+        node = value.producer()
+        if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.values()):
+            return None
+        if node.op_type in ("Constant", "ConstantOfShape"):
+            tensor = node.attributes.get_tensor("value")
+            if tensor is not None:
+                return tensor.dtype
+            floats = node.op_type == "ConstantOfShape" or {"value_float", "value_floats"} & set(node.attributes)
+            return ir.DataType.FLOAT if floats else None
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
+        following = 1 if node.op_type in ("CastLike", "DequantizeLinear") else 0
+        source = node.inputs[following] if following < len(node.inputs) else None
+        if source is None or node.op_type not in _KEEP_TYPE:
+            return None
+        value = source
+    return None
+
+
+_KEEP_TYPE = frozenset(
+    "Identity Reshape Transpose Unsqueeze Squeeze Flatten Expand Add Sub Mul Div Sqrt Reciprocal Neg Exp Abs Pow "
+    "Gather Slice Concat CastLike DequantizeLinear".split()
+)
 
 
 class Facts:
@@ -113,7 +157,7 @@ class Facts:
         if known is None and not self._inferred:
             self._infer()
             known = self._dtypes.get(value)
-        return known
+        return known if known is not None else _written_type(value)
 
     def learn(self, value: ir.Value, like: ir.Value) -> None:
         """A new value has the shape and type of `like`."""

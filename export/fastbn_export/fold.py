@@ -17,12 +17,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import inliner as inline
 
 from fastbn.errors import ArgumentTypeError
 
 from . import search
 from .editor import Editor
-from .facts import Facts, all_graphs
+from .facts import Facts, all_graphs, holding
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import Source, find
@@ -86,6 +87,8 @@ def fold(
     kept = _keeper(keep, frozenset(skip))
     engine = _Engine(ir.serde.deserialize_model(proto), kept, duplicate)
     report = engine.run()
+    if proto.functions and report.left:
+        engine, report = _inlined(proto, kept, duplicate, engine, report)
     if engine.changed:
         folded = ir.serde.serialize_model(engine.model)
     else:
@@ -114,6 +117,26 @@ def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:
     if not all(isinstance(p, str) for p in patterns):
         raise ArgumentTypeError("keep", "names or patterns as strings", keep)
     return lambda name: name in skip or any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _inlined(
+    proto: onnx.ModelProto, kept: Callable[[str], bool], duplicate: bool, engine: _Engine, report: FoldReport
+) -> tuple[_Engine, FoldReport]:
+    """Fold again with the functions inlined that hold a batch normalization; the better of the two."""
+    model = ir.serde.deserialize_model(proto)
+    try:
+        holders = holding(model)
+        inline.InlinePass(lambda function: function.identifier() in holders)(model)
+    except (ValueError, ir.passes.PassError):  # other opsets, graph parameters, recursion: leave the functions alone
+        return engine, report
+    if [v.name for v in model.graph.outputs] != [o.name for o in proto.graph.output]:
+        return engine, report
+    other = _Engine(model, kept, duplicate)
+    second = other.run()
+    if second.folded <= report.folded:
+        return engine, report
+    second.ops_before, second.parameters_before = report.ops_before, report.parameters_before
+    return other, second
 
 
 class _Engine:

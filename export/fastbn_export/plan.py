@@ -145,7 +145,7 @@ class Fork(Edit):
     edits: list[Edit]
 
     def __post_init__(self) -> None:
-        self.grows = 1 + sum(edit.grows for edit in self.edits)
+        self.grows = sum(edit.grows for edit in self.edits)  # the copy itself is what was asked for
 
     def prepare(self) -> None:
         """Prepare the edits of the copy."""

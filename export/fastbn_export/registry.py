@@ -18,7 +18,7 @@ from .affine import Array, ChannelAffine, Dims
 from .facts import Facts
 from .plan import FLOATS, Refused, Step
 
-__all__ = ["Operator", "Site", "conditions", "lookup", "operator", "registered"]
+__all__ = ["Operator", "Site", "conditions", "lookup", "operator", "registered", "unaffected"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,22 @@ class Operator:
     def push(self, site: Site) -> Sequence[Step]:
         """The input no longer has `site.affine` applied."""
         raise Refused(f"{site.node.op_type} is not linear: no map passes it downstream")
+
+    def channels(self, site: Site) -> Array | None:
+        """Which channels of input `site.index` the operator reads, along the map's axis; None for all."""
+        return None
+
+
+def unaffected(facts: Facts, node: ir.Node, index: int, affine: ChannelAffine) -> bool:
+    """Whether a reader of a value sees only channels on which the map is the identity."""
+    rule = registered().get(node.op_type) if node.domain == "" else None
+    if rule is None or any(a.is_ref() for a in node.attributes.values()):
+        return False
+    try:
+        seen = rule.channels(Site(facts, node, index, affine))
+    except Refused:
+        return False
+    return seen is not None and affine.take(seen).is_identity
 
 
 _Rule = TypeVar("_Rule", bound=Operator)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from .affine import ChannelAffine
 from .facts import Facts
 from .plan import Edit, Fork, Refused, Step
-from .registry import Site, lookup
+from .registry import Site, lookup, unaffected
 
 __all__ = ["Plan", "downstream", "upstream"]
 
@@ -179,7 +179,7 @@ class _Search:
         shared = None
         if value.is_graph_output():
             shared = f"the output of {node.op_type} '{value.name}' is also a graph output"
-        elif len(_uses(value)) != 1:
+        elif not self._alone(value, task):
             shared = f"the output of {node.op_type} '{value.name}' has other readers"
         if shared is None:
             return iter(steps)
@@ -187,6 +187,12 @@ class _Search:
         if not self._duplicate or not copies:
             raise Refused(shared)
         return iter(copies)
+
+    def _alone(self, value: ir.Value, task: _Task) -> bool:
+        """Whether every other reader sees only channels that do not change."""
+        others = [u for u in _uses(value) if u.node is not task.node]
+        mine = len(_uses(value)) - len(others)
+        return mine == 1 and all(unaffected(self._facts, u.node, u.idx, task.affine) for u in others)
 
     def _must_not_grow(self) -> None:
         if sum(edit.grows for edit in self._plan.edits) > self._growth:

@@ -125,6 +125,10 @@ class Slice(Operator):
             raise Refused("the axes of Slice are unknown")
         return dims[0]
 
+    def channels(self, site: Site) -> Array | None:
+        """The slice."""
+        return self._kept(site) if site.index == 0 else None
+
     def pull(self, site: Site) -> Sequence[Step]:
         """The channels that are cut off have the identity."""
         kept = self._kept(site)
@@ -176,6 +180,11 @@ class Gather(Operator):
     def _indices(self, site: Site, axis: int) -> Array:
         indices = site.constant(1, "indices").reshape(-1).astype(np.int64)
         return np.where(indices < 0, indices + _length(site, site.input(0), axis), indices)
+
+    def channels(self, site: Site) -> Array | None:
+        """The constant indices."""
+        axis, _ = self._place(site)
+        return self._indices(site, axis) if site.index == 0 and site.affine.axis == axis else None
 
     def pull(self, site: Site) -> Sequence[Step]:
         """Back to the axis it came from."""
