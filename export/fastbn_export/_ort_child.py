@@ -24,14 +24,17 @@ _NARROW = {"tensor(bfloat16)": "bfloat16"}
 class _Ort:
     """An onnxruntime session, optimizations off ("none") or at the default level ("all")."""
 
-    def __init__(self, path: str, level: str):
+    def __init__(self, request: dict[str, Any]):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_DISABLE_ALL if level == "none" else levels.ORT_ENABLE_ALL
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        options.graph_optimization_level = (
+            levels.ORT_DISABLE_ALL if request["level"] == "none" else levels.ORT_ENABLE_ALL
+        )
+        source = _lifted(request).SerializeToString() if request["lifted"] else request["path"]
+        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.narrow = {value.name: value.type for value in self.session.get_inputs()} | {
             value.name: value.type for value in self.session.get_outputs()
         }
@@ -67,13 +70,13 @@ class _Ort:
 class _Reference:
     """onnx's NumPy evaluator, for what onnxruntime has no float64 kernels for (Conv among them)."""
 
-    def __init__(self, path: str, level: str):
-        import onnx
+    def __init__(self, request: dict[str, Any]):
         from onnx.reference import ReferenceEvaluator
 
         from fastbn_export._reference_ops import CORRECTED
+        from fastbn_export.files import load_model
 
-        model = onnx.load(path)
+        model = _lifted(request) if request["lifted"] else load_model(request["path"])
         self.evaluator = ReferenceEvaluator(model, new_ops=CORRECTED)
 
     def run(self, feeds: dict[str, Any]) -> list[Any]:
@@ -81,7 +84,19 @@ class _Reference:
             return list(self.evaluator.run(None, feeds))
 
 
-_ENGINES = {"onnxruntime": _Ort, "reference": _Reference}
+def _lifted(request: dict[str, Any]) -> Any:
+    """Return the model in float64, its changed constants rounded at random if so asked."""
+    from fastbn_export.files import load_model
+    from fastbn_export.float64 import fingerprints, lift
+
+    model = load_model(request["path"])
+    if "rounding" not in request:
+        return lift(model)
+    known, seed, shake = request["rounding"]
+    return lift(model, fingerprints(load_model(known)), np.random.default_rng(seed), shake)
+
+
+_ENGINES: dict[str, Any] = {"onnxruntime": _Ort, "reference": _Reference}
 
 
 def _timed(engine: Any, feeds: dict[str, Any], repeats: int) -> list[float]:
@@ -97,7 +112,7 @@ def _timed(engine: Any, feeds: dict[str, Any], repeats: int) -> list[float]:
 def _answer(request: dict[str, Any], values: list[Any], engines: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     key = request["key"]
     if request["do"] == "load":
-        engines[key] = _ENGINES[request["engine"]](request["path"], request["level"])
+        engines[key] = _ENGINES[request["engine"]](request)
         return {}, []
     if request["do"] == "drop":
         engines.pop(key, None)

@@ -20,7 +20,6 @@ from fastbn_export.build import build
 from fastbn_export.checked import fold_checked
 from fastbn_export.console import line, print_table, progress
 from fastbn_export.files import ModelFileError, save_model
-from fastbn_export.float64 import lift
 from fastbn_export.fold import fold
 from fastbn_export.paper_net import BATCH, DEVIATION, LEARNING_RATE, Net, mini_batches
 from fastbn_export.pictures import Data, digits, mnist
@@ -103,11 +102,13 @@ def _deployed(data: Data, original: onnx.ModelProto, folded: onnx.ModelProto) ->
     """Run both models in onnxruntime at its default level, in a process of its own."""
     feeds, one = {"input": data.test_x}, {"input": data.test_x[:1]}
     with Worker() as worker:
-        worker.load("truth", lift(original))
+        worker.put("original", original)
+        worker.put("folded", folded)
+        worker.load("truth", "original", lifted=True)
         (truth,) = worker.run("truth", {"input": data.test_x.astype(np.float64)})
         outputs = {}
-        for key, model in (("original", original), ("folded", folded)):
-            worker.load(key, model, level="all")
+        for key in ("original", "folded"):
+            worker.load(key, key, level="all")
             (outputs[key],) = worker.run(key, feeds)
         whole = _latency(worker, feeds, 100)
         single = _latency(worker, one, 1000)

@@ -101,7 +101,8 @@ def _measure(worker: Worker, model: onnx.ModelProto, level: list[Any], data: Ite
     """Return the pooled moments of the inputs of the given nodes, all batches together."""
     names = list(dict.fromkeys(node.input[0] for node in level))
     prefix = _prefix(model, names)
-    worker.load("prefix", prefix)
+    worker.put("prefix", prefix)
+    worker.load("prefix", "prefix")
     reads = {value.name for value in prefix.graph.input}
     pooled: dict[str, Moments] = {}
     for batch in data:

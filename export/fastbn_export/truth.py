@@ -6,14 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 
 from fastbn_export.compare import flatten
-from fastbn_export.float64 import changed, fingerprints, lift, lift_array
+from fastbn_export.float64 import changed, fingerprints, lift_array
 from fastbn_export.protos import parameter_count
 from fastbn_export.samples import Feeds
-from fastbn_export.worker import RunError, Worker
+from fastbn_export.worker import Rounding, RunError, Worker
 
 __all__ = ["Lifted", "Truth"]
 
@@ -46,7 +45,7 @@ class Truth:
     Parameters
     ----------
     worker : Worker
-        Where models run.
+        Where models run; it has the two models in its files "reference" and "candidate".
     reference : onnx.ModelProto
         The model that tells the truth.
     shake : float
@@ -78,7 +77,7 @@ class Truth:
                 continue
             used = feeds[: len(truth)]
             try:
-                theirs = self._evaluate(engine, lift(candidate), used)
+                theirs = self._evaluate(engine, "candidate", used)
                 noise = self._roundings(engine, candidate, used, theirs)
             except RunError as failure:
                 failures.append(f"{engine}, candidate: {_short(failure)}")
@@ -96,13 +95,15 @@ class Truth:
     def _of_reference(self, engine: str, feeds: list[Feeds]) -> Rows | RunError:
         if engine not in self._kept:
             try:
-                self._kept[engine] = self._evaluate(engine, lift(self.reference), feeds, _BUDGET / 4)
+                self._kept[engine] = self._evaluate(engine, "reference", feeds, budget=_BUDGET / 4)
             except RunError as failure:
                 self._kept[engine] = failure
         return self._kept[engine]
 
-    def _evaluate(self, engine: str, model: onnx.ModelProto, feeds: list[Feeds], budget: float = float("inf")) -> Rows:
-        self.worker.load("lifted", model, engine=engine)
+    def _evaluate(
+        self, engine: str, file: str, feeds: list[Feeds], rounding: Rounding | None = None, budget: float = float("inf")
+    ) -> Rows:
+        self.worker.load("lifted", file, engine=engine, lifted=True, rounding=rounding)
         start = time.monotonic()
         rows = []
         for feed in feeds:
@@ -118,8 +119,9 @@ class Truth:
         names = [value.name for value in candidate.graph.output]
         smallest = min((array.size for row in outputs for _, array in flatten(names, row) if array.size), default=1)
         draws = min(max(2, -(-_ENOUGH // (smallest * len(feeds)))), _ENOUGH)
-        rng = np.random.default_rng(1)
-        return [self._evaluate(engine, lift(candidate, self.known, rng, self.shake), feeds) for _ in range(draws)]
+        return [
+            self._evaluate(engine, "candidate", feeds, Rounding("reference", seed, self.shake)) for seed in range(draws)
+        ]
 
 
 def _short(failure: RunError) -> str:

@@ -120,6 +120,7 @@ class Checker:
         self.feeds: list[sampling.Feeds] | None = None
         self.own: list[list[Any]] | None = None
         self.worker = Worker(timeout)
+        self.worker.put("reference", self.reference)
         self.truth = Truth(self.worker, self.reference, _STEP_SHAKE if self.stepped else 1.0)
 
     def __enter__(self) -> Checker:
@@ -134,6 +135,7 @@ class Checker:
         if difference := _interface(self.reference, model):
             return VerifyReport(False, notes=[difference])
         self._prepare()
+        self.worker.put("candidate", model)
         if self.feeds is None:
             return VerifyReport(
                 False, notes=[*self.notes, "nothing could be checked; pass inputs that the model accepts"]
@@ -144,7 +146,7 @@ class Checker:
         ours: list[list[Any]] | None = None
         if self.own is not None:
             try:
-                ours = self._run("candidate", model, self.feeds)
+                ours = self._run("candidate", self.feeds)
             except RunError as failure:
                 return self._report(False, [], [*notes, f"the candidate cannot be run: {failure}"])
         outputs = self._judge(ours, lifted)
@@ -173,7 +175,7 @@ class Checker:
         for feeds in lists:
             fallback = fallback or feeds
             try:
-                self.own = self._run("reference", self.reference, feeds)
+                self.own = self._run("reference", feeds)
                 self.feeds = feeds
                 return
             except RunError as error_:
@@ -185,9 +187,9 @@ class Checker:
         if fallback is not None and not timed_out and self.truth.runs(fallback):
             self.feeds = fallback
 
-    def _run(self, key: str, model: onnx.ModelProto, feeds: list[sampling.Feeds]) -> list[list[Any]]:
+    def _run(self, key: str, feeds: list[sampling.Feeds]) -> list[list[Any]]:
         if key == "candidate" or not self.worker.is_loaded(key):
-            self.worker.load(key, model)
+            self.worker.load(key, key)
         return [self.worker.run(key, feed) for feed in feeds]
 
     def _judge(self, ours: list[list[Any]] | None, lifted: Lifted | None) -> list[OutputReport]:

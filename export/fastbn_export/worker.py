@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,7 +24,7 @@ from fastbn.errors import FastbnError
 from fastbn_export._wire import receive, send
 from fastbn_export.files import save_model
 
-__all__ = ["RunCrash", "RunError", "RunTimeout", "Worker"]
+__all__ = ["Rounding", "RunCrash", "RunError", "RunTimeout", "Worker"]
 
 
 class RunError(FastbnError, RuntimeError):
@@ -36,6 +37,15 @@ class RunCrash(RunError):
 
 class RunTimeout(RunError):
     """The process was ended because it took too long."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Constants that the model ``known`` does not have are moved by their own rounding; see `float64.lift`."""
+
+    known: str
+    seed: int
+    shake: float = 1.0
 
 
 class Worker:
@@ -61,31 +71,52 @@ class Worker:
         self._stop()
         self._folder.cleanup()
 
-    def load(self, key: str, model: onnx.ModelProto, *, engine: str = "onnxruntime", level: str = "none") -> None:
-        """Load a model under a name, in place of the one that had it before.
+    def put(self, file: str, model: onnx.ModelProto) -> None:
+        """Write a model to where the child can read it, under a name for :meth:`load`."""
+        save_model(model, self._path(file))
+
+    def load(
+        self,
+        key: str,
+        file: str,
+        *,
+        engine: str = "onnxruntime",
+        level: str = "none",
+        lifted: bool = False,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """Load a model that was :meth:`put` there, in place of the one that had the key before.
 
         Parameters
         ----------
         key : str
             The name for :meth:`run`.
-        model : onnx.ModelProto
-            The model.
+        file : str
+            The name given to :meth:`put`.
         engine : {"onnxruntime", "reference"}
             Who runs it; "reference" is onnx's NumPy evaluator.
         level : {"none", "all"}
             Graph optimizations of onnxruntime: off, or its default.
+        lifted : bool
+            Lift the model to float64 first (`float64.lift`), in the child: the large copy is never written.
+        rounding : Rounding, optional
+            With ``lifted``: round its changed constants at random.
 
         Raises
         ------
         RunError
             The model cannot be loaded, with the runtime's reason; RunCrash and RunTimeout are its special cases.
         """
-        path = Path(self._folder.name) / f"{key}.onnx"
-        save_model(model, path)
-        request = {"do": "load", "key": key, "path": str(path), "engine": engine, "level": level}
+        request: dict[str, Any] = {"do": "load", "key": key, "path": self._path(file), "engine": engine, "level": level}
+        request["lifted"] = lifted
+        if rounding is not None:
+            request["rounding"] = [self._path(rounding.known), rounding.seed, rounding.shake]
         self._loaded[key] = request
         self._alive.discard(key)
         self._ensure(key)
+
+    def _path(self, file: str) -> str:
+        return str(Path(self._folder.name) / f"{file}.onnx")
 
     def run(self, key: str, feeds: Mapping[str, Any]) -> list[Any]:
         """Run a loaded model and return its outputs in order.
