@@ -59,7 +59,7 @@ def _declared(value: ir.Value) -> Dims | None:
     shape = value.shape
     if shape is None:
         return None
-    return tuple(d if isinstance(d, int) else d.value for d in shape)
+    return tuple(d if isinstance(d, int) else d.value for d in shape.dims)
 
 
 def _merge(first: Dims | None, second: Dims | None) -> Dims | None:
@@ -84,7 +84,7 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
             tensor = node.attributes.get_tensor("value")
             if tensor is not None:
                 return tensor.dtype
-            floats = node.op_type == "ConstantOfShape" or {"value_float", "value_floats"} & set(node.attributes)
+            floats = node.op_type == "ConstantOfShape" or any(a in node.attributes for a in _FLOAT_VALUES)
             return ir.DataType.FLOAT if floats else None
         if node.op_type == "Cast":
             return ir.DataType(node.attributes["to"].as_int())
@@ -96,9 +96,9 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
     return None
 
 
+_FLOAT_VALUES = ("value_float", "value_floats")
 _KEEP_TYPE = frozenset(
-    "Identity Reshape Transpose Unsqueeze Squeeze Flatten Expand Add Sub Mul Div Sqrt Reciprocal Neg Exp Abs Pow "
-    "Gather Slice Concat CastLike DequantizeLinear".split()
+    ["Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "Gather", "Slice", "Concat", "CastLike", "DequantizeLinear"]
 )
 
 

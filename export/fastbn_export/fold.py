@@ -12,7 +12,6 @@ import fnmatch
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -27,6 +26,7 @@ from .facts import Facts, all_graphs, holding
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import Source, find
+from .store import inline_proto, load, save
 
 __all__ = ["FoldResult", "Keep", "fold"]
 
@@ -34,19 +34,42 @@ Keep = str | Sequence[str] | Callable[[str], bool] | None
 """Which batch normalizations to leave alone: a name, a glob pattern, several of them, or a function of the name."""
 
 
-@dataclass
 class FoldResult:
     """The folded model and what was done.
 
     Attributes
     ----------
-    model : onnx.ModelProto
-        A new model; equal to the input where nothing could be folded.
     report : FoldReport
+        What was folded where, and why the rest stays.
     """
 
-    model: onnx.ModelProto
-    report: FoldReport
+    def __init__(self, edited: ir.Model | None, original: onnx.ModelProto, report: FoldReport):
+        self.report = report
+        self._edited, self._original = edited, original
+        self._proto: onnx.ModelProto | None = None
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """A new, self-contained model; equal to the input where nothing could be folded."""
+        if self._proto is None:
+            if self._edited is not None:
+                self._proto = inline_proto(self._edited)
+            else:
+                self._proto = onnx.ModelProto()
+                self._proto.CopyFrom(self._original)
+        return self._proto
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to a file, whole or not at all, without a second copy of its weights.
+
+        Weights beyond 2 GB go to ``<name>.data`` beside it.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        """
+        save(self._edited if self._edited is not None else ir.serde.deserialize_model(self.model), path)
 
 
 def fold(
@@ -83,26 +106,14 @@ def fold(
     TypeError
         `model` is neither a model nor a path, or `keep` is none of the above.
     """
-    proto = _load(model)
+    proto, edited = load(model)
     kept = _keeper(keep, frozenset(skip))
-    engine = _Engine(ir.serde.deserialize_model(proto), kept, duplicate)
+    engine = _Engine(edited, kept, duplicate)
     report = engine.run()
     if proto.functions and report.left:
         engine, report = _inlined(proto, kept, duplicate, engine, report)
-    if engine.changed:
-        folded = ir.serde.serialize_model(engine.model)
-    else:
-        folded = onnx.ModelProto()
-        folded.CopyFrom(proto)
-    return FoldResult(folded, report)
-
-
-def _load(model: Any) -> onnx.ModelProto:
-    if isinstance(model, onnx.ModelProto):
-        return model
-    if isinstance(model, str | os.PathLike):
-        return onnx.load(os.fspath(model))
-    raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
+    return FoldResult(engine.model if engine.changed or external else None, proto, report)
 
 
 def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:

@@ -6,6 +6,7 @@ Requirement: training forms, per-activation forms and anything not certain are t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -63,6 +64,10 @@ class BatchNorm(Source):
 
     kind = "BatchNormalization"
 
+    def __init__(self, nodes: tuple[ir.Node, ...]):
+        super().__init__(nodes)
+        self._known: tuple[tuple[Any, ...], ChannelAffine] | None = None
+
     def data(self) -> list[tuple[ir.Node, int]]:
         """Input 0."""
         return [(self.anchor, 0)]
@@ -73,7 +78,14 @@ class BatchNorm(Source):
         must_infer(node, facts)
         if len(node.inputs) < 5 or node.inputs[0] is None:
             raise Refused("BatchNormalization lacks inputs")
-        parameters = []
+        # What no fold has touched since it was last read need not be computed again.
+        key = tuple(None if v is None else v.const_value for v in node.inputs[1:5])
+        if self._known is None or any(a is None or a is not b for a, b in zip(key, self._known[0], strict=True)):
+            self._known = key, self._compute(facts)
+        return self._known[1]
+
+    def _compute(self, facts: Facts) -> ChannelAffine:
+        node, parameters = self.anchor, []
         for name, value in zip(("scale", "bias", "mean", "variance"), node.inputs[1:5], strict=True):
             array = facts.constant(value)
             if array is None or value is None:
@@ -89,7 +101,13 @@ class BatchNorm(Source):
             result = ChannelAffine(scale, beta - mean * scale, 1)
         if not result.is_finite:
             raise Refused("the scale or the shift is not finite (variance + epsilon is not positive?)")
-        return _snap(result, facts.dtype(node.outputs[0]) or ir.DataType.DOUBLE)
+        return _snap(result, _dtype(facts, node))
+
+
+def _dtype(facts: Facts, node: ir.Node) -> ir.DataType:
+    """The type of the parameters, which needs no shape inference."""
+    value = node.inputs[1]
+    return (facts.dtype(value) if value is not None else None) or ir.DataType.DOUBLE
 
 
 def _snap(affine: ChannelAffine, dtype: ir.DataType) -> ChannelAffine:
@@ -116,12 +134,8 @@ def must_infer(node: ir.Node, facts: Facts) -> None:
         if data is None or facts.rank(data) != 2:
             raise Refused("per-activation normalization: spatial=0")
     data = node.inputs[0]
-    if data is not None:
-        if facts.rank(data) == 1:
-            raise Refused("the normalization of a vector has no channel axis")
-        dtype = facts.dtype(data)
-        if dtype is not None and dtype not in FLOATS:
-            raise Refused(f"its input is of type {dtype.name}")
+    if data is not None and data.shape is not None and len(data.shape) == 1:
+        raise Refused("the normalization of a vector has no channel axis")
 
 
 class Run(Source):

@@ -1,0 +1,186 @@
+"""Read a model and write it back: external data stays on disk until needed, nothing is held twice.
+
+Requirement: what is written appears whole or not at all; a model is streamed to its file, tensor by tensor, because
+`SerializeToString` needs the whole model a second time and fails beyond 2 GB.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+
+from .facts import all_graphs
+
+__all__ = ["LIMIT", "inline_proto", "load", "save"]
+
+LIMIT = 2_000_000_000
+"""Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
+
+
+def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
+    """Read a ModelProto or a file into the editor's representation.
+
+    Returns
+    -------
+    (proto, model)
+        The proto is never changed; the weights of the model are views of it, or of the mapped external data.
+
+    Raises
+    ------
+    TypeError
+        `model` is neither a ModelProto nor a path.
+    ValueError
+        The model has no graph, or its external data is missing, too short, or outside the model's folder.
+    """
+    if isinstance(model, onnx.ModelProto):
+        proto, folder = model, ""
+    elif isinstance(model, str | os.PathLike):
+        path = os.fspath(model)
+        proto, folder = onnx.load(path, load_external_data=False), os.path.dirname(os.path.abspath(path))
+    else:
+        raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
+    if not proto.HasField("graph"):
+        raise ArgumentValueError("model", "a graph", "a model without one")
+    edited = ir.serde.deserialize_model(proto)
+    for tensor in _external(edited):
+        tensor.base_dir = folder or tensor.base_dir or os.getcwd()
+        _check(tensor)
+    return proto, edited
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for _, graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _check(tensor: ir.ExternalTensor) -> None:
+    """Refuse external data that is not there or not inside the model's folder."""
+    base = os.path.realpath(tensor.base_dir)
+    path = os.path.realpath(os.path.join(base, tensor.location))
+    if os.path.isabs(tensor.location) or os.path.commonpath([base, path]) != base:
+        raise ArgumentValueError("model", "external data inside the model's folder", tensor.location)
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        raise ArgumentValueError("model", "its external data file", f"no file {tensor.location}") from None
+    if size < (tensor.offset or 0) + tensor.nbytes:
+        raise ArgumentValueError("model", f"all data of '{tensor.name}' in {tensor.location}", f"{size} bytes")
+
+
+def inline_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a self-contained proto: external weights are read in.
+
+    New weights move into the proto one by one, so that they are never held twice.
+    """
+    proto, tensors = _without_initializers(model)
+    for value, tensor in tensors:
+        target = proto.graph.initializer.add()
+        if isinstance(tensor, ir.ExternalTensor | ir.Tensor) and _plain(tensor):
+            target.CopyFrom(_header(value, tensor))
+            target.raw_data = tensor.tobytes()
+            value.const_value = ir.TensorProtoTensor(target)
+        else:
+            ir.serde.serialize_tensor_into(target, tensor)
+            target.name = value.name or ""
+    return proto
+
+
+def _without_initializers(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[ir.Value, ir.TensorProtocol]]]:
+    """The proto of a model whose main graph has no initializers, and these."""
+    graph = model.graph
+    held = list(graph.initializers.values())
+    graph.initializers.clear()
+    try:
+        proto = ir.serde.serialize_model(model)
+    finally:
+        for value in held:
+            graph.initializers.add(value)
+    return proto, [(v, v.const_value) for v in held if v.const_value is not None]
+
+
+def _header(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    """A TensorProto without its data."""
+    proto = onnx.TensorProto(name=value.name or "", data_type=int(tensor.dtype), dims=list(tensor.shape.numpy()))
+    if tensor.doc_string:
+        proto.doc_string = tensor.doc_string
+    return proto
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write a model; weights that do not fit into one file go to ``<name>.data`` beside it.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; nothing is left behind.
+    """
+    target = Path(path)
+    size = sum(v.const_value.nbytes for _, g in all_graphs(model) for v in g.initializers.values() if v.const_value)
+    folder = tempfile.mkdtemp(prefix=".fastbn-", dir=target.parent)
+    try:
+        temporary = Path(folder) / target.name
+        if size >= LIMIT:
+            data = f"{target.name}.data"
+            ir.save(model, temporary, external_data=data)
+            os.replace(Path(folder) / data, target.parent / data)
+        else:
+            with open(temporary, "wb") as file:
+                _stream(model, file)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stream(model: ir.Model, file: BinaryIO) -> None:
+    """Write the wire format of ModelProto: all fields but the graph, then the graph, its initializers last."""
+    proto, tensors = _without_initializers(model)
+    inner = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    heads = [_head(value, tensor) for value, tensor in tensors]
+    total = len(inner) + sum(len(_field(5, length)) + length for _, length, _ in heads)
+    file.write(proto.SerializeToString())
+    file.write(_field(7, total))
+    file.write(inner)
+    for head, length, tensor in heads:
+        file.write(_field(5, length))
+        file.write(head)
+        if tensor is not None:
+            tensor.tofile(file)
+
+
+def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
+    """A TensorProto up to its raw bytes, its whole length, and the tensor whose bytes follow (None: included)."""
+    if tensor.nbytes < 1024 or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+        whole = ir.serde.serialize_tensor(tensor)
+        whole.name = value.name or ""
+        text = whole.SerializeToString()
+        return text, len(text), None
+    head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)
+    return head, len(head) + tensor.nbytes, tensor
+
+
+def _plain(tensor: ir.TensorProtocol) -> bool:
+    """Whether the tensor's bytes are its array, so that nothing but `tofile` is needed."""
+    return not tensor.metadata_props and np.dtype(tensor.dtype.numpy()).itemsize * tensor.size == tensor.nbytes
+
+
+def _field(number: int, length: int) -> bytes:
+    """Tag and length of a length-delimited field."""
+    out, value = bytearray([number << 3 | 2]), length
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
