@@ -81,9 +81,9 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
         if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.values()):
             return None
         if node.op_type in ("Constant", "ConstantOfShape"):
-            tensor = node.attributes.get_tensor("value")
-            if tensor is not None:
-                return tensor.dtype
+            written = node.attributes.get("value")
+            if written is not None:
+                return written.as_tensor().dtype
             floats = node.op_type == "ConstantOfShape" or any(a in node.attributes for a in _FLOAT_VALUES)
             return ir.DataType.FLOAT if floats else None
         if node.op_type == "Cast":
@@ -98,7 +98,8 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
 
 _FLOAT_VALUES = ("value_float", "value_floats")
 _KEEP_TYPE = frozenset(
-    ["Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "Gather", "Slice", "Concat", "CastLike", "DequantizeLinear"]
+    ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Gather", "Slice", "Concat")
+    + ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
 )
 
 

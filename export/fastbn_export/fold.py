@@ -43,20 +43,16 @@ class FoldResult:
         What was folded where, and why the rest stays.
     """
 
-    def __init__(self, edited: ir.Model | None, original: onnx.ModelProto, report: FoldReport):
+    def __init__(self, model: onnx.ModelProto | None, report: FoldReport, *, edited: ir.Model | None = None):
         self.report = report
-        self._edited, self._original = edited, original
-        self._proto: onnx.ModelProto | None = None
+        self._proto, self._edited = model, edited
 
     @property
     def model(self) -> onnx.ModelProto:
-        """A new, self-contained model; equal to the input where nothing could be folded."""
+        """A new, self-contained model; equal to the input where nothing could be folded. Made on first use."""
         if self._proto is None:
-            if self._edited is not None:
-                self._proto = inline_proto(self._edited)
-            else:
-                self._proto = onnx.ModelProto()
-                self._proto.CopyFrom(self._original)
+            assert self._edited is not None
+            self._proto = inline_proto(self._edited)
         return self._proto
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -113,7 +109,11 @@ def fold(
     if proto.functions and report.left:
         engine, report = _inlined(proto, kept, duplicate, engine, report)
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
-    return FoldResult(engine.model if engine.changed or external else None, proto, report)
+    if engine.changed or external:
+        return FoldResult(None, report, edited=engine.model)
+    unchanged = onnx.ModelProto()
+    unchanged.CopyFrom(proto)
+    return FoldResult(unchanged, report)
 
 
 def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:

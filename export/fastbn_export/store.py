@@ -157,7 +157,7 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
         file.write(_field(5, length))
         file.write(head)
         if tensor is not None:
-            tensor.tofile(file)
+            _write(tensor, file)
 
 
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
@@ -169,6 +169,15 @@ def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.Te
         return text, len(text), None
     head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)
     return head, len(head) + tensor.nbytes, tensor
+
+
+def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    """Write the raw bytes, without copying them where the storage allows."""
+    to_file = getattr(tensor, "tofile", None)
+    if to_file is not None:
+        to_file(file)
+    else:
+        file.write(tensor.tobytes())
 
 
 def _plain(tensor: ir.TensorProtocol) -> bool:
