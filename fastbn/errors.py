@@ -12,20 +12,22 @@ class FastbnError(Exception):
     """Base of all errors that fastbn raises on purpose."""
 
 
-class ArgumentValueError(FastbnError, ValueError):
+class _ArgumentError(FastbnError):
+    def __init__(self, name: str, expected: str, got: object):
+        super().__init__(f"{name}: expected {expected}, got {got}")
+        self.name = name
+        self._parts = (name, expected, str(got))
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), self._parts  # so that an error in a worker process reaches its parent
+
+
+class ArgumentValueError(_ArgumentError, ValueError):
     """An argument has a usable type but an unusable value or shape."""
 
-    def __init__(self, name: str, expected: str, got: object):
-        super().__init__(f"{name}: expected {expected}, got {got}")
-        self.name = name
 
-
-class ArgumentTypeError(FastbnError, TypeError):
+class ArgumentTypeError(_ArgumentError, TypeError):
     """An argument has an unusable type or dtype."""
-
-    def __init__(self, name: str, expected: str, got: object):
-        super().__init__(f"{name}: expected {expected}, got {got}")
-        self.name = name
 
 
 class DeviceError(FastbnError, RuntimeError):
