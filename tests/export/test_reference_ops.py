@@ -78,3 +78,18 @@ def test_batch_norm_in_training():
     assert_allclose(var, 0.8 * p["v"] + 0.2 * x.var((0, 2)), rtol=1e-5)
     z = (x - x.mean((0, 2), keepdims=True)) / np.sqrt(x.var((0, 2), keepdims=True) + 1e-5)
     assert_allclose(y, z * p["s"][:, None] + p["b"][:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("opset", "axis"), [(10, None), (13, None), (13, 1), (13, -1), (19, 1), (21, None), (21, -1)])
+@pytest.mark.parametrize("code", [np.uint8, np.int8])
+def test_quantisation_of_every_opset(opset, axis, code):
+    x = RNG.normal(size=(4, 3, 5)).astype(np.float32) * 3
+    size = () if axis is None else (x.shape[axis],)
+    constants = [("s", RNG.uniform(0.01, 0.1, size).astype(np.float32)), ("z", RNG.integers(0, 9, size).astype(code))]
+    options = {} if axis is None else {"axis": axis}
+    quantise = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **options)
+    back = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **options)
+    model = graph([quantise, back], [value("x", shape=x.shape)], [value("y", shape=x.shape)], constants, opset=opset)
+    (ours,) = ReferenceEvaluator(model, new_ops=CORRECTED).run(None, {"x": x})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert_allclose(ours, session.run(None, {"x": x})[0], rtol=1e-6, atol=1e-7)

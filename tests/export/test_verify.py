@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from fastbn_export.build import build
 from fastbn_export.layers import Conv, Linear, ReLU, Sigmoid, Softmax
 from fastbn_export.verify import Checker, verify
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from .onnx_models import corrupt, graph, value
 from .plain_fold import folded, norm
@@ -248,3 +249,31 @@ def test_one_checker_many_candidates():
         assert checker.check(good).ok
         assert not checker.check(corrupt(good, scaled_channel, "weight")).ok
         assert checker.check(good).ok
+
+
+def test_bfloat16_is_judged_in_float64_where_onnxruntime_has_no_kernels():
+    rng = np.random.default_rng(5)
+    w = rng.normal(size=(4, 4)).astype(ml_dtypes.bfloat16)
+    s = rng.uniform(0.5, 2, 4).astype(ml_dtypes.bfloat16)
+    io = [value("x", TensorProto.BFLOAT16, ["n", 4])], [value("y", TensorProto.BFLOAT16, ["n", 4])]
+    first = helper.make_node("MatMul", ["x", "w"], ["h"])
+    original = graph([first, helper.make_node("Mul", ["h", "s"], ["y"])], *io, [("w", w), ("s", s)])
+    product = (w.astype(np.float64) * s.astype(np.float64)).astype(ml_dtypes.bfloat16)
+    good = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], *io, [("w", product)])
+    report = verify(original, good)
+    assert report.ok, str(report)
+    assert not verify(original, corrupt(good, lambda a: a[::-1])).ok
+
+
+def test_quantised_models_may_jump_where_rounding_does():
+    rng = np.random.default_rng(6)
+    first, bn = dense(rng, 16, 16), norm(rng, 16)
+    original, good = (build(x, (None, 16), fold=False) for x in ([first, bn], [folded(first, bn)]))
+    for model in (original, good):
+        model.graph.node[-1].output[0] = "float"
+        model.graph.node.append(helper.make_node("QuantizeLinear", ["float", "scale", "zero"], ["codes"]))
+        model.graph.node.append(helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["output"]))
+        constants = (("scale", np.float32(0.05)), ("zero", np.int8(0)))
+        model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in constants)
+    assert verify(original, good).ok
+    assert not verify(original, corrupt(good, scaled_channel, "weight")).ok
