@@ -1,0 +1,315 @@
+"""``simd`` on the GPU: LLVM and PTX for each operation."""
+
+from __future__ import annotations
+
+import functools
+
+from llvmlite import ir
+from numba.cuda import cgutils
+from numba.cuda.extending import intrinsic
+
+from fastbn.cuda.driver import ARITHMETIC, types
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+LOAD = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
+LOAD_LAST = "ld.global.cs.v4.b32"  # not .nc: an in-place kernel writes what it has read
+STORE = "st.global.cs.v4.b32"
+
+
+def _address(context, builder, ty, value, index):
+    base = value if isinstance(ty, types.CPointer) else context.make_array(ty)(context, builder, value=value).data
+    return builder.gep(base, [index])
+
+
+def _words(kind, W):
+    """Type of a raw vector: four 32-bit words, or one element as an integer of its size."""
+    if W > 1:
+        return types.UniTuple(types.int32, 4)
+    return types.UniTuple({"f32": types.int32, "f64": types.int64}.get(kind, types.int16), 1)
+
+
+def _load(kind, W, instruction):
+    raw = _words(kind, W)
+
+    @intrinsic
+    def load(typingctx, tensor, index):
+        def emit(context, builder, sig, args):
+            at = _address(context, builder, sig.args[0], *args)
+            if W == 1:
+                element = {"f32": I32, "f64": I64}.get(kind, I16)
+                words = [builder.load(builder.bitcast(at, element.as_pointer()))]
+            else:
+                result = ir.LiteralStructType([I32] * 4)
+                asm = ir.InlineAsm(
+                    ir.FunctionType(result, [at.type]), instruction + " {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l"
+                )
+                loaded = builder.call(asm, [at])
+                words = [builder.extract_value(loaded, k) for k in range(4)]
+            return context.make_tuple(builder, sig.return_type, words)
+
+        return raw(tensor, types.int64), emit
+
+    return load
+
+
+def _decode_word(builder, kind, word):
+    """Two lanes of a half type from one 32-bit word."""
+    if kind == "f16":
+        low, high = builder.trunc(word, I16), builder.trunc(builder.lshr(word, I32(16)), I16)
+        return [builder.fpext(builder.bitcast(h, F16), F32) for h in (low, high)]
+    low, high = builder.shl(word, I32(16)), builder.and_(word, I32(0xFFFF0000))
+    return [builder.bitcast(h, F32) for h in (low, high)]
+
+
+def _decode(kind, W):
+    vector = types.UniTuple(ARITHMETIC[kind], W)
+
+    @intrinsic
+    def decode(typingctx, raw):
+        def emit(context, builder, sig, args):
+            words = cgutils.unpack_tuple(builder, args[0])
+            if kind == "f32":
+                lanes = [builder.bitcast(w, F32) for w in words]
+            elif kind == "f64" and W == 1:
+                lanes = [builder.bitcast(words[0], F64)]
+            elif kind == "f64":
+                low, high = [builder.zext(w, I64) for w in words[::2]], [builder.zext(w, I64) for w in words[1::2]]
+                pairs = zip(low, high, strict=True)
+                lanes = [builder.bitcast(builder.or_(a, builder.shl(b, I64(32))), F64) for a, b in pairs]
+            elif W == 1:
+                lanes = [_decode_word(builder, kind, builder.zext(words[0], I32))[0]]
+            else:
+                lanes = [lane for w in words for lane in _decode_word(builder, kind, w)]
+            return context.make_tuple(builder, sig.return_type, lanes)
+
+        return vector(raw), emit
+
+    return decode
+
+
+def _encode_pair(builder, kind, low, high):
+    asm = ir.InlineAsm(ir.FunctionType(I32, [F32, F32]), f"cvt.rn.{kind}x2.f32 $0, $1, $2;", "=r,f,f")
+    return builder.call(asm, [high, low])
+
+
+def _encode(builder, kind, lanes):
+    if kind == "f32":
+        return [builder.bitcast(v, I32) for v in lanes]
+    if kind == "f64":
+        whole = [builder.bitcast(v, I64) for v in lanes]
+        return [builder.trunc(builder.lshr(v, I64(s)), I32) for v in whole for s in (0, 32)]
+    return [_encode_pair(builder, kind, a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+
+
+def _store_one(builder, kind, at, value):
+    if kind in ("f32", "f64"):
+        builder.store(value, at)
+    else:
+        word = _encode_pair(builder, kind, value, ir.Constant(F32, 0.0))
+        builder.store(builder.trunc(word, I16), at)
+
+
+def _store(kind, W):
+    @intrinsic
+    def store(typingctx, tensor, index, vector):
+        def emit(context, builder, sig, args):
+            at = _address(context, builder, sig.args[0], *args[:2])
+            lanes = cgutils.unpack_tuple(builder, args[2])
+            if W == 1:
+                _store_one(builder, kind, at, lanes[0])
+                return context.get_dummy_value()
+            words = _encode(builder, kind, lanes)
+            asm = ir.InlineAsm(
+                ir.FunctionType(ir.VoidType(), [at.type] + [I32] * 4),
+                STORE + " [$0], {$1,$2,$3,$4};", "l,r,r,r,r,~{memory}", side_effect=True,
+            )  # fmt: skip
+            builder.call(asm, [at, *words])
+            return context.get_dummy_value()
+
+        return types.void(tensor, types.int64, vector), emit
+
+    return store
+
+
+def _splat(kind, W):
+    A = ARITHMETIC[kind]
+
+    @intrinsic
+    def splat(typingctx, number):
+        def emit(context, builder, sig, args):
+            return context.make_tuple(builder, sig.return_type, [args[0]] * W)
+
+        return types.UniTuple(A, W)(A), emit
+
+    return splat
+
+
+def _gather(kind, W):
+    A = ARITHMETIC[kind]
+
+    @intrinsic
+    def gather(typingctx, array, index):
+        def emit(context, builder, sig, args):
+            at = _address(context, builder, sig.args[0], *args)
+            lanes = [builder.load(builder.gep(at, [I32(k)])) for k in range(W)]
+            return context.make_tuple(builder, sig.return_type, lanes)
+
+        return types.UniTuple(A, W)(array, types.int64), emit
+
+    return gather
+
+
+def _scatter(kind, W):
+    @intrinsic
+    def scatter(typingctx, array, index, vector):
+        def emit(context, builder, sig, args):
+            at = _address(context, builder, sig.args[0], *args[:2])
+            for k, lane in enumerate(cgutils.unpack_tuple(builder, args[2])):
+                builder.store(lane, builder.gep(at, [I32(k)]))
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, vector), emit
+
+    return scatter
+
+
+FOUR = ir.VectorType(I32, 4)
+
+
+@intrinsic
+def _keep(typingctx, shared, index, raw):
+    """One 128-bit store of a raw vector into an int32 array in shared memory."""
+
+    def emit(context, builder, sig, args):
+        at = _address(context, builder, sig.args[0], *args[:2])
+        value = ir.Constant(FOUR, ir.Undefined)
+        for k, word in enumerate(cgutils.unpack_tuple(builder, args[2])):
+            value = builder.insert_element(value, word, I32(k))
+        builder.store(value, builder.bitcast(at, FOUR.as_pointer()), align=16)
+        return context.get_dummy_value()
+
+    return types.void(shared, types.int64, raw), emit
+
+
+@intrinsic
+def _recall(typingctx, shared, index):
+    def emit(context, builder, sig, args):
+        at = _address(context, builder, sig.args[0], *args)
+        value = builder.load(builder.bitcast(at, FOUR.as_pointer()), align=16)
+        return context.make_tuple(builder, sig.return_type, [builder.extract_element(value, I32(k)) for k in range(4)])
+
+    return types.UniTuple(types.int32, 4)(shared, types.int64), emit
+
+
+@functools.cache
+def access(kind, W):
+    """Return the ``simd.Access`` of a tensor kind and a number of lanes."""
+    from fastbn.cuda.simd import Access
+
+    return Access(
+        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _store(kind, W), _splat(kind, W),
+        _gather(kind, W), _scatter(kind, W), _keep, _recall,
+    )  # fmt: skip
+
+
+# -- lane by lane -------------------------------------------------------------------------------------------------
+
+
+def _lane_types(args):
+    """Result type: the vectors' if there is one, else the numbers'."""
+    return next((a for a in args if isinstance(a, types.UniTuple)), args[0])
+
+
+def _per_lane(builder, sig, args, operation):
+    W = sig.return_type.count if isinstance(sig.return_type, types.UniTuple) else 0
+    if not W:
+        return operation(*args)
+    columns = [
+        cgutils.unpack_tuple(builder, a) if isinstance(ty, types.UniTuple) else [a] * W
+        for ty, a in zip(sig.args, args, strict=True)
+    ]
+    return [operation(*lane) for lane in zip(*columns, strict=True)]
+
+
+def _emit(operation):
+    def emit(context, builder, sig, args):
+        result = _per_lane(builder, sig, args, lambda *lane: operation(builder, *lane))
+        return context.make_tuple(builder, sig.return_type, result) if isinstance(result, list) else result
+
+    return emit
+
+
+@intrinsic
+def add(typingctx, a, b):
+    """A + b."""
+    return _lane_types((a, b))(a, b), _emit(lambda builder, x, y: builder.fadd(x, y))
+
+
+@intrinsic
+def sub(typingctx, a, b):
+    """A - b."""
+    return _lane_types((a, b))(a, b), _emit(lambda builder, x, y: builder.fsub(x, y))
+
+
+@intrinsic
+def mul(typingctx, a, b):
+    """A * b."""
+    return _lane_types((a, b))(a, b), _emit(lambda builder, x, y: builder.fmul(x, y))
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """A * b + c, rounded once."""
+    return _lane_types((a, b, c))(a, b, c), _emit(lambda builder, x, y, z: builder.fma(x, y, z))
+
+
+def _gate(builder, z, u):
+    zero = ir.Constant(z.type, 0.0)
+    return builder.select(builder.fcmp_ordered("<=", z, zero), ir.Constant(u.type, 0.0), u)
+
+
+@intrinsic
+def gate(typingctx, z, u):
+    """0 where z <= 0, else u: NaN passes, as in PyTorch's ReLU."""
+    return _lane_types((z, u))(z, u), _emit(_gate)
+
+
+@intrinsic
+def total(typingctx, a):
+    """Sum of the lanes, in pairs."""
+
+    def emit(context, builder, sig, args):
+        lanes = cgutils.unpack_tuple(builder, args[0])
+        while len(lanes) > 1:
+            lanes = [builder.fadd(x, y) for x, y in zip(lanes[::2], lanes[1::2], strict=True)]
+        return lanes[0]
+
+    return a.dtype(a), emit
+
+
+def _sqrt(builder, x):
+    root = builder.module.declare_intrinsic("llvm.sqrt", [x.type])
+    return builder.call(root, [x])
+
+
+@intrinsic
+def sqrt(typingctx, x):
+    """Root of x, correctly rounded; NaN for negative x."""
+    return x(x), _emit(_sqrt)
+
+
+@intrinsic
+def invsqrt(typingctx, x):
+    """1/sqrt(x), both correctly rounded; inf for 0, NaN for negative x."""
+    return x(x), _emit(lambda builder, v: builder.fdiv(ir.Constant(v.type, 1.0), _sqrt(builder, v)))
+
+
+@intrinsic
+def finite(typingctx, x):
+    """Tell whether x is neither infinite nor NaN."""
+
+    def emit(context, builder, sig, args):
+        return builder.fcmp_ordered("==", builder.fsub(args[0], args[0]), ir.Constant(args[0].type, 0.0))
+
+    return types.boolean(x), emit

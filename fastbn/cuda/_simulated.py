@@ -1,0 +1,128 @@
+"""``simd`` in the simulator: the same operations on NumPy arrays, with the bounds and alignment that a GPU demands."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn.cuda.driver import ARITHMETIC, Memory
+
+Array = npt.NDArray[Any]
+
+
+def _place(tensor: Any, index: Any, count: int, aligned: bool) -> Array:
+    """The ``count`` elements from ``index``; IndexError outside, as no slice of NumPy's would raise."""
+    memory: Array = tensor.array if type(tensor) is Memory else tensor
+    if not 0 <= index <= memory.size - count:
+        raise IndexError(f"{count} elements at {index} of {memory.size}")
+    found = memory[index : index + count]
+    if aligned and found.ctypes.data % 16:
+        raise IndexError(f"a 128-bit access at {found.ctypes.data % 16} bytes past an aligned address")
+    return found
+
+
+def _to_bfloat16(v: Array) -> Array:
+    bits = v.view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(v), 0x7FFF, rounded).astype(np.uint16).view(np.int16)
+
+
+@functools.cache
+def access(kind: str, W: int) -> Any:
+    """Return the ``simd.Access`` of a tensor kind and a number of lanes."""
+    from fastbn.cuda.simd import Access
+
+    number: Any = np.dtype(ARITHMETIC[kind].name).type
+
+    def load(tensor: Any, index: Any) -> Array:
+        return _place(tensor, index, W, W > 1).copy()
+
+    def decode(raw: Array) -> Array:
+        if kind == "f16":
+            return raw.view(np.float16).astype(np.float32)
+        if kind == "bf16":
+            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return raw
+
+    def store(tensor: Any, index: Any, vector: Array) -> None:
+        assert vector.shape == (W,) and vector.dtype == number, (vector.shape, vector.dtype)
+        if kind == "f16":
+            raw = vector.astype(np.float16).view(np.uint16)
+        else:
+            raw = _to_bfloat16(vector) if kind == "bf16" else vector
+        _place(tensor, index, W, W > 1)[:] = raw
+
+    def splat(value: Any) -> Array:
+        return np.full(W, value, number)
+
+    def gather(array: Any, index: Any) -> Array:
+        found = _place(array, index, W, False)
+        assert found.dtype == number
+        return found.copy()
+
+    def scatter(array: Any, index: Any, vector: Array) -> None:
+        found = _place(array, index, W, False)
+        assert found.dtype == number and vector.dtype == number
+        found[:] = vector
+
+    def keep(shared: Array, index: Any, raw: Array) -> None:
+        _place(shared, index, 4, True)[:] = raw.view(np.int32)
+
+    def recall(shared: Array, index: Any) -> Array:
+        raw: Array = _place(shared, index, 4, True).copy().view(np.dtype(memory))
+        return raw
+
+    memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]
+    return Access(load, load, decode, store, splat, gather, scatter, keep, recall)
+
+
+def add(a: Any, b: Any) -> Any:
+    """A + b."""
+    return a + b
+
+
+def sub(a: Any, b: Any) -> Any:
+    """A - b."""
+    return a - b
+
+
+def mul(a: Any, b: Any) -> Any:
+    """A * b."""
+    return a * b
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """A * b + c, rounded once from float64 (for float64 itself: twice)."""
+    kind = np.result_type(a, b, c)
+    return (np.float64(1.0) * a * b + c).astype(kind)
+
+
+def gate(z: Any, u: Any) -> Any:
+    """0 where z <= 0, else u."""
+    return np.where(z <= 0, np.zeros_like(u), u)
+
+
+def total(a: Array) -> Any:
+    """Sum of the lanes, in pairs."""
+    while a.size > 1:
+        a = a[::2] + a[1::2]
+    return a[0]
+
+
+def sqrt(x: Any) -> Any:
+    """Root of x; NaN for negative x."""
+    return np.sqrt(x)
+
+
+def invsqrt(x: Any) -> Any:
+    """1/sqrt(x)."""
+    return type(x)(1) / np.sqrt(x)
+
+
+def finite(x: Any) -> bool:
+    """Tell whether x is neither infinite nor NaN."""
+    return math.isfinite(x)

@@ -1,0 +1,194 @@
+"""The one place that imports ``numba.cuda``: what is missing, the current device, launches with raw pointers.
+
+numba-cuda is in maintenance mode; its successor (numba-cuda-mlir) keeps the API, so that a change of engine is a change
+of this file. A kernel is launched with device addresses instead of array objects: an eager signature with raw pointers
+costs 7 us of host time for nine arguments, strided views 42 us, DLPack objects 100 us.
+
+In the simulator (``NUMBA_ENABLE_CUDASIM=1``) an address is one of host memory and a ``Flat`` becomes a NumPy array.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from fastbn.cuda.arrays import INSTALL, Flat
+from fastbn.errors import DeviceError
+
+try:
+    import numba_cuda  # noqa: F401  (numba's own copy of numba.cuda is frozen and too old)
+    from numba import cuda, types
+except ImportError as error:
+    raise DeviceError(f"a CUDA array needs numba-cuda, which is not installed: {INSTALL}") from error
+
+__all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", "run", "types"]
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf16": types.int16}
+ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
+
+
+@functools.cache
+def check() -> None:
+    """Raise a DeviceError that says what is missing, unless kernels can run here."""
+    if SIMULATED:
+        return
+    try:
+        available = cuda.is_available()
+    except Exception as error:
+        raise DeviceError(f"a CUDA array needs the CUDA libraries: {error}; {INSTALL}") from error
+    if not available:
+        raise DeviceError(f"a CUDA array needs an NVIDIA driver and a GPU, none was found; then {INSTALL}")
+    capability = cuda.get_current_device().compute_capability
+    if tuple(capability) < (8, 0):
+        raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, this GPU has {capability}")
+
+
+@functools.cache
+def device_properties() -> tuple[int, int]:
+    """Return the number of multiprocessors and the bytes of shared memory that a block may use."""
+    if SIMULATED:
+        return 2, 64 * 1024
+    device = cuda.get_current_device()
+    return int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+
+
+def current_device() -> int:
+    """Return the number of the device that kernels are launched on."""
+    return 0 if SIMULATED else int(cuda.get_current_device().id)
+
+
+@functools.cache
+def _jit_options() -> frozenset[str]:
+    return frozenset(inspect.signature(cuda.jit).parameters)
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels call; in the simulator it stays plain Python."""
+    if SIMULATED:
+        return function
+    force: dict[str, Any] = {"forceinline": True} if "forceinline" in _jit_options() else {}
+    return cuda.jit(device=True, **force)(function)
+
+
+def argument_types(letters: str, kind: str) -> tuple[Any, ...]:
+    """Types of kernel arguments: T tensor, A arithmetic array, I int32 array, i int32, l int64, a arithmetic scalar."""
+    tensor, arithmetic = POINTERS[kind], ARITHMETIC[kind]
+    table = {
+        "T": types.CPointer(tensor), "A": types.CPointer(arithmetic), "I": types.CPointer(types.int32),
+        "i": types.int32, "l": types.int64, "a": arithmetic,
+    }  # fmt: skip
+    return tuple(table[letter] for letter in letters)
+
+
+class Kernel:
+    """A kernel with its one signature, compiled at its first launch; ``launch_bounds`` caps its registers."""
+
+    def __init__(self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int):
+        self.function, self.letters, self.kind = function, letters, kind
+        self.threads, self.blocks = threads, blocks
+        self._compiled: Any = None
+        self._large: set[int] = set()
+
+    @property
+    def signature(self) -> Any:
+        """Return the signature for ``cuda.jit``."""
+        return types.void(*argument_types(self.letters, self.kind))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options for ``cuda.jit``."""
+        return {"launch_bounds": (self.threads, self.blocks)}
+
+    @property
+    def compiled(self) -> Any:
+        """Return Numba's dispatcher."""
+        if self._compiled is None:
+            if SIMULATED:
+                self._compiled = cuda.jit(self.function)
+            else:
+                self._compiled = cuda.jit(self.signature, **self.options)(self.function)
+        return self._compiled
+
+    def allow_shared(self, size: int) -> None:
+        """Opt in to more than 48 KB of dynamic shared memory; numba-cuda does not do so by itself."""
+        here = current_device()
+        if size <= 48 * 1024 or SIMULATED or here in self._large:
+            return
+        from cuda.bindings import driver as bindings  # what numba-cuda stands on
+
+        function = next(iter(self.compiled.overloads.values()))._codelibrary.get_cufunc()
+        most = device_properties()[1]
+        attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        static = int(getattr(function.attrs, "shared", 0))
+        handle = function.handle
+        if isinstance(handle, bindings.CUfunction):
+            (code,) = bindings.cuFuncSetAttribute(handle, attribute, most - static)
+        else:
+            (code,) = bindings.cuKernelSetAttribute(attribute, most - static, handle, bindings.CUdevice(here))
+        if int(code) != 0:
+            raise DeviceError(f"the driver refused {size} bytes of shared memory a block: {code}")
+        self._large.add(here)
+
+
+def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel: argument letters (see ``argument_types``), tensor kind, threads a block, blocks an SM."""
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        return Kernel(function, letters, kind, threads, blocks)
+
+    return decorate
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    return cuda.external_stream(handle) if handle and not SIMULATED else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _configured(what: Kernel, grid: tuple[int, ...], stream: int, shared: int) -> Any:
+    what.allow_shared(shared)
+    return what.compiled[grid, what.threads, _stream(stream), shared]
+
+
+def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
+    """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
+    if SIMULATED:
+        values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
+        what.compiled[grid, what.threads, 0, shared](*values)
+    else:
+        launch = _configured(what, grid, stream, shared)
+        launch(*[a.address if type(a) is Flat else 0 if a is None else a for a in args])
+
+
+class Memory:
+    """A tensor in the simulator: elements by index, IndexError outside (NumPy would take a negative one)."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.array[self._inside(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        assert np.asarray(value).dtype == self.array.dtype, (value, self.array.dtype)
+        self.array[self._inside(index)] = value
+
+    def _inside(self, index: Any) -> Any:
+        if not 0 <= index < self.array.size:
+            raise IndexError(f"element {index} of {self.array.size}")
+        return index
+
+
+def _simulated(value: Any, letter: str, kind: str) -> Any:
+    """Numbers in the type that the signature says; tensors as they are (the simulator would copy NumPy arrays)."""
+    if letter in "TAI":
+        expected = {"T": POINTERS[kind], "A": ARITHMETIC[kind], "I": types.int32}[letter].name
+        assert value is None or value.array.dtype == expected, (letter, value.kind)
+        return None if value is None else Memory(value.array)
+    return np.dtype({"i": "int32", "l": "int64"}.get(letter, ARITHMETIC[kind].name)).type(value)

@@ -1,0 +1,155 @@
+"""From (N, C, S) to the launches of an operation; the same four entry points as ``fastbn.cpu.launch``.
+
+Tensors and parameters arrive as ``Flat`` (or None where absent), on the current device; results are made by the
+library that x comes from, on its current stream. Nothing here waits for the GPU. ``stats`` is an arithmetic vector of
+4*C: mean, invstd, biased variance, rounding remainder of the mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastbn.cuda import finalize, planes, rows, tuning
+from fastbn.cuda.driver import Flat, check, run
+from fastbn.cuda.plan import Dims, Plan, plan
+from fastbn.cuda.sweep import Variant
+
+
+class Given(NamedTuple):
+    """Running statistics that inference normalises with, straight from their arrays."""
+
+    mean: Flat
+    var: Flat
+    eps: float
+
+
+def _aligned(*tensors: Flat | None) -> bool:
+    return not any(t.address & 15 for t in tensors if t is not None)
+
+
+def _flags(weight: Flat | None, bias: Flat | None) -> int:
+    return (weight is not None) | (bias is not None) << 1
+
+
+def _stage(p: Plan) -> Any:
+    return rows if p.rows else planes
+
+
+def _shape(p: Plan, dims: Dims) -> tuple[int, ...]:
+    """The numbers that describe the tensor to a kernel, after ``partial`` or the parameters."""
+    N, C, S = dims
+    return (N, C, S, p.R, p.V) if p.rows else (N, C, S)
+
+
+def _tail(p: Plan) -> tuple[int, ...]:
+    return (p.tx,) if p.rows else ()
+
+
+def _sums(
+    p: Plan, what: Variant, tensors: tuple[Any, ...], stats: Any, params: tuple[Any, Any], partial: Flat, dims: Dims,
+    stream: int,
+) -> None:  # fmt: skip
+    args = (*tensors, stats, *params, partial, *_shape(p, dims), p.parts, p.chunk, *_tail(p), _flags(*params))
+    run(_stage(p).sums(what), (p.across, p.parts), stream, args)
+
+
+def _settle(
+    x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float,
+    stream: int,
+) -> None:  # fmt: skip
+    N, C, S = dims
+    n = N * S
+    unbias = n / (n - 1.0) if n > 1 else float("nan")
+    shape = (N, C, S, p.depth, p.columns, p.group)
+    args = (x, partial, stats, *moved, *shape, eps, 1.0 - momentum, momentum, unbias, int(moved[0] is not None))
+    run(finalize.settle_train(x.kind, tuning.THREADS), (-(-C // p.group),), stream, args)
+
+
+def _normalise(
+    p: Plan, what: Variant, tensors: tuple[Any, ...], stats: Any, more: Any, params: tuple[Any, Any], eps: float,
+    dims: Dims, stream: int,
+) -> None:  # fmt: skip
+    shape = _shape(p, dims)
+    shape = shape[1:] if p.rows else shape
+    args = (*tensors, stats, more, *params, eps, *shape, p.apply_chunk, *_tail(p), _flags(*params))
+    run(_stage(p).normalise(what), (p.across, p.apply_parts), stream, args)
+
+
+def _moments(
+    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float, stream: int
+) -> Flat:
+    partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
+    stats: Flat = x.owner.vector(4 * dims[1])
+    what = Variant(x.kind, p.W, tuning.THREADS)
+    _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream)
+    _settle(x, p, partial, stats, moved, dims, eps, momentum, stream)
+    return stats
+
+
+def train(
+    x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, running_mean: Flat | None,
+    running_var: Flat | None, dims: Dims, eps: float, momentum: float, relu: bool | None,
+) -> Flat:  # fmt: skip
+    """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
+    check()
+    stream = x.owner.stream()
+    p = plan(dims, x.kind, _aligned(x, residual, out))
+    stats = _moments(x, p, (running_mean, running_var), dims, eps, momentum, stream)
+    what = Variant(x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None)
+    _normalise(p, what, (x, residual, out), stats, None, (weight, bias), 0.0, dims, stream)
+    return stats
+
+
+def moments(x: Flat, dims: Dims, eps: float) -> Flat:
+    """Statistics alone."""
+    check()
+    p = plan(dims, x.kind, _aligned(x))
+    return _moments(x, p, (None, None), dims, eps, 0.0, x.owner.stream())
+
+
+def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
+    """``stats`` of given running statistics, for a backward pass through them."""
+    check()
+    C = mean.size
+    stats: Flat = mean.owner.vector(4 * C)
+    what = finalize.settle_given(mean.kind, tuning.THREADS)
+    run(what, (-(-C // tuning.THREADS),), mean.owner.stream(), (mean, var, stats, C, eps))
+    return stats
+
+
+def infer(
+    x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, stats: Flat | Given,
+    dims: Dims, relu: bool | None,
+) -> None:  # fmt: skip
+    """Inference into ``out``, by ``stats`` or by running statistics as they are (one launch)."""
+    check()
+    p = plan(dims, x.kind, _aligned(x, residual, out))
+    given = isinstance(stats, Given)
+    what = Variant(
+        x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given
+    )  # fmt: skip
+    first, more, eps = stats if isinstance(stats, Given) else (stats, None, 0.0)
+    _normalise(p, what, (x, residual, out), first, more, (weight, bias), eps, dims, x.owner.stream())
+
+
+def backward(
+    x: Flat, grad: Flat, y: Flat | None, out: Flat, grad_residual: Flat | None, weight: Flat | None,
+    bias: Flat | None, stats: Flat, dims: Dims, frozen: bool, relu: bool | None,
+) -> tuple[Flat, Flat]:  # fmt: skip
+    """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
+    check()
+    C = dims[1]
+    stream = x.owner.stream()
+    p = plan(dims, x.kind, _aligned(x, grad, y, out, grad_residual))
+    what = Variant(x.kind, p.W, tuning.THREADS, True, bool(relu), y is not None, frozen)
+    partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else C))
+    dweight, dbias = x.owner.vector(C), x.owner.vector(C)
+    params = (weight, bias)
+    _sums(p, what._replace(frozen=False), (x, grad, y), stats, params, partial, dims, stream)
+    settle = finalize.settle_backward(x.kind, tuning.THREADS)
+    settled = (partial, stats, dweight, dbias, C, p.depth, p.columns, p.group)
+    run(settle, (-(-C // p.group),), stream, settled)
+    tensors, grads = (x, grad, y, out, grad_residual), (dweight, dbias)
+    args = (*tensors, stats, *params, *grads, *_shape(p, dims), p.apply_chunk, *_tail(p), _flags(*params))
+    run(_stage(p).gradient(what), (p.across, p.apply_parts), stream, args)
+    return dweight, dbias

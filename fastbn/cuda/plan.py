@@ -1,0 +1,89 @@
+"""Which kernel for which shape, and how its grid is cut; from numbers alone, so that it is tested without a GPU.
+
+Cuts depend on the shape and the dtype, never on the GPU: sums are added in the same order on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from fastbn.cuda import tuning
+from fastbn.cuda.arrays import ITEMSIZE
+from fastbn.errors import ArgumentValueError
+
+Dims = tuple[int, int, int]
+MOST = 65535  # blocks along the second axis of a grid
+TILE = 32  # most vectors side by side in a tile of rows
+
+
+class Plan(NamedTuple):
+    """How a shape is worked off by the split kernels."""
+
+    rows: bool
+    W: int  # lanes of a vector
+    R: int  # rows (planes: runs)
+    V: int  # columns (planes: elements of a run)
+    across: int  # blocks side by side: channels or tiles
+    tx: int  # vectors of a tile side by side (rows)
+    parts: int  # of the sums
+    chunk: int  # vectors of a channel (planes) or rows that a part of the sums has
+    apply_parts: int
+    apply_chunk: int
+    depth: int  # rows of ``partial``, as ``finalize`` counts them
+    columns: int  # columns of a channel in ``partial``
+    group: int  # channels of a block of ``finalize``
+
+
+def _cut(length: int, unit: int, across: int, depth: int) -> tuple[int, int]:
+    """Cut a length into parts: enough blocks to fill a GPU, few enough that each has work for all its threads."""
+    parts = max(-(-length // (unit * depth)), -(-tuning.BLOCKS // across))
+    parts = max(1, min(parts, -(-length // unit), MOST))
+    chunk = -(-length // parts)
+    return -(-length // chunk), chunk
+
+
+def _widen(N: int, C: int, S: int, lanes: int) -> int:
+    """Rows to lay side by side so that they are whole vectors; 0 if that does not go."""
+    times = lanes // math.gcd(C * S, lanes)
+    return times if N % times == 0 else 0
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
+    """Choose the split kernels' shape and cuts. ``aligned``: all tensors begin at a multiple of 16 bytes."""
+    N, C, S = dims
+    lanes = 16 // ITEMSIZE[kind]
+    if max(N * S, C, C * S * lanes) >= 1 << 31:
+        raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
+    whole = aligned and S % lanes == 0
+    if S >= tuning.RUN and (whole or N < tuning.RUNS):
+        return _planes(dims, lanes if whole else 1)
+    times = _widen(N, C, S, lanes) if aligned else 0
+    return _rows(dims, lanes if times else 1, times or 1)
+
+
+def _planes(dims: Dims, W: int) -> Plan:
+    N, C, S = dims
+    vectors = N * (S // W)
+    parts, chunk = _cut(vectors, tuning.THREADS, C, tuning.DEPTH)
+    apply_parts, apply_chunk = _cut(vectors, tuning.THREADS, C, tuning.APPLY_DEPTH)
+    return Plan(False, W, N, S, C, 1, parts, chunk, apply_parts, apply_chunk, parts, 1, min(32, tuning.THREADS))
+
+
+def _rows(dims: Dims, W: int, times: int) -> Plan:
+    N, C, S = dims
+    R, V = N // times, C * S * times
+    vectors = V // W
+    tx = -(-vectors // -(-vectors // TILE))
+    across, height = -(-vectors // tx), tuning.THREADS // tx
+    parts, chunk = _cut(R, height, across, tuning.DEPTH)
+    apply_parts, apply_chunk = _cut(R, height, across, tuning.APPLY_DEPTH)
+    group = 32 if S == 1 else 1
+    return Plan(True, W, R, V, across, tx, parts, chunk, apply_parts, apply_chunk, parts * times, S, group)
+
+
+def footprint(dims: Dims, kind: str) -> int:
+    """Bytes of one channel."""
+    return dims[0] * dims[2] * ITEMSIZE[kind]

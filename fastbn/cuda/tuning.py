@@ -1,0 +1,11 @@
+"""Every number that a measurement may change."""
+
+THREADS = 256  # threads of a block in the split kernels
+SLAB_THREADS = 512  # threads of a block that keeps a channel in shared memory
+DEPTH = 16  # vectors that a thread of a sums kernel reads
+APPLY_DEPTH = 8  # vectors that a thread of an elementwise kernel reads
+BLOCKS = 1056  # blocks from which a grid is large enough: 8 for each of 132 multiprocessors
+RUN = 64  # elements of a channel's run from which the channels-first kernels win
+RUNS = 8  # odd runs from which rows win: sums by column are then a small part of the traffic
+FAR = 4.0  # squared distance of pivot and mean, in variances, from which a channel is summed again
+TINY = 1e-30  # below this variance float32 squares may have underflowed
