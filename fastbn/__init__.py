@@ -7,9 +7,14 @@
 """
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError, DeviceError, FastbnError
-from fastbn.functional import Gradients, Saved, backward, batch_norm_infer, batch_norm_train
+from fastbn.family import group_norm, instance_norm, layer_norm
+from fastbn.functional import backward, batch_norm_infer, batch_norm_train
 from fastbn.layers import BatchNorm
 from fastbn.moments import Moments
+from fastbn.norms import GroupNorm, InstanceNorm, LayerNorm
+from fastbn.renorm import renorm_bounds
+from fastbn.running import update_running
+from fastbn.saved import Gradients, Saved
 from fastbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -21,11 +26,19 @@ __all__ = [
     "DeviceError",
     "FastbnError",
     "Gradients",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "Moments",
     "Saved",
     "backward",
     "batch_norm_infer",
     "batch_norm_train",
     "get_num_threads",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "renorm_bounds",
     "set_num_threads",
+    "update_running",
 ]

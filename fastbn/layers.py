@@ -1,23 +1,24 @@
-"""Layers: arrays with state around the functions, under PyTorch's names."""
+"""Batch norm as a layer: arrays with state around the functions, under PyTorch's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, functional
+from fastbn import arguments, functional, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.ghosts import GhostSaved
+from fastbn.moments import Moments
+from fastbn.state import Layer, axis_number, integer, parameter_dtype
 
 __all__ = ["BatchNorm"]
 
 Array = npt.NDArray[Any]
-KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class BatchNorm:
+class BatchNorm(Layer):
     """Batch normalization with its own weight, bias and running statistics; semantics of PyTorch's BatchNorm1d/2d/3d.
 
     Parameters
@@ -25,7 +26,7 @@ class BatchNorm:
     num_features : int
         Channels C.
     eps : float
-        Added to the variance inside the root; > 0.
+        Added to the variance inside the root; >= 0, in training > 0.
     momentum : float or None
         Weight of the new value in the running statistics; None: cumulative average over all batches.
     affine : bool
@@ -38,13 +39,18 @@ class BatchNorm:
         Applied last.
     dtype : dtype
         Of parameters and statistics: float64 for float64 inputs, else float32.
+    ghost, renorm, on_single, nonfinite, unbiased
+        See ``fastbn.batch_norm_train``; for training only. Attributes too, to be changed at any time (``renorm`` by a
+        schedule).
+    update_stats : bool
+        False: training calls do not move the running statistics; see ``update``.
 
     Attributes
     ----------
     weight, bias, running_mean, running_var : numpy.ndarray, shape (C,), or None
         Parameters and statistics; to be changed in place or replaced.
     num_batches_tracked : int
-        Batches seen in training.
+        Batches that moved the running statistics, and empty ones (as PyTorch); every ghost batch counts.
     training, frozen : bool
         See ``train``, ``eval`` and ``freeze``.
 
@@ -60,41 +66,47 @@ class BatchNorm:
     >>> grads = bn.backward(dy)     # doctest: +SKIP
     """
 
+    arrays = ("weight", "bias", "running_mean", "running_var")
+    num_batches_tracked: int
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, *, axis: int = 1, activation: str | None = None,
-        dtype: npt.DTypeLike = np.float32,
+        dtype: npt.DTypeLike = np.float32, ghost: int | None = None, renorm: tuple[float, float] | None = None,
+        on_single: str = "error", nonfinite: str = "propagate", unbiased: bool = True, update_stats: bool = True,
     ):  # fmt: skip
-        if isinstance(num_features, bool) or not isinstance(num_features, int | np.integer):
-            raise ArgumentTypeError("num_features", "an integer", type(num_features).__name__)
-        if num_features < 1:
-            raise ArgumentValueError("num_features", "an integer >= 1", num_features)
-        dtype = np.dtype(dtype)
-        if dtype not in (arguments.F32, arguments.F64):
-            raise ArgumentTypeError("dtype", "float32 (also for half-precision inputs) or float64", dtype)
+        super().__init__()
+        self.num_features, self.dtype = integer("num_features", num_features), parameter_dtype(dtype)
         arguments.activation(activation)
-        self.num_features = int(num_features)
-        self.eps = arguments.epsilon(eps, positive=True)
+        self.eps = arguments.epsilon(eps, positive=False)
         self.momentum = None if momentum is None else arguments.number("momentum", momentum)
         self.affine, self.track_running_stats = bool(affine), bool(track_running_stats)
-        self.axis, self.activation, self.dtype = axis, activation, dtype
-        self.weight: Array | None = np.ones(self.num_features, dtype) if affine else None
-        self.bias: Array | None = np.zeros(self.num_features, dtype) if affine else None
-        self.running_mean: Array | None = np.zeros(self.num_features, dtype) if track_running_stats else None
-        self.running_var: Array | None = np.ones(self.num_features, dtype) if track_running_stats else None
+        self.axis, self.activation = axis_number(axis), activation
+        training.check(training.Options(0.1, 1.0, activation, ghost, renorm, on_single, nonfinite, True, unbiased))
+        self.ghost, self.renorm, self.on_single, self.nonfinite = ghost, renorm, on_single, nonfinite
+        self.unbiased, self.update_stats = unbiased, bool(update_stats)
+        C, dtype = self.num_features, self.dtype
+        self.weight: Array | None = np.ones(C, dtype) if affine else None
+        self.bias: Array | None = np.zeros(C, dtype) if affine else None
+        self.running_mean: Array | None = np.zeros(C, dtype) if track_running_stats else None
+        self.running_var: Array | None = np.ones(C, dtype) if track_running_stats else None
         self.num_batches_tracked = 0
-        self.training, self.frozen = True, False
-        self._saved: functional.Saved | None = None
+        self.frozen = False
 
-    def __call__(self, x: Any, *, residual: Any = None, mask: Any = None, out: Any = None) -> Array:
+    def __call__(
+        self, x: Any, *, residual: Any = None, mask: Any = None, out: Any = None, lengths: Any = None,
+        update_stats: bool | None = None,
+    ) -> Array:  # fmt: skip
         """Normalise x; in training by the batch's statistics, which also move the running ones.
 
         Parameters
         ----------
         x : numpy.ndarray, rank >= 2
             C channels along ``axis``.
-        residual, mask, out
-            See ``fastbn.batch_norm_train``; a mask only in training.
+        residual, mask, out, lengths
+            See ``fastbn.batch_norm_train``. With the running statistics too, y is zero where the mask is false.
+        update_stats : bool, optional
+            Instead of the layer's own setting.
 
         Returns
         -------
@@ -102,26 +114,65 @@ class BatchNorm:
             Shape and dtype of x.
         """
         self._check(x)
-        common: dict[str, Any] = {
-            "eps": self.eps, "axis": self.axis, "activation": self.activation, "residual": residual, "out": out,
-        }  # fmt: skip
-        by_batch = self.running_mean is None or (self.training and not self.frozen)
-        if not by_batch:
-            if mask is not None:
-                raise ArgumentValueError("mask", "None where the running statistics are used", "an array")
-            y, self._saved = functional.frozen(x, self.running_mean, self.running_var, self.weight, self.bias, **common)
+        if self.running_mean is not None and (self.frozen or not self.training):
+            y, self._saved = functional.frozen(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis,
+                activation=self.activation, residual=residual, out=out, mask=mask, lengths=lengths,
+            )  # fmt: skip
             return y
-        moved: tuple[Any, Any] = (None, None)
-        momentum = 0.0
-        if self.training and not self.frozen and self.running_mean is not None:
-            moved = (self.running_mean, self.running_var)
-            momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        y, self._saved = functional.batch_norm_train(
-            x, self.weight, self.bias, *moved, momentum=momentum, mask=mask, **common
-        )
-        if moved[0] is not None:
-            self.num_batches_tracked += 1
+        tracked = self.training and self.running_mean is not None
+        update = tracked and (self.update_stats if update_stats is None else bool(update_stats))
+        momentum, each = self.momentum, False
+        if momentum is None:
+            each = update and self.training and self.ghost is not None  # every ghost has a momentum of its own
+            momentum = self._next_momentum()
+        y, self._saved = saved = functional.batch_norm_train(
+            x, self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None,
+            momentum=momentum, eps=self.eps, axis=self.axis, activation=self.activation, residual=residual, mask=mask,
+            out=out, lengths=lengths, ghost=self.ghost if self.training else None,
+            renorm=self.renorm if self.training else None, on_single=self.on_single, nonfinite=self.nonfinite,
+            update_stats=not tracked or (update and not each), unbiased=self.unbiased,
+        )  # fmt: skip
+        if each and isinstance(saved[1], GhostSaved):
+            for ghost in saved[1].ghosts:
+                self.update(ghost)
+        elif update:
+            self.num_batches_tracked += saved[1].updated if saved[1].count else 1
         return y
+
+    def _next_momentum(self) -> float:
+        return 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+
+    def update(self, moments: Moments) -> None:
+        """Move the running statistics once, by statistics gathered elsewhere, as a training call would.
+
+        For micro-batches: call with ``update_stats=False``, merge ``layer.saved.moments``, update once. Count 0 changes
+        nothing; ``nonfinite`` is obeyed.
+
+        Parameters
+        ----------
+        moments : Moments
+            C channels.
+
+        Raises
+        ------
+        ValueError
+            No running statistics, another number of channels, one value per channel.
+        """
+        if self.running_mean is None or self.running_var is None:
+            raise ArgumentValueError("update", "a layer with running statistics", "track_running_stats=False")
+        if not isinstance(moments, Moments):
+            raise ArgumentTypeError("moments", "fastbn.Moments", type(moments).__name__)
+        if moments.count == 0:
+            return
+        if self.nonfinite != "propagate" and not training.finite(moments, self.dtype).all():
+            if self.nonfinite == "raise":
+                training.refuse_nonfinite(moments, self.dtype)
+            return
+        functional.update_running(
+            self.running_mean, self.running_var, moments, momentum=self._next_momentum(), unbiased=self.unbiased
+        )
+        self.num_batches_tracked += 1
 
     def _check(self, x: Any) -> None:
         shape = getattr(x, "shape", None)
@@ -130,63 +181,12 @@ class BatchNorm:
         if shape[self.axis] != self.num_features:
             raise ArgumentValueError("x", f"{self.num_features} channels along axis {self.axis}", f"shape {shape}")
 
-    def backward(self, grad_output: Any, *, out: Any = None) -> functional.Gradients:
-        """Gradients of the last call; see ``fastbn.backward``."""
-        if self._saved is None:
-            raise ArgumentValueError("backward", "a call of the layer before it", "none")
-        return functional.backward(grad_output, self._saved, out=out)
-
-    def train(self, mode: bool = True) -> BatchNorm:
-        """Normalise by batch statistics and move the running ones; returns self. A frozen layer stays frozen."""
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> BatchNorm:
-        """Normalise by the running statistics; returns self."""
-        return self.train(False)
-
-    def freeze(self, mode: bool = True) -> BatchNorm:
+    def freeze(self, mode: bool = True) -> Self:
         """Normalise by the running statistics in training too, with gradients; ``train`` does not undo it."""
         if mode and self.running_mean is None:
             raise ArgumentValueError("freeze", "a layer with running statistics", "track_running_stats=False")
         self.frozen = bool(mode)
         return self
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies under PyTorch's five keys; absent ones are left out."""
-        state = {key: np.array(value) for key in KEYS[:4] if (value := getattr(self, key)) is not None}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the arrays of a state dict: keys and shapes must fit, dtypes are cast. All or nothing.
-
-        Parameters
-        ----------
-        state : mapping of str to array
-            As ``state_dict`` returns it, or PyTorch's with its tensors as arrays; ``num_batches_tracked`` may be
-            absent (as in old checkpoints).
-
-        Raises
-        ------
-        ValueError
-            Missing or unexpected keys, other shapes.
-        """
-        expected = set(self.state_dict())
-        missing, extra = expected - set(state) - {"num_batches_tracked"}, set(state) - expected
-        if missing or extra:
-            raise ArgumentValueError("state", f"the keys {sorted(expected)}", f"{sorted(state)}")
-        values = {key: np.asarray(state[key]) for key in expected & set(state)}
-        for key, value in values.items():
-            shape = () if key == "num_batches_tracked" else (self.num_features,)
-            if value.shape != shape:
-                raise ArgumentValueError(key, f"shape {shape}", value.shape)
-        for key, value in values.items():
-            if key == "num_batches_tracked":
-                self.num_batches_tracked = int(value)
-            else:
-                setattr(self, key, np.array(value, self.dtype))
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,180 @@
+"""Statistics per (block, channel): the shape (B, N, C, S) on top of the kernels' (N, C, S).
+
+Instance norm and ghost batches are batch norm of every block on its own: block b of a contiguous array is the slab
+(N, C, S). One channel run per block (N = 1) is one call of the kernels with B*C channels; so is B = 1. In between,
+large slabs are worked off one by one, and small ones are laid side by side as (N, B*C, S), which takes a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, dispatch, layout, views
+from fastbn.core import Forward
+from fastbn.errors import ArgumentValueError
+from fastbn.saved import Gradients, check_gradient, output
+
+Array = npt.NDArray[Any]
+
+ASIDE = 1 << 13  # elements of a slab below which copying all beats one kernel call (10 us) per slab
+
+
+class Blocks(NamedTuple):
+    """Sizes: blocks, values before the channel axis, channels, values behind it."""
+
+    B: int
+    N: int
+    C: int
+    S: int
+
+    @property
+    def slab(self) -> int:
+        """Elements of a block."""
+        return self.N * self.C * self.S
+
+
+Piece = tuple[slice, Blocks, Array]  # which elements of the flat array, as which blocks, with which statistics
+
+
+def _samples_outermost(x: Array, axis: int) -> bool:
+    where = layout.of(x.shape, x.strides, x.itemsize, axis)
+    if where is None:
+        return False
+    return x.size == 0 or next((a == 0 for a in where.order if x.shape[a] != 1), True)
+
+
+class BlockForward(Forward):
+    """Checked arguments whose samples (axis 0) lie one behind the other in memory, x copied where they do not."""
+
+    __slots__ = ("blocks", "target")
+
+    def __init__(
+        self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any = None, residual: Any = None, out: Any = None
+    ):
+        x = arguments.tensor("x", x)
+        axis = layout.normalise_axis(axis, x.ndim)
+        if axis == 0:
+            raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
+        self.target = None
+        if not (_samples_outermost(x, axis) and (out is None or not x.size or _samples_outermost(out, axis))):
+            if out is not None:
+                output(out, x, axis)
+                arguments.apart("x", out, x, exact_allowed=False)
+            self.target = np.empty_like(x) if out is None else out
+            x, out = np.array(x, order="C"), None
+        super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
+        before, C, S = self.layout.dims
+        B = x.shape[0]
+        self.blocks = Blocks(B, 1, 1, S // B) if C == 1 and B else Blocks(B, before // max(B, 1), C, S)
+
+    def result(self) -> Array:
+        """Return y where the caller wants it."""
+        if self.target is None:
+            return self.out
+        target: Array = self.target
+        target[...] = self.out
+        return target
+
+    def train(self, part: slice, d: Blocks, eps: float) -> Array:
+        """Normalise the blocks of one piece into out; return their statistics."""
+        x, residual, out = (None if t is None else t[part] for t in map(self.flat, (self.x, self.residual, self.out)))
+        assert x is not None and out is not None
+        return train(x, residual, out, self.weight, self.bias, d, eps, self.relu)
+
+    def gradients(self, pieces: list[Piece], grad_output: Any, to: Any) -> Gradients:
+        """Gradients through all pieces; see ``fastbn.backward``."""
+        kept = self.residual is not None
+        grad, to = check_gradient(grad_output, self.x, self.layout, self.axis, to, grad_kept=kept)
+        y = self.out if self.relu and kept else None
+        if y is not None:
+            arguments.apart("the output that the forward pass saved", to, y, exact_allowed=False)
+        gated = layout.empty_like(self.x, self.layout) if self.relu and kept else None
+        tensors = [None if a is None else views.flat(a, self.layout) for a in (self.x, grad, y, to, gated)]
+        dweight, dbias = np.zeros(self.weight.size), np.zeros(self.weight.size)
+        for part, d, stats in pieces:
+            cut: list[Any] = [None if t is None else t[part] for t in tensors]
+            dw, db = backward(cut[0], cut[1], cut[2], cut[3], cut[4], self.weight, self.bias, stats, d, self.relu)
+            dweight += dw
+            dbias += db
+        return Gradients(
+            to,
+            dweight.astype(self.dtype) if self.affine[0] else None,
+            dbias.astype(self.dtype) if self.affine[1] else None,
+            (grad_output if gated is None else gated) if kept else None,
+        )
+
+
+def _aside(x: Array | None, d: Blocks) -> Array | None:
+    """Lay blocks side by side: (B, N, C, S) -> (N, B*C, S)."""
+    return None if x is None else np.ascontiguousarray(x.reshape(d).swapaxes(0, 1)).reshape(-1)
+
+
+def _back(x: Array, out: Array, d: Blocks) -> None:
+    out.reshape(d)[...] = x.reshape(d.N, d.B, d.C, d.S).swapaxes(0, 1)
+
+
+def _slabs(d: Blocks, *tensors: Array | None) -> Any:
+    for b in range(d.B):
+        yield b, [None if t is None else t[b * d.slab : (b + 1) * d.slab] for t in tensors]
+
+
+def train(
+    x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, d: Blocks, eps: float, relu: bool | None
+) -> Array:
+    """Normalise every (block, channel) by its own statistics into ``out``; weight and bias by channel.
+
+    Returns the means, invstds and variances, float64 of shape (3, B, C), flat.
+    """
+    kernels, none = dispatch.kernels(), weight[:0]
+    if d.B == 1:
+        first: Array = kernels.train(x, residual, out, weight, bias, none, none, d[1:], eps, 0.0, relu)
+        return first
+    if d.N == 1 or d.slab < ASIDE:
+        dims = (d.N, d.B * d.C, d.S)
+        weights, biases = np.tile(weight, d.B), np.tile(bias, d.B)
+        if d.N == 1:
+            whole: Array = kernels.train(x, residual, out, weights, biases, none, none, dims, eps, 0.0, relu)
+            return whole
+        y = np.empty_like(out)
+        beside: Array = kernels.train(
+            _aside(x, d), _aside(residual, d), y, weights, biases, none, none, dims, eps, 0.0, relu
+        )
+        _back(y, out, d)
+        return beside
+    stats = np.empty((3, d.B, d.C))
+    for b, (xb, rb, ob) in _slabs(d, x, residual, out):
+        stats[:, b] = kernels.train(xb, rb, ob, weight, bias, none, none, d[1:], eps, 0.0, relu).reshape(3, -1)
+    return stats.reshape(-1)
+
+
+def backward(
+    x: Array, grad: Array, y: Array | None, out: Array, gated: Array | None, weight: Array, bias: Array, stats: Array,
+    d: Blocks, relu: bool | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Input gradient into ``out``, the gradient before the activation into ``gated``; returns dweight and dbias."""
+    kernels = dispatch.kernels()
+    if d.B == 1:
+        pair: tuple[Array, Array] = kernels.backward(x, grad, y, out, gated, weight, bias, stats, d[1:], False, relu)
+        return pair
+    if d.N == 1 or d.slab < ASIDE:
+        dims = (d.N, d.B * d.C, d.S)
+        weights, biases = np.tile(weight, d.B), np.tile(bias, d.B)
+        tensors: list[Any] = [x, grad, y, out, gated]
+        if d.N > 1:
+            tensors = [_aside(x, d), _aside(grad, d), _aside(y, d), np.empty_like(out), _aside(gated, d)]
+        parts = kernels.backward(*tensors, weights, biases, stats, dims, False, relu)
+        if d.N > 1:
+            _back(tensors[3], out, d)
+            if gated is not None and tensors[4] is not None:
+                _back(tensors[4], gated, d)
+        by_block = [p.reshape(d.B, d.C).astype(np.float64) for p in parts]
+    else:
+        by_block = [np.empty((d.B, d.C)), np.empty((d.B, d.C))]
+        mine = stats.reshape(3, d.B, d.C)
+        for b, slabs in _slabs(d, x, grad, y, out, gated):
+            at = np.ascontiguousarray(mine[:, b]).reshape(-1)
+            by_block[0][b], by_block[1][b] = kernels.backward(*slabs, weight, bias, at, d[1:], False, relu)
+    return by_block[0].sum(0), by_block[1].sum(0)

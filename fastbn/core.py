@@ -1,0 +1,125 @@
+"""Batch norm forward, plain: check, allocate, dispatch. Everything else normalises by these two calls.
+
+``train`` takes the statistics of the batch and moves running ones with the kernel; ``apply`` normalises by given ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, dispatch, layout, running, views
+from fastbn.errors import ArgumentValueError
+from fastbn.saved import BatchSaved, no_statistics, output
+
+Array = npt.NDArray[Any]
+
+
+class Forward:
+    """The checked arguments that training and inference share, in the form the kernels take."""
+
+    __slots__ = ("affine", "axis", "bias", "dtype", "layout", "out", "relu", "residual", "weight", "x")
+
+    x: Array
+    out: Array
+    residual: Array | None
+
+    def __init__(
+        self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
+    ):
+        x = arguments.tensor("x", x)
+        self.axis = axis = layout.normalise_axis(axis, x.ndim)
+        self.dtype = arguments.arithmetic(x.dtype)
+        channels = x.shape[axis]
+        self.affine = (weight is not None, bias is not None)
+        self.weight = self._parameter("weight", weight, channels, 1.0)
+        self.bias = self._parameter("bias", bias, channels, 0.0)
+        self.relu = arguments.activation(activation)
+        if residual is not None:
+            residual = arguments.same_kind("residual", residual, x)
+        if out is None:
+            self.x, self.layout = layout.settle(x, axis) if x.size else (x, layout.contiguous(x.shape, axis))
+            self.out = layout.empty_like(self.x, self.layout)
+        else:
+            self.layout = output(out, x, axis)
+            arguments.apart("x", out, x, exact_allowed=in_place)
+            if residual is not None:
+                arguments.apart("residual", out, residual, exact_allowed=True)
+            self.x, self.out = layout.like(x, self.layout), out
+        self.residual = None if residual is None else layout.like(residual, self.layout)
+
+    def _parameter(self, name: str, value: Any, channels: int, default: float) -> Array:
+        if value is None:
+            return views.constant(default, channels, self.dtype)
+        return arguments.parameter(name, value, channels, self.dtype)
+
+    @property
+    def count(self) -> int:
+        """Values per channel."""
+        N, _, S = self.layout.dims
+        return N * S
+
+    def flat(self, x: Array | None) -> Array | None:
+        """View x, residual or out as the kernels take it."""
+        return None if x is None else views.flat(x, self.layout)
+
+    def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
+        """Return what backward needs."""
+        saved = BatchSaved()
+        saved.x, saved.axis, saved.layout, saved.stats = self.x, self.axis, self.layout, stats
+        saved.count, saved.updated = self.count, updated
+        saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine
+        saved.relu, saved.residual, saved.frozen = self.relu, self.residual is not None, frozen
+        saved.y = self.out if self.relu and saved.residual else None  # else the sign is found again from x
+        return saved
+
+
+def train(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+) -> tuple[Array, BatchSaved]:  # fmt: skip
+    """Normalise by the batch; see ``fastbn.batch_norm_train``."""
+    f = Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
+    N, C, S = dims = f.layout.dims
+    eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
+    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
+    if f.x.size == 0:
+        return f.out, f.saved(no_statistics(C, eps), frozen=False)
+    if N * S == 1:
+        raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
+    moved = (np.ascontiguousarray(rm), np.ascontiguousarray(rv))  # the arrays themselves, but for odd strides
+    stats = dispatch.kernels().train(
+        f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, *moved, dims, eps, momentum, f.relu
+    )
+    if moved[0] is not rm:
+        rm[:] = moved[0]
+    if moved[1] is not rv:
+        rv[:] = moved[1]
+    return f.out, f.saved(stats, frozen=False, updated=int(rm.size > 0))
+
+
+def frozen(
+    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, *,
+    eps: Any = 1e-5, axis: Any = 1, activation: Any = None, residual: Any = None, out: Any = None,
+) -> tuple[Array, BatchSaved]:  # fmt: skip
+    """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there."""
+    y, forward, stats = infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+    return y, forward.saved(stats, frozen=True)
+
+
+def infer(
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
+) -> tuple[Array, Forward, Array]:
+    """Normalise by given statistics; returns y, the checked arguments and the statistics as kernels take them."""
+    f = Forward(x, weight, bias, axis, activation, residual, out, in_place=True)
+    dims = f.layout.dims
+    eps = arguments.epsilon(eps, positive=False)
+    mean = arguments.parameter("running_mean", mean, dims[1], f.dtype)
+    var = arguments.parameter("running_var", var, dims[1], f.dtype).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a negative variance gives NaN, as in PyTorch
+        stats = np.concatenate([mean, 1.0 / np.sqrt(var + eps), var])
+    if f.x.size:
+        dispatch.kernels().infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
+    return f.out, f, stats

@@ -1,0 +1,77 @@
+"""Running statistics: the pair that is moved in place, and how it moves where the kernel does not do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, views
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
+
+Array = npt.NDArray[Any]
+
+
+def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Check that both running statistics are given or neither; for neither return two arrays without elements."""
+    if (mean is None) != (var is None):
+        absent = "running_mean" if mean is None else "running_var"
+        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    if mean is None:
+        none = views.constant(0.0, 0, dtype)
+        return none, none
+    return (
+        arguments.running("running_mean", mean, channels, dtype),
+        arguments.running("running_var", var, channels, dtype),
+    )
+
+
+def move(mean: Array, var: Array, batch: Moments, momentum: float, unbiased: bool) -> None:
+    """Move checked running statistics in place: running = (1 - momentum)*running + momentum*new, in float64."""
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf stay in their channel, as in the kernels
+        mean[:] = (1.0 - momentum) * mean.astype(np.float64) + momentum * batch.mean
+        var[:] = (1.0 - momentum) * var.astype(np.float64) + momentum * batch.variance(int(unbiased))
+
+
+def update_running(
+    running_mean: Any, running_var: Any, moments: Any, *, momentum: float = 0.1, unbiased: bool = True
+) -> None:
+    """Move running statistics in place by statistics that were gathered elsewhere.
+
+    running = (1 - momentum)*running + momentum*new, as ``batch_norm_train`` does with those of its batch. Merge the
+    moments of micro-batches, processes or chunks first (``Moments.merge``) and update once.
+
+    Parameters
+    ----------
+    running_mean, running_var : numpy.ndarray, shape (C,)
+        float32 or float64; updated in place.
+    moments : Moments
+        C channels; count 0 changes nothing.
+    momentum : float
+        Weight of the new value.
+    unbiased : bool
+        Move running_var by m2/(count - 1), as PyTorch; else by m2/count, as Keras, Flax and ONNX.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit; one value per channel with ``unbiased``.
+    TypeError
+        Other types and dtypes.
+    """
+    if not isinstance(moments, Moments):
+        raise ArgumentTypeError("moments", "fastbn.Moments", type(moments).__name__)
+    dtype = running_mean.dtype if isinstance(running_mean, np.ndarray) else np.dtype(np.float32)
+    if dtype not in (arguments.F32, arguments.F64):
+        raise ArgumentTypeError("running_mean", "float32 or float64", dtype)
+    if running_mean is None:
+        raise ArgumentTypeError("running_mean", "a NumPy array (it is updated in place)", "None")
+    mean, var = pair(running_mean, running_var, moments.mean.size, dtype)
+    momentum = arguments.number("momentum", momentum)
+    if moments.count == 0:
+        return
+    if moments.count == 1 and unbiased:
+        raise ArgumentValueError("moments", "more than 1 value per channel for the unbiased variance", "count 1")
+    move(mean, var, moments, momentum, bool(unbiased))

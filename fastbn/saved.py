@@ -1,0 +1,149 @@
+"""What a forward pass leaves for the backward pass, and the backward pass of plain batch norm.
+
+Every kind of normalisation saves its own kind of ``Saved``, which knows how to take its gradients: ``fastbn.backward``
+asks it, and no list of kinds has to be kept anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, dispatch, layout, views
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
+
+__all__ = ["BatchSaved", "Gradients", "Saved"]
+
+Array = npt.NDArray[Any]
+
+
+class Gradients(NamedTuple):
+    """What ``backward`` returns; None where the forward pass had no such thing."""
+
+    input: Array
+    weight: Array | None
+    bias: Array | None
+    residual: Array | None
+
+
+class Saved:
+    """What a forward pass leaves for ``backward``: x and its statistics. x must not change in between.
+
+    Attributes
+    ----------
+    mean, invstd : numpy.ndarray, float64
+        Statistics that x was normalised with, one per normalised set of values: shape (C,) for batch norm, (N, C) for
+        instance norm, (N, G) for group norm, the leading axes of x for layer norm; invstd = 1/sqrt(var + eps).
+    variance : numpy.ndarray, float64
+        The biased variance, shape as mean.
+    count : int
+        Values per set.
+    moments : Moments
+        The same statistics as a mergeable value.
+    updated : int
+        How often the call moved running statistics: 0 or 1, or the number of ghost batches.
+    """
+
+    __slots__ = ("count", "stats", "updated")
+
+    stats: Array  # flat: means, invstds, variances
+    count: int
+    updated: int
+
+    def _row(self, i: int) -> Array:
+        size = self.stats.size // 3
+        row: Array = self.stats[i * size : (i + 1) * size]
+        return row
+
+    @property
+    def mean(self) -> Array:  # noqa: D102
+        return self._row(0)
+
+    @property
+    def invstd(self) -> Array:  # noqa: D102
+        return self._row(1)
+
+    @property
+    def variance(self) -> Array:  # noqa: D102
+        return self._row(2)
+
+    @property
+    def moments(self) -> Moments:  # noqa: D102
+        return Moments(self.count, self._row(0), self._row(2) * self.count)
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        raise NotImplementedError
+
+
+def no_statistics(channels: int, eps: float) -> Array:
+    """Statistics of an empty batch: mean 0, variance 0."""
+    stats = np.zeros(3 * channels)
+    stats[channels : 2 * channels] = eps**-0.5 if eps else np.inf
+    return stats
+
+
+class BatchSaved(Saved):
+    """What plain batch norm saves; ``frozen`` statistics are constants, ``y`` tells the sign where x cannot."""
+
+    __slots__ = ("affine", "axis", "bias", "frozen", "layout", "relu", "residual", "weight", "x", "y")
+
+    x: Array
+    y: Array | None
+    axis: int
+    layout: layout.Layout
+    weight: Array
+    bias: Array
+    affine: tuple[bool, bool]
+    relu: bool | None
+    residual: bool
+    frozen: bool
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        dx, dweight, dbias, residual = self.all_gradients(grad_output, out)
+        return Gradients(dx, dweight if self.affine[0] else None, dbias if self.affine[1] else None, residual)
+
+    def all_gradients(self, grad_output: Any, out: Any) -> tuple[Array, Array, Array, Array | None]:
+        """Gradients of input, weight, bias (also where there is none) and residual."""
+        x, where = self.x, self.layout
+        grad, out = check_gradient(grad_output, x, where, self.axis, out, grad_kept=self.residual)
+        if self.y is not None:
+            arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
+        gated = layout.empty_like(x, where) if self.residual and self.relu else None
+        if x.size:
+            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, out, gated)]
+            dweight, dbias = dispatch.kernels().backward(
+                *tensors, self.weight, self.bias, self.stats, where.dims, self.frozen, self.relu
+            )
+        else:
+            dweight, dbias = np.zeros_like(self.weight), np.zeros_like(self.bias)
+        return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
+
+
+def output(out: Any, x: Array, axis: int) -> layout.Layout:
+    """Check an output array, which may be empty; return its layout."""
+    if x.size:
+        return arguments.output(out, x, axis)
+    if type(out) is not np.ndarray:
+        raise ArgumentTypeError("out", "a NumPy array", type(out).__name__)
+    arguments.same_kind("out", out, x)
+    return layout.contiguous(x.shape, axis)
+
+
+def check_gradient(
+    grad_output: Any, x: Array, where: layout.Layout, axis: int, out: Any, grad_kept: bool
+) -> tuple[Array, Array]:
+    """Return the gradient in the memory order of x and the array for the input's gradient, allocated if need be."""
+    grad = arguments.same_kind("grad_output", grad_output, x)
+    if out is None:
+        return layout.like(grad, where), layout.empty_like(x, where)
+    found = output(out, x, axis)
+    if x.size and not layout.matches(out, where, axis):
+        raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
+    arguments.apart("x", out, x, exact_allowed=False)
+    arguments.apart("grad_output", out, grad, exact_allowed=not grad_kept)
+    return layout.like(grad, where), out

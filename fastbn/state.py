@@ -1,0 +1,129 @@
+"""What all layers share: switches, the last call's saved values, state under PyTorch's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, functional
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+
+Array = npt.NDArray[Any]
+
+COUNTER = "num_batches_tracked"
+
+
+def integer(name: str, value: Any) -> int:
+    """Check an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ArgumentTypeError(name, "an integer", type(value).__name__)
+    if value < 1:
+        raise ArgumentValueError(name, "an integer >= 1", value)
+    return int(value)
+
+
+def parameter_dtype(value: Any) -> np.dtype[Any]:
+    """Check the dtype of parameters and statistics."""
+    try:
+        dtype: np.dtype[Any] = np.dtype(value)
+    except TypeError:
+        raise ArgumentTypeError("dtype", "float32 or float64", repr(value)) from None
+    if dtype not in (arguments.F32, arguments.F64):
+        raise ArgumentTypeError("dtype", "float32 (also for half-precision inputs) or float64", dtype)
+    return dtype
+
+
+def axis_number(value: Any) -> int:
+    """Check an axis before there is an array to check it against."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ArgumentTypeError("axis", "an integer", type(value).__name__)
+    return int(value)
+
+
+class Layer:
+    """A normalisation with its own arrays.
+
+    Attributes
+    ----------
+    training : bool
+        See ``train`` and ``eval``.
+    """
+
+    arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    weight: Array | None
+    bias: Array | None
+    dtype: np.dtype[Any]
+    running_mean: Array | None = None
+    num_batches_tracked: int = 0
+
+    def __init__(self) -> None:
+        self.training = True
+        self._saved: functional.Saved | None = None
+
+    @property
+    def saved(self) -> functional.Saved:
+        """What the last call saved for ``backward``: its statistics, among others."""
+        if self._saved is None:
+            raise ArgumentValueError("backward", "a call of the layer before it", "none")
+        return self._saved
+
+    def backward(self, grad_output: Any, *, out: Any = None) -> functional.Gradients:
+        """Gradients of the last call; see ``fastbn.backward``."""
+        return functional.backward(grad_output, self.saved, out=out)
+
+    def train(self, mode: bool = True) -> Self:
+        """Normalise by batch statistics and move the running ones, if any; returns self."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Normalise by the running statistics, if any; returns self."""
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of parameters and statistics under PyTorch's keys; absent ones are left out."""
+        state = {key: np.array(value) for key in self.arrays if (value := getattr(self, key)) is not None}
+        if self.running_mean is not None:
+            state[COUNTER] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the arrays of a state dict: keys and shapes must fit, dtypes are cast. All or nothing.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            As ``state_dict`` returns it, or PyTorch's with its tensors as arrays; ``num_batches_tracked`` may be
+            absent (as in old checkpoints).
+
+        Raises
+        ------
+        ValueError
+            Missing or unexpected keys, other shapes, a negative count.
+        TypeError
+            Values that are no real numbers.
+        """
+        own = self.state_dict()
+        missing, extra = set(own) - set(state) - {COUNTER}, set(state) - set(own)
+        if missing or extra:
+            raise ArgumentValueError("state", f"the keys {sorted(own)}", f"{sorted(state)}")
+        values = {key: _loaded(key, state[key], like) for key, like in own.items() if key in state}
+        for key, value in values.items():
+            setattr(self, key, int(value) if key == COUNTER else value)
+
+
+def _loaded(key: str, value: Any, like: Array) -> Array:
+    """Check one array of a state dict and cast it."""
+    array = np.asarray(value)
+    if array.shape != like.shape:
+        raise ArgumentValueError(key, f"shape {like.shape}", array.shape)
+    kinds = "iu" if key == COUNTER else "fiub"
+    if array.dtype.kind not in kinds and not arguments.is_bfloat16(array.dtype):
+        raise ArgumentTypeError(key, "integers" if key == COUNTER else "real numbers", array.dtype)
+    if key == COUNTER and array < 0:
+        raise ArgumentValueError(key, "an integer >= 0", int(array))
+    return np.array(array, like.dtype)

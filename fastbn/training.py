@@ -1,0 +1,162 @@
+"""Batch norm in training with options: masks, ghosts, renormalisation, one value per channel, bad batches.
+
+Each option is a few lines around ``core``: a mask packs, ghosts cut the batch, the rest decides by which statistics
+to normalise and whether the running ones move. Without options nothing here runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn import arguments, core, dispatch, ghosts, masked, renorm, running
+from fastbn.blocks import BlockForward
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
+from fastbn.saved import Saved, no_statistics
+
+Array = npt.NDArray[Any]
+
+
+class Options(NamedTuple):
+    """What ``batch_norm_train`` was asked for beyond its arrays; checked by ``check``."""
+
+    momentum: float
+    eps: float
+    activation: str | None
+    ghost: int | None = None
+    renorm: tuple[float, float] | None = None
+    on_single: str = "error"
+    nonfinite: str = "propagate"
+    update_stats: bool = True
+    unbiased: bool = True
+
+
+def check(o: Options) -> Options:
+    """Check options before anything is computed."""
+    for name, value, allowed in (
+        ("on_single", o.on_single, ("error", "running")),
+        ("nonfinite", o.nonfinite, ("propagate", "skip_update", "raise")),
+    ):
+        if value not in allowed:
+            raise ArgumentValueError(name, " or ".join(f'"{a}"' for a in allowed), repr(value))
+    for name, flag in (("update_stats", o.update_stats), ("unbiased", o.unbiased)):
+        if not isinstance(flag, bool | np.bool_):
+            raise ArgumentTypeError(name, "True or False", flag)
+    if o.ghost is not None:
+        ghosts.check(o.ghost)
+        if o.renorm is not None:
+            raise ArgumentValueError("renorm", "None together with ghost", o.renorm)
+    return o._replace(
+        eps=arguments.epsilon(o.eps, positive=True),
+        momentum=arguments.number("momentum", o.momentum),
+        renorm=None if o.renorm is None else renorm.bounds(o.renorm),
+    )
+
+
+def train(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, o: Options,
+    axis: Any, residual: Any, mask: Any, lengths: Any, out: Any,
+) -> tuple[Array, Saved]:  # fmt: skip
+    """See ``fastbn.batch_norm_train``."""
+    o = check(o)
+
+    def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
+        return _train(x, weight, bias, running_mean, running_var, o, axis, residual, out)
+
+    if mask is None and lengths is None:
+        return step(x, axis, residual, out)
+    if o.ghost is not None:
+        raise ArgumentValueError("ghost", "None together with a mask", o.ghost)
+    return masked.normalise(step, x, axis, residual, mask, lengths, out)
+
+
+def _train(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, o: Options, axis: Any, residual: Any, out: Any
+) -> tuple[Array, Saved]:
+    if o.ghost is None:
+        f = core.Forward(x, weight, bias, axis, o.activation, residual, out, in_place=False)
+    else:
+        f = BlockForward(x, weight, bias, axis, o.activation, residual, out)
+    C = f.weight.size
+    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
+    if o.renorm is not None and rm.size < C:
+        raise ArgumentValueError("renorm", "running statistics to renormalise towards", "none")
+    if f.x.size == 0:
+        return f.out, f.saved(no_statistics(C, o.eps), frozen=False)
+    if f.count == 1:
+        return _single(f, rm, rv, weight, bias, o)
+    if isinstance(f, BlockForward) and o.ghost is not None:
+        return _ghosts(f, rm, rv, o.ghost, o)
+    if o.renorm is None and o.nonfinite != "raise":
+        none, dims = rm[:0], f.layout.dims
+        stats = dispatch.kernels().train(
+            f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, none, none, dims, o.eps, 0.0, f.relu
+        )
+        saved = f.saved(stats, frozen=False)
+        saved.updated = _move(rm, rv, [saved.moments], f.dtype, o)
+        return f.out, saved
+    return _statistics_first(f, rm, rv, o)
+
+
+def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tuple[Array, Saved]:
+    if o.nonfinite == "raise":  # before anything is written; one channel is enough to tell
+        mean, _, var = dispatch.kernels().moments(f.flat(f.x), f.weight, f.layout.dims, o.eps).reshape(3, -1)
+        refuse_nonfinite(Moments(f.count, mean, var * f.count), f.dtype)
+    y, saved = ghosts.train(f, size, o.eps)
+    saved.updated = _move(rm, rv, saved.ghosts, f.dtype, o)
+    return y, saved
+
+
+def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> tuple[Array, Saved]:
+    """Take the statistics, decide, then normalise: one more read of x."""
+    kernels, dims = dispatch.kernels(), f.layout.dims
+    stats = kernels.moments(f.flat(f.x), f.weight, dims, o.eps)
+    mean, _, var = stats.reshape(3, -1)
+    batch = Moments(f.count, mean, var * f.count)
+    if o.nonfinite == "raise":
+        refuse_nonfinite(batch, f.dtype)
+    saved = f.saved(stats, frozen=False) if o.renorm is None else renorm.correct(f, stats, rm, rv, o.eps, o.renorm)
+    kernels.infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
+    saved.updated = _move(rm, rv, [batch], f.dtype, o)
+    return f.out, saved
+
+
+def _single(f: core.Forward, rm: Array, rv: Array, weight: Any, bias: Any, o: Options) -> tuple[Array, Saved]:
+    """One value per channel has no variance: refuse, or normalise by the running statistics and leave them alone."""
+    if o.on_single == "error":
+        raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
+    if rm.size == 0:
+        raise ArgumentValueError("on_single", "running statistics to normalise by", "none")
+    return core.frozen(
+        f.x, rm, rv, weight, bias,
+        eps=o.eps, axis=f.axis, activation=o.activation, residual=f.residual, out=f.out,
+    )  # fmt: skip
+
+
+def finite(batch: Moments, dtype: np.dtype[Any]) -> Array:
+    """Tell which channels' statistics are finite in the dtype of the running ones."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, var = batch.mean.astype(dtype), batch.variance(1).astype(dtype)
+    ok: Array = np.isfinite(mean) & np.isfinite(var)
+    return ok
+
+
+def refuse_nonfinite(batch: Moments, dtype: np.dtype[Any]) -> None:
+    """Raise if a channel's statistics are not finite."""
+    bad = np.flatnonzero(~finite(batch, dtype))
+    if bad.size:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if bad.size > 8 else "")
+        raise ArgumentValueError("x", "finite batch statistics", f"NaN or inf in channel {shown}")
+
+
+def _move(rm: Array, rv: Array, batches: list[Moments], dtype: np.dtype[Any], o: Options) -> int:
+    """Move the running statistics by each batch in turn; return how many moved them."""
+    if rm.size == 0 or not o.update_stats:
+        return 0
+    good = [b for b in batches if o.nonfinite != "skip_update" or finite(b, dtype).all()]
+    for batch in good:
+        running.move(rm, rv, batch, o.momentum, o.unbiased)
+    return len(good)
