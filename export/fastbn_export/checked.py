@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -18,6 +19,8 @@ __all__ = ["CheckedFold", "fold_checked"]
 _MOST_BLAMED = 8
 """Folds undone before giving up: so many wrong ones are not an accident of one operator."""
 
+Model: TypeAlias = "onnx.ModelProto | Path"
+
 Fold = Callable[..., FoldResult]
 """``fold(model, skip=names)``."""
 
@@ -28,32 +31,39 @@ class CheckedFold:
 
     Attributes
     ----------
-    model : onnx.ModelProto
-        The folded model; to be used only if ``verdict.ok``.
-    report : FoldReport
-        What was folded; an undone fold has its reason.
+    result : FoldResult
+        The folded model, to be used only if ``verdict.ok``, and the report; an undone fold has its reason in there.
     verdict : VerifyReport
-        The check of ``model``.
+        The check of the folded model.
     undone : list of str
         Names of the batch normalizations whose fold was to blame.
     """
 
-    model: onnx.ModelProto
-    report: FoldReport
+    result: FoldResult
     verdict: VerifyReport
     undone: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The folded model."""
+        return self.result.model
+
+    @property
+    def report(self) -> FoldReport:
+        """What was folded where, and why the rest stays."""
+        return self.result.report
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and dicts, ready for JSON."""
         return {**self.report.to_dict(), "verification": self.verdict.to_dict(), "undone": list(self.undone)}
 
 
-def fold_checked(model: onnx.ModelProto, checker: Checker, fold: Fold) -> CheckedFold:
+def fold_checked(model: Model, checker: Checker, fold: Fold) -> CheckedFold:
     """Fold a model and verify the result; undo the folds that are to blame where it is not the same function.
 
     Parameters
     ----------
-    model : onnx.ModelProto
+    model : onnx.ModelProto or path
         The original, which ``checker`` has for its reference.
     checker : Checker
         Runs the comparisons.
@@ -67,7 +77,7 @@ def fold_checked(model: onnx.ModelProto, checker: Checker, fold: Fold) -> Checke
         agree with itself (it draws random numbers, or cannot be run).
     """
     result = fold(model, skip=())
-    verdict = checker.check(result.model)
+    verdict = checker.check(result)
     undone: list[str] = []
     first_failure = _failure(verdict)
     if not verdict.ok and result.report.folded and checker.check(model).ok:
@@ -77,27 +87,25 @@ def fold_checked(model: onnx.ModelProto, checker: Checker, fold: Fold) -> Checke
                 break
             undone.append(culprit)
             result = fold(model, skip=undone)
-            verdict = checker.check(result.model)
+            verdict = checker.check(result)
     for entry in result.report.entries:
         if entry.name in undone:
             entry.reason = f"its fold did not pass the check and was undone ({first_failure})"
-    return CheckedFold(result.model, result.report, verdict, undone)
+    return CheckedFold(result, verdict, undone)
 
 
 def _folded(report: FoldReport) -> list[str]:
     return list(dict.fromkeys(entry.name for entry in report.entries if entry.folded))
 
 
-def _first_wrong(
-    model: onnx.ModelProto, checker: Checker, fold: Fold, names: list[str], undone: list[str]
-) -> str | None:
+def _first_wrong(model: Model, checker: Checker, fold: Fold, names: list[str], undone: list[str]) -> str | None:
     """Return the last name of the shortest prefix of ``names`` that fails when it alone is folded; by bisection.
 
     None when folding nothing fails as well.
     """
 
     def passes(count: int) -> bool:
-        return checker.check(fold(model, skip=[*undone, *names[count:]]).model).ok
+        return checker.check(fold(model, skip=[*undone, *names[count:]])).ok
 
     if not names or not passes(0):
         return None

@@ -15,13 +15,15 @@ import numpy as np
 import onnx
 
 from fastbn.errors import ArgumentValueError
-from fastbn_export.checked import CheckedFold, fold_checked
+from fastbn_export.checked import CheckedFold, Fold, fold_checked
 from fastbn_export.console import bytes_text, line, print_table, working
-from fastbn_export.files import ModelFileError, atomic_path, check_output, load_model, save_model
+from fastbn_export.files import ModelFileError, atomic_path, check_output, has_external_data, load_model, save_model
+from fastbn_export.fold import FoldResult
 from fastbn_export.fold import fold as fold_model
 from fastbn_export.recalibrate import recalibrate as recalibrate_model
 from fastbn_export.report import FoldReport
 from fastbn_export.samples import read_npz, required_inputs
+from fastbn_export.validity import check_structure
 from fastbn_export.verdict import VerifyReport
 from fastbn_export.verify import Checker
 from fastbn_export.verify import verify as verify_models
@@ -30,9 +32,6 @@ __all__ = ["fold", "inspect", "recalibrate", "verify"]
 
 DONE, FAILED = 0, 1
 
-_CHECKED_BELOW = 1_900_000_000
-"""Bytes of file above which protobuf cannot hand the model to onnx's checker."""
-
 
 def fold(arguments: argparse.Namespace) -> int:
     """Fold IN to OUT, checked; print what changed and what stays."""
@@ -40,54 +39,53 @@ def fold(arguments: argparse.Namespace) -> int:
     check_output(out, source)
     if arguments.report:
         check_output(arguments.report, source)
-    model = _load_valid(source)
-    start = time.perf_counter()
+    light = _load_valid(source, external_data=False)
+    model = source if has_external_data(light) else light  # a path: external weights stay on disk until they are needed
     folder = partial(fold_model, keep=arguments.keep, duplicate=arguments.duplicate)
-    if arguments.no_verify:
-        with working("folding"):
-            result = folder(model)
-        checked = CheckedFold(result.model, result.report, VerifyReport(True, notes=["not verified, as asked"]))
-        folding = time.perf_counter() - start
-    else:
-        checked, folding = _fold_and_check(model, folder, arguments)
+    checked, seconds = _fold(model, folder, None if arguments.no_verify else _options(arguments))
     if checked.verdict.ok:
-        save_model(checked.model, out)
+        _save(checked.result, out)
     if arguments.report:
         _write_json(arguments.report, checked.to_dict())
-    _print_fold(checked, source, out, folding)
+    _print_fold(checked, source, out, seconds)
     if checked.verdict.ok:
         return DONE
     line(f"the check failed: {out} was not written")
     return FAILED
 
 
-def _fold_and_check(model: onnx.ModelProto, folder: Any, arguments: argparse.Namespace) -> tuple[CheckedFold, float]:
-    """Return the checked fold and the seconds that the first fold alone took."""
+def _fold(model: Path | onnx.ModelProto, folder: Fold, options: dict[str, Any] | None) -> tuple[CheckedFold, float]:
+    """Return the fold, checked unless there are no options for that, and the seconds the first fold alone took."""
     seconds: list[float] = []
 
-    def timed(model: onnx.ModelProto, skip: Sequence[str] = ()) -> Any:
+    def timed(model: Path | onnx.ModelProto, skip: Sequence[str] = ()) -> FoldResult:
         start = time.perf_counter()
         result = folder(model, skip=skip)
         seconds.append(time.perf_counter() - start)
         return result
 
-    with working("folding and checking"), Checker(model, **_options(arguments)) as checker:
-        checked = fold_checked(model, checker, timed)
-    return checked, seconds[0]
+    if options is None:
+        with working("folding"):
+            return CheckedFold(timed(model), VerifyReport(True, notes=["not verified, as asked"])), seconds[0]
+    with working("folding and checking"), Checker(model, **options) as checker:
+        return fold_checked(model, checker, timed), seconds[0]
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("inputs", "samples", "seed", "rtol", "atol", "timeout")}
 
 
-def _load_valid(path: Path) -> onnx.ModelProto:
-    model = load_model(path)
-    if model.ByteSize() < _CHECKED_BELOW:
-        try:
-            onnx.checker.check_model(model)
-        except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-            raise ModelFileError(f"{path}: expected a valid ONNX model: {str(error).strip().splitlines()[0]}") from None
+def _load_valid(path: Path, external_data: bool = True) -> onnx.ModelProto:
+    model = load_model(path, external_data=external_data)
+    check_structure(model, str(path))
     return model
+
+
+def _save(result: FoldResult, out: Path) -> None:
+    try:
+        result.save(out)
+    except OSError as error:
+        raise ModelFileError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
 def _write_json(path: str, content: dict[str, Any]) -> None:

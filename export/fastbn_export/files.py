@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from fastbn.errors import FastbnError
 from fastbn_export.protos import tensors_of
 
-__all__ = ["ModelFileError", "atomic_path", "check_output", "load_model", "save_model"]
+__all__ = ["ModelFileError", "atomic_path", "check_output", "has_external_data", "load_model", "save_model"]
 
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of tensors above which a model is saved with external data: protobuf ends at 2 GiB."""
@@ -67,6 +67,11 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
                     f"{name}: expected {needed} bytes for shape {list(tensor.dims)}, got {len(tensor.raw_data)}"
                 )
     return model
+
+
+def has_external_data(model: onnx.ModelProto) -> bool:
+    """Return whether any tensor of the model lies in another file."""
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model))
 
 
 def _read(file: Path) -> bytes:

@@ -14,12 +14,14 @@ from fastbn_export.protos import parameter_count
 from fastbn_export.samples import Feeds
 from fastbn_export.worker import Rounding, RunError, Worker
 
-__all__ = ["Lifted", "Truth"]
+__all__ = ["MOST_PARAMETERS", "Lifted", "Truth"]
 
 _ENGINES = ("onnxruntime", "reference")
 """onnxruntime has no float64 kernel for Conv and others; onnx's evaluator has all, slowly."""
 
-_MOST_PARAMETERS = 1 << 28
+MOST_PARAMETERS = 1 << 28
+"""Constants above which a model is not lifted, nor held in memory beside the child's copy."""
+
 _BUDGET = 20.0
 """Seconds for the float64 runs of a candidate, about: fewer samples are evaluated where they would take longer."""
 
@@ -90,7 +92,7 @@ class Truth:
         return None
 
     def _engines(self) -> tuple[str, ...]:
-        return _ENGINES if parameter_count(self.reference) <= _MOST_PARAMETERS else ()
+        return _ENGINES if parameter_count(self.reference) <= MOST_PARAMETERS else ()
 
     def _of_reference(self, engine: str, feeds: list[Feeds]) -> Rows | RunError:
         if engine not in self._kept:

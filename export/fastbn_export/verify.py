@@ -20,9 +20,10 @@ from fastbn_export import samples as sampling
 from fastbn_export.compare import RELATIVE, Tolerance, flatten
 from fastbn_export.files import load_model
 from fastbn_export.float64 import narrowest
+from fastbn_export.fold import FoldResult
 from fastbn_export.judge import Judge
-from fastbn_export.protos import nodes_of
-from fastbn_export.truth import Lifted, Truth
+from fastbn_export.protos import nodes_of, parameter_count
+from fastbn_export.truth import MOST_PARAMETERS, Lifted, Truth
 from fastbn_export.verdict import OutputReport, VerifyReport
 from fastbn_export.worker import RunError, RunTimeout, Worker
 
@@ -108,19 +109,22 @@ class Checker:
         for name, value in (("rtol", rtol), ("atol", atol)):
             if value is not None and not value >= 0:
                 raise ArgumentValueError(name, "a number >= 0", value)
-        self.reference = as_model(reference)
+        self.worker = Worker(timeout)
+        try:
+            self.reference = self._take("reference", reference)
+            self.given = None if inputs is None else sampling.given(self.reference, inputs)
+        except BaseException:
+            self.worker.__exit__()
+            raise
         self.samples, self.seed = samples, seed
         self.dtype = narrowest(self.reference)
         self.user = None
         if rtol is not None or atol is not None:
             self.user = Tolerance(RELATIVE[self.dtype] if rtol is None else rtol, atol or 0.0)
-        self.given = None if inputs is None else sampling.given(self.reference, inputs)
         self.stepped = any(node.op_type in _STEPS for node in nodes_of(self.reference))
         self.notes: list[str] = []
         self.feeds: list[sampling.Feeds] | None = None
         self.own: list[list[Any]] | None = None
-        self.worker = Worker(timeout)
-        self.worker.put("reference", self.reference)
         self.truth = Truth(self.worker, self.reference, _STEP_SHAKE if self.stepped else 1.0)
 
     def __enter__(self) -> Checker:
@@ -129,13 +133,27 @@ class Checker:
     def __exit__(self, *exception: object) -> None:
         self.worker.__exit__(*exception)
 
-    def check(self, candidate: onnx.ModelProto | str | os.PathLike[str]) -> VerifyReport:
+    def _take(self, key: str, model: Any) -> onnx.ModelProto:
+        """Give a model to the worker, and return it, without its weights if they are too many to hold them twice."""
+        if isinstance(model, FoldResult):
+            path = self.worker.path(key)
+            model.save(path)
+            model = path
+        if isinstance(model, (str, os.PathLike)):
+            light = load_model(model, external_data=False)
+            if parameter_count(light) > MOST_PARAMETERS:
+                self.worker.use(key, model)
+                return light
+        full = as_model(model)
+        self.worker.put(key, full)
+        return full
+
+    def check(self, candidate: onnx.ModelProto | FoldResult | str | os.PathLike[str]) -> VerifyReport:
         """Compare one candidate with the reference; see :func:`verify`."""
-        model = as_model(candidate)
+        model = self._take("candidate", candidate)
         if difference := _interface(self.reference, model):
             return VerifyReport(False, notes=[difference])
         self._prepare()
-        self.worker.put("candidate", model)
         if self.feeds is None:
             return VerifyReport(
                 False, notes=[*self.notes, "nothing could be checked; pass inputs that the model accepts"]

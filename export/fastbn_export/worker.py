@@ -61,6 +61,7 @@ class Worker:
         self.timeout = timeout
         self._folder = tempfile.TemporaryDirectory(prefix="fastbn-")
         self._child: subprocess.Popen[bytes] | None = None
+        self._files: dict[str, Path] = {}
         self._loaded: dict[str, dict[str, Any]] = {}
         self._alive: set[str] = set()
 
@@ -73,7 +74,12 @@ class Worker:
 
     def put(self, file: str, model: onnx.ModelProto) -> None:
         """Write a model to where the child can read it, under a name for :meth:`load`."""
-        save_model(model, self._path(file))
+        self._files.pop(file, None)
+        save_model(model, self.path(file))
+
+    def use(self, file: str, path: str | os.PathLike[str]) -> None:
+        """Let the child read a model where it is."""
+        self._files[file] = Path(path).resolve()
 
     def load(
         self,
@@ -107,16 +113,23 @@ class Worker:
         RunError
             The model cannot be loaded, with the runtime's reason; RunCrash and RunTimeout are its special cases.
         """
-        request: dict[str, Any] = {"do": "load", "key": key, "path": self._path(file), "engine": engine, "level": level}
+        request: dict[str, Any] = {
+            "do": "load",
+            "key": key,
+            "path": str(self.path(file)),
+            "engine": engine,
+            "level": level,
+        }
         request["lifted"] = lifted
         if rounding is not None:
-            request["rounding"] = [self._path(rounding.known), rounding.seed, rounding.shake]
+            request["rounding"] = [str(self.path(rounding.known)), rounding.seed, rounding.shake]
         self._loaded[key] = request
         self._alive.discard(key)
         self._ensure(key)
 
-    def _path(self, file: str) -> str:
-        return str(Path(self._folder.name) / f"{file}.onnx")
+    def path(self, file: str) -> Path:
+        """Return where the model of this name is, or would be."""
+        return self._files.get(file, Path(self._folder.name) / f"{file}.onnx")
 
     def run(self, key: str, feeds: Mapping[str, Any]) -> list[Any]:
         """Run a loaded model and return its outputs in order.
