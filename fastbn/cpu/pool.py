@@ -11,6 +11,7 @@ second compilation. Here every thread runs the same compiled kernel with the GIL
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -23,8 +24,9 @@ import numpy as np
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
-Job = tuple[Callable[..., Any], tuple[Any, ...]]
+Job = tuple[Callable[..., Any], tuple[Any, ...], list[None]]
 _SPINS = 200
+_NEVER = 1 << 62  # more blocks than there are
 
 _chosen: int | None = None
 _busy = threading.Lock()
@@ -73,8 +75,12 @@ def get_num_threads() -> int:
 
 def _help(jobs: SimpleQueue[Job]) -> None:
     while True:
-        kernel, args = jobs.get()
-        kernel(*args)
+        kernel, args, working = jobs.get()
+        working.append(None)
+        # A kernel fails before its first block or never (no memory for its scratch): the caller does what is left.
+        with contextlib.suppress(Exception):
+            kernel(*args)
+        working.pop()
         del kernel, args  # or the last arrays would live until the next call
 
 
@@ -86,17 +92,18 @@ def _start(count: int) -> None:
 
 
 def _wait(claim: np.ndarray[Any, Any], units: int) -> None:
-    """Wait for the blocks that helpers hold; they write to the caller's arrays, so even Ctrl-C waits."""
-    interrupted: KeyboardInterrupt | None = None
     spins = 0
     while claim[1] < units:
         spins += 1
-        try:
-            time.sleep(0 if spins < _SPINS else 5e-5)
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
+        time.sleep(0 if spins < _SPINS else 5e-5)
+
+
+def _stop(claim: np.ndarray[Any, Any], working: list[None]) -> None:
+    """Let no helper begin another block and wait for their last: they write to the caller's arrays, so Ctrl-C waits."""
+    claim[0] = _NEVER
+    while working:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(5e-5)
 
 
 def run(kernel: Callable[..., Any], *args: Any, units: int, parallel: bool) -> None:
@@ -106,11 +113,15 @@ def run(kernel: Callable[..., Any], *args: Any, units: int, parallel: bool) -> N
     if threads == 1 or not _busy.acquire(blocking=False):
         kernel(*args, claim)
         return
+    working: list[None] = []
     try:
         _start(threads - 1)
         for _ in range(threads - 1):
-            _jobs.put((kernel, (*args, claim)))
+            _jobs.put((kernel, (*args, claim), working))
         kernel(*args, claim)
         _wait(claim, units)
+    except BaseException:
+        _stop(claim, working)
+        raise
     finally:
         _busy.release()
