@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +16,15 @@ import onnx
 from fastbn.errors import ArgumentValueError
 from fastbn_export.checked import CheckedFold, Fold, fold_checked
 from fastbn_export.console import bytes_text, line, print_table, working
-from fastbn_export.files import ModelFileError, atomic_path, check_output, has_external_data, load_model, save_model
+from fastbn_export.files import (
+    ModelFileError,
+    atomic_path,
+    check_output,
+    disk_size,
+    external_files,
+    load_model,
+    save_model,
+)
 from fastbn_export.fold import FoldResult
 from fastbn_export.fold import fold as fold_model
 from fastbn_export.recalibrate import recalibrate as recalibrate_model
@@ -40,7 +47,10 @@ def fold(arguments: argparse.Namespace) -> int:
     if arguments.report:
         check_output(arguments.report, source)
     light = _load_valid(source, external_data=False)
-    model = source if has_external_data(light) else light  # a path: external weights stay on disk until they are needed
+    beside = external_files(source, light)
+    if taken := beside & {out.resolve(), out.with_name(f"{out.name}.data").resolve()}:
+        raise ModelFileError(f"{out}: expected another name: the input has its weights in {taken.pop().name}")
+    model = source if beside else light  # a path: external weights stay on disk until they are needed
     folder = partial(fold_model, keep=arguments.keep, duplicate=arguments.duplicate)
     checked, seconds = _fold(model, folder, None if arguments.no_verify else _options(arguments))
     if checked.verdict.ok:
@@ -105,9 +115,8 @@ def _print_fold(checked: CheckedFold, source: Path, out: Path, seconds: float) -
         _row("all operators", sum(before.values()), sum(after.values())),
         _row("parameters", report.parameters_before, report.parameters_after),
     ]
-    size = os.stat(source).st_size
     if checked.verdict.ok:
-        rows.append(("file size", bytes_text(size), bytes_text(os.stat(out).st_size), ""))
+        rows.append(("file size", bytes_text(disk_size(source)), bytes_text(disk_size(out)), ""))
     print_table(f"{source.name} -> {out.name}", ["", "before", "after", "change"], rows)
     line(f"{report.folded} of {len(report.entries)} batch normalizations folded in {seconds:.2f} s")
     for name in checked.undone:

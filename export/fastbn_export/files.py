@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from fastbn.errors import FastbnError
 from fastbn_export.protos import tensors_of
 
-__all__ = ["ModelFileError", "atomic_path", "check_output", "has_external_data", "load_model", "save_model"]
+__all__ = ["ModelFileError", "atomic_path", "check_output", "disk_size", "external_files", "load_model", "save_model"]
 
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of tensors above which a model is saved with external data: protobuf ends at 2 GiB."""
@@ -69,9 +69,16 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
     return model
 
 
-def has_external_data(model: onnx.ModelProto) -> bool:
-    """Return whether any tensor of the model lies in another file."""
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model))
+def external_files(path: str | os.PathLike[str], model: onnx.ModelProto) -> set[Path]:
+    """Return the files beside ``path`` that hold tensors of the model which was read from it without them."""
+    tensors = [tensor for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    return {_external(Path(path), tensor)[0] for tensor in tensors}
+
+
+def disk_size(path: str | os.PathLike[str]) -> int:
+    """Return the bytes of a model on disk, its external data included."""
+    files = external_files(path, load_model(path, external_data=False))
+    return sum(file.stat().st_size for file in {Path(path).resolve(), *files})
 
 
 def _read(file: Path) -> bytes:

@@ -89,6 +89,27 @@ def test_fold_with_inputs_and_tolerances(fastbn, folder):
     assert status == 0 and "same on 1 samples (input: float32[2, 5])" in out
 
 
+def test_external_weights_are_read_and_never_written_over(fastbn, folder):
+    rng = np.random.default_rng(0)
+    wide = build([Linear(rng.normal(size=(64, 64)).astype(np.float32)), norm(rng, 64)], (None, 64), fold=False)
+    save_model(wide, folder / "wide.onnx", external=True)
+    (folder / "wide.onnx").rename(folder / "renamed.onnx")
+    before = (folder / "wide.onnx.data").read_bytes()
+    status, out, _ = fastbn("fold", "renamed.onnx", "out.onnx")
+    assert status == 0 and "same on 3" in out
+    assert norms_in("out.onnx") == 0
+    for name in ("wide.onnx", "wide.onnx.data"):
+        status, _, err = fastbn("fold", "renamed.onnx", name)
+        assert status == 2 and "the input has its weights in wide.onnx.data" in err
+    assert (folder / "wide.onnx.data").read_bytes() == before
+    (folder / "wide.onnx.data").write_bytes(before[:-8])
+    status, _, err = fastbn("inspect", "renamed.onnx")
+    assert status == 2 and "external data" in err and err.count("\n") == 1
+    (folder / "wide.onnx.data").unlink()
+    assert fastbn("fold", "renamed.onnx", "new.onnx")[0] == 2
+    assert not (folder / "new.onnx").exists()
+
+
 def break_fold(monkeypatch, always):
     """Make every fold wrong; with ``always`` even the fold of nothing."""
 
