@@ -97,10 +97,9 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
 
 
 _FLOAT_VALUES = ("value_float", "value_floats")
-_KEEP_TYPE = frozenset(
-    ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Gather", "Slice", "Concat")
-    + ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
-)
+_SHAPERS = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Gather", "Slice", "Concat")
+_REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
+_KEEP_TYPE = frozenset((*_SHAPERS, *_REST))
 
 
 class Facts:

@@ -47,7 +47,9 @@ def test_conv_transpose(group, bias):
     is_folded(m.build(m.bn(y, 3 * group)), "ConvTranspose")
 
 
-@pytest.mark.parametrize(("transposed", "c"), list(itertools.product([0, 1], [None, (), (1,), (4,), (1, 4), (3, 1), (3, 4)])))
+@pytest.mark.parametrize(
+    ("transposed", "c"), list(itertools.product([0, 1], [None, (), (1,), (4,), (1, 4), (3, 1), (3, 4)]))
+)
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0)])
 def test_gemm(transposed, c, alpha, beta):
     m = Model()
@@ -66,7 +68,9 @@ def test_gemm_rows(trans):
 
 def test_gemm_with_an_offset_from_outside():
     m = Model()
-    is_left(m.build(m.bn(m.op("Gemm", m.input(3, 5), m.weight(5, 4), m.input(4)), 4)), "offset C of Gemm is a graph input")
+    is_left(
+        m.build(m.bn(m.op("Gemm", m.input(3, 5), m.weight(5, 4), m.input(4)), 4)), "offset C of Gemm is a graph input"
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 2, 3, 5)])

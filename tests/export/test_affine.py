@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from fastbn_export.affine import ChannelAffine, follow, same_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fastbn_export.affine import ChannelAffine, follow, same_size
 
 
 def apply(affine, x):
@@ -43,7 +44,7 @@ def reshapes(draw):
 
     def grouped():
         cuts = sorted(draw(st.sets(st.integers(1, len(factors)), max_size=len(factors))) | {0, len(factors)})
-        return tuple(int(np.prod(factors[a:b])) for a, b in zip(cuts, cuts[1:], strict=False))
+        return tuple(int(np.prod(factors[a:b])) for a, b in itertools.pairwise(cuts))
 
     source, target = grouped(), grouped()
     return source, target, draw(st.integers(0, len(source) - 1)), draw(st.booleans())

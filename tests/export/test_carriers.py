@@ -14,6 +14,10 @@ def conv(m, *shape, out=4):
     return m.op("Conv", m.input(shape[0], 3, *shape[2:]), m.weight(out, 3, *[1] * (len(shape) - 2)))
 
 
+def reduced_in_front(m):
+    return m.op("ReduceMean", m.op("Transpose", conv(m, 2, 4, 5), perm=[2, 0, 1]), axes=[0], keepdims=0)
+
+
 UP = {
     "Identity": lambda m: (m.op("Identity", conv(m, 2, 4, 5, 5)), 4),
     "Dropout": lambda m: (m.op("Dropout", conv(m, 2, 4, 5, 5)), 4),
@@ -37,7 +41,7 @@ UP = {
     "AveragePool": lambda m: (m.op("AveragePool", conv(m, 2, 4, 5, 5), kernel_shape=[2, 2], pads=[1, 1, 0, 0]), 4),
     "GlobalAveragePool": lambda m: (m.op("GlobalAveragePool", conv(m, 2, 4, 5, 5)), 4),
     "ReduceMean": lambda m: (m.op("ReduceMean", conv(m, 2, 4, 5, 5), axes=[-1], keepdims=0), 4),
-    "ReduceMean front": lambda m: (m.op("ReduceMean", m.op("Transpose", conv(m, 2, 4, 5), perm=[2, 0, 1]), axes=[0], keepdims=0), 4),
+    "ReduceMean front": lambda m: (reduced_in_front(m), 4),
     "ReduceSum": lambda m: (m.op("ReduceSum", conv(m, 2, 4, 5, 5), m.ints(2, 3)), 4),
     "DepthToSpace": lambda m: (m.op("DepthToSpace", conv(m, 2, 8, 5, 5, out=8), blocksize=2), 2),
     "DepthToSpace CRD": lambda m: (m.op("DepthToSpace", conv(m, 2, 8, 5, 5, out=8), blocksize=2, mode="CRD"), 2),
