@@ -1,4 +1,4 @@
-"""The oracle: batch norm in NumPy float64, a few lines each, to be read rather than run fast.
+"""The oracle: batch norm and its family in NumPy float64, a few lines each, to be read rather than run fast.
 
 Ioffe & Szegedy 2015, algorithm 1 and section 3. Every kernel is tested against this file before it is timed.
 """
@@ -66,3 +66,28 @@ def backward(
     n = x.size // x.shape[axis]
     centred = g - _column(dbias, x.ndim, axis, 0.0) / n - xhat * _column(dweight, x.ndim, axis, 0.0) / n
     return scale * centred, dweight, dbias, g
+
+
+def normalise(
+    x: Array, axes: tuple[int, ...], weight: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
+) -> Array:
+    """Y = weight*(x - mean)/sqrt(var + eps) + bias, mean and var over ``axes``; weight and bias broadcast to x."""
+    x = np.asarray(x, np.float64)
+    centred = x - x.mean(axes, keepdims=True)
+    xhat = centred / np.sqrt(np.square(centred).mean(axes, keepdims=True) + eps)
+    return xhat * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
+
+
+def normalise_backward(
+    grad: Array, x: Array, axes: tuple[int, ...], weight: Array | None = None, *, eps: float = 1e-5
+) -> tuple[Array, Array]:
+    """Gradient of x, and u*xhat, whose sum over the axes that weight lacks is its gradient. Bias: the sum of u.
+
+    With v = weight*u: dx = (v - mean(v) - xhat*mean(v*xhat))/sqrt(var + eps), means over ``axes``.
+    """
+    x, u = np.asarray(x, np.float64), np.asarray(grad, np.float64)
+    centred, v = x - x.mean(axes, keepdims=True), u * (1.0 if weight is None else weight)
+    invstd = 1.0 / np.sqrt(np.square(centred).mean(axes, keepdims=True) + eps)
+    xhat = centred * invstd
+    dx = invstd * (v - v.mean(axes, keepdims=True) - xhat * (v * xhat).mean(axes, keepdims=True))
+    return dx, u * xhat
