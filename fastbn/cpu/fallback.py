@@ -11,6 +11,7 @@ from fastbn import reference
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
+_quiet = np.errstate(all="ignore")  # compiled kernels do not warn of inf and NaN either
 
 
 def _decode(x: Array | None, dims: Dims) -> Array | None:
@@ -26,8 +27,7 @@ def _decode(x: Array | None, dims: Dims) -> Array | None:
 def _encode(value: Array, out: Array) -> None:
     value = value.reshape(-1)
     if out.dtype == np.uint16:
-        with np.errstate(over="ignore"):
-            out[:] = value.astype(np.float16).view(np.uint16)
+        out[:] = value.astype(np.float16).view(np.uint16)
     elif out.dtype == np.int16:
         bits = value.astype(np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -37,6 +37,7 @@ def _encode(value: Array, out: Array) -> None:
         out[:] = value
 
 
+@_quiet
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     """See ``launch.moments``."""
     values = _decode(x, dims)
@@ -45,6 +46,7 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     return np.concatenate([mean, 1.0 / np.sqrt(var + eps), var])
 
 
+@_quiet
 def train(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array,
     dims: Dims, eps: float, momentum: float, relu: bool | None,
@@ -59,6 +61,7 @@ def train(
     return stats
 
 
+@_quiet
 def infer(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, stats: Array, dims: Dims,
     relu: bool | None,
@@ -75,6 +78,7 @@ def infer(
     _encode(y, out)
 
 
+@_quiet
 def backward(
     x: Array, grad: Array, y: Array | None, out: Array, grad_residual: Array | None, weight: Array, bias: Array,
     stats: Array, dims: Dims, frozen: bool, relu: bool | None,

@@ -44,6 +44,33 @@ def test_the_same_bits_for_any_number_of_threads(shape, dtype, threads):
             assert all(same_bits(a, b) for a, b in zip(everything(shape, dtype), want, strict=True))
 
 
+def shifted(x, offset):
+    """Return a copy that begins ``offset`` bytes after a cache line."""
+    memory = np.empty(x.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    copy = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 323), (560, 40), *LARGE.values()], ids=str)
+def test_the_same_bits_wherever_the_arrays_lie(shape):
+    """NumPy promises 16 bytes of alignment: without this, two calls in a row could differ."""
+    c = case(np.random.default_rng(5), shape, np.float32, activation="relu", residual=True)
+
+    def results(*offsets):
+        x, residual, y, grad, dx = (
+            shifted(a, o) for a, o in zip((c.x, c.residual, c.x, c.x, c.x), offsets, strict=True)
+        )
+        _, saved = fastbn.batch_norm_train(x, c.weight, c.bias, activation="relu", residual=residual, out=y)
+        grads = fastbn.backward(grad, saved, out=dx)
+        return [y, saved.mean, saved.variance, *grads]
+
+    want = results(0, 0, 0, 0, 0)
+    for offsets in ((4, 0, 0, 0, 0), (0, 8, 60, 0, 4), (16, 16, 16, 16, 16), (36, 4, 20, 52, 44)):
+        assert all(same_bits(a, b) for a, b in zip(results(*offsets), want, strict=True)), offsets
+
+
 BITS = """
 import hashlib
 from tests.cpu.test_pool import LARGE, everything

@@ -1,0 +1,171 @@
+"""The disk cache: per user, never stale, never in the way. Importing fastbn compiles nothing and imports little."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.cpu import _jit
+
+if numba.config.DISABLE_JIT:
+    pytest.skip("there is nothing to cache without the JIT", allow_module_level=True)
+
+# One kernel of each kind, then what the dispatchers say: compiled here (misses) or loaded (hits).
+CALL = """
+import numpy as np, fastbn
+from fastbn.cpu import planes
+x = np.ones((4, 3, 300), np.float32)
+y = fastbn.batch_norm_infer(x, np.zeros(3, "f4"), np.ones(3, "f4"))
+assert y.shape == x.shape
+stats = planes.infer.stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def counts(result):
+    return tuple(int(n) for n in result.stdout.split())
+
+
+def test_the_second_process_loads_what_the_first_compiled(python, tmp_path):
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (0, 1)
+    files = sorted(path.name for path in tmp_path.rglob("*.nb*"))
+    assert files and {p.parent.parent for p in tmp_path.rglob("*.nbi")} == {tmp_path / _jit.source_digest()}
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (1, 0)
+    assert sorted(path.name for path in tmp_path.rglob("*.nb*")) == files
+    # and a damaged file is compiled again, without a word
+    for path in tmp_path.rglob("*.nbc"):
+        path.write_bytes(b"not machine code")
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize("variable", ["FASTBN_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.skipif(sys.platform != "linux", reason="folders of Linux")
+def test_where_the_cache_lies(variable, python, tmp_path):
+    code = "from fastbn.cpu import _jit; print(_jit.cache_folder())"
+    env = {"FASTBN_CACHE_DIR": None, "NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": None, "HOME": tmp_path / "home"}
+    clean = {k: v for k, v in os.environ.items() if k not in env}
+    env = {k: str(v) for k, v in (env | {variable: tmp_path}).items() if v is not None}
+    got = subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, check=True)
+    inside = {"FASTBN_CACHE_DIR": ".", "XDG_CACHE_HOME": "fastbn", "HOME": ".cache/fastbn"}[variable]
+    assert (
+        Path(got.stdout.strip()) == (tmp_path / inside / _jit.source_digest()).resolve()
+        or Path(got.stdout.strip()) == tmp_path / inside / _jit.source_digest()
+    )
+
+
+def unwritable(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    return {"a file in place of the folder": file, "no such device": Path("/proc/fastbn"), "below a file": file / "x"}
+
+
+@pytest.mark.parametrize("where", ["a file in place of the folder", "no such device", "below a file"])
+def test_nothing_writable_is_no_error(where, python, tmp_path):
+    """Import and calls work, without a warning (the interpreter runs with -W error)."""
+    result = python(CALL, FASTBN_CACHE_DIR=unwritable(tmp_path)[where])
+    assert counts(result)[0] == 0 and result.stderr == ""
+
+
+def test_no_home_at_all(python):
+    code = "from fastbn.cpu import _jit; assert _jit.cache_folder() is None; import fastbn"
+    python(code, FASTBN_CACHE_DIR="", NUMBA_CACHE_DIR="", XDG_CACHE_HOME="", HOME="/proc/nobody")
+
+
+def test_a_folder_that_vanishes_is_no_error(python, tmp_path):
+    code = f"import shutil, fastbn.cpu.launch; shutil.rmtree({str(tmp_path / 'cache')!r})\n{CALL}"
+    assert counts(python(code, FASTBN_CACHE_DIR=tmp_path / "cache"))[0] == 0
+
+
+def test_any_changed_source_changes_the_folder(python, tmp_path):
+    package = tmp_path / "fastbn"
+    shutil.copytree(Path(fastbn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "import fastbn; from fastbn.cpu import _jit; print(fastbn.__file__, _jit.source_digest())"
+
+    def digest():
+        file, digest = python(code, FASTBN_CACHE_DIR=tmp_path / "cache").stdout.split()
+        assert Path(file).parent == package
+        return digest
+
+    seen = [digest()]
+    assert digest() == seen[0] == _jit.source_digest()
+    for name in ("cpu/sweep.py", "cpu/tuning.py"):
+        with open(package / name, "a", encoding="utf-8") as file:
+            file.write("# another comment\n")
+        seen.append(digest())
+    assert len(set(seen)) == 3
+
+
+def test_a_users_numba_settings_are_left_alone(python, tmp_path):
+    code = """
+import numba, os
+before = numba.config.CACHE_DIR
+import fastbn
+from fastbn.cpu import planes
+assert numba.config.CACHE_DIR == before == os.environ.get("NUMBA_CACHE_DIR", "")
+"""
+    python(code, FASTBN_CACHE_DIR=tmp_path)
+
+
+def test_no_kernel_is_compiled_in_two_variants():
+    """Serial and parallel share one compiled body (threads are ours): no cache entry can be taken for the other."""
+    from fastbn.cpu import planes, rows, rows_swept
+
+    for module in (planes, rows, rows_swept):
+        for name, value in vars(module).items():
+            if isinstance(value, numba.core.registry.CPUDispatcher):
+                assert not value.targetoptions.get("parallel", False), name
+                assert value.targetoptions.get("nogil"), name
+                assert not value.targetoptions.get("fastmath", False), name
+
+
+IMPORT = """
+import sys, time
+import numpy, numba
+before = set(sys.modules)
+compiled = []
+from numba.core import event
+listener = event.RecordingListener()
+with event.install_listener("numba:compile", listener):
+    import fastbn
+    import fastbn.cpu.launch
+assert not listener.buffer, "importing compiles"
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = {"onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "torch", "sklearn", "ml_dtypes", "scipy", "fastbn_export"}
+assert not loaded & heavy, loaded & heavy
+assert not [name for name in sys.modules if name.startswith(("numba.cuda.cudadrv", "fastbn.cuda"))]
+assert "numba.np.ufunc.omppool" not in sys.modules and "numba.np.ufunc.workqueue" not in sys.modules
+import threading
+assert threading.active_count() == 1
+"""
+
+
+def test_import_compiles_nothing_and_loads_little(python):
+    python(IMPORT)
+
+
+def test_import_does_not_read_the_gpu(python):
+    python("import sys, fastbn; assert 'numba.cuda' not in sys.modules")
+
+
+def test_results_do_not_depend_on_the_cache(python, tmp_path):
+    code = """
+import hashlib, numpy as np, fastbn
+x = np.random.default_rng(0).standard_normal((4, 3, 300)).astype(np.float32)
+y = fastbn.batch_norm_infer(x, np.zeros(3, "f4"), np.ones(3, "f4"))
+print(hashlib.sha256(y.tobytes()).hexdigest())
+"""
+    results = {python(code, FASTBN_CACHE_DIR=tmp_path).stdout for _ in range(2)}
+    x = np.random.default_rng(0).standard_normal((4, 3, 300)).astype(np.float32)
+    y = fastbn.batch_norm_infer(x, np.zeros(3, np.float32), np.ones(3, np.float32))
+    import hashlib
+
+    assert results == {hashlib.sha256(y.tobytes()).hexdigest() + "\n"}

@@ -1,0 +1,128 @@
+"""Vectors: half types are rounded as NumPy does, tails touch nothing behind them, NaN goes through a ReLU."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+
+from fastbn.cpu import simd
+from tests.tolerances import BF16
+
+if numba.config.DISABLE_JIT:
+    pytest.skip("intrinsics exist in compiled code only", allow_module_level=True)
+
+
+@numba.njit
+def copy(x, y, n):
+    """Whole vectors, then the tail."""
+    count = x.size
+    x, y = simd.base(x), simd.base(y)
+    W, i = simd.lanes(x), 0
+    while i + W <= n:
+        simd.store(y, i, simd.load(x, i))
+        i += W
+    if i < n:
+        simd.store_n(y, i, simd.load_n(x, i, n - i), n - i)
+    return count
+
+
+@numba.njit
+def numbers(x, n):
+    """(sum of the first n lanes, x[3], lanes, distance to the next vector)."""
+    count = x.size
+    p = simd.base(x)
+    return simd.total(simd.first(simd.load(p, 0), n)), simd.get(p, 3), simd.lanes(p), simd.head(p, 0), count
+
+
+@numba.njit
+def relu(x, y):
+    count = x.size
+    x, y = simd.base(x), simd.base(y)
+    v = simd.load(x, 0)
+    simd.store(y, 0, simd.where_positive(v, v))
+    return count
+
+
+def interesting():
+    """Return float32 numbers that are hard to round: all half values, their midpoints, and a little to either side."""
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    values = [halves.view(np.float16).astype(np.float32), halves.view(BF16).astype(np.float32)]
+    bits = np.concatenate([v[~np.isnan(v)] for v in values]).view(np.uint32)
+    around = np.concatenate([bits, bits + 1, bits - 1, bits ^ 0x8000, bits ^ 0x1000, (bits ^ 0x8000) + 1])
+    x = around.view(np.float32)
+    return x[~np.isnan(x)]
+
+
+@pytest.mark.parametrize(("code", "half"), [(np.uint16, np.float16), (np.int16, BF16)], ids=["float16", "bfloat16"])
+def test_rounding_to_half_types(code, half):
+    x = interesting()
+    got = np.empty(x.size, code)
+    copy(x, got, x.size)
+    with np.errstate(over="ignore"):
+        want = x.astype(half)
+    assert np.array_equal(got.view(np.uint16), want.view(np.uint16))
+    back = np.empty(1 << 16, np.float32)
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    copy(codes.view(code), back, back.size)
+    np.testing.assert_array_equal(back, codes.view(half).astype(np.float32))
+
+
+@pytest.mark.parametrize("code", [np.uint16, np.int16])
+def test_nan_stays_nan(code):
+    x = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF] * 8, np.uint32).view(np.float32)
+    y = np.empty(x.size, code)
+    copy(x, y, x.size)
+    assert np.isnan(y.view({np.uint16: np.float16, np.int16: BF16}[code]).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16, np.int16])
+def test_tails_write_nothing_behind_them(dtype):
+    x = np.arange(1, 50, dtype=dtype)
+    for n in range(40):
+        y = np.zeros(50, dtype)
+        copy(x, y, n)
+        assert np.array_equal(y[:n], x[:n]) and not y[n:].any()
+
+
+def test_tails_read_nothing_behind_them():
+    """The last element of a page in front of one that cannot be read."""
+    import ctypes
+    import mmap
+
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mprotect") or libc.mprotect(ctypes.c_void_p(address + page), page, 0):
+        pytest.skip("mprotect is not available")
+    try:
+        x = np.frombuffer(memory, np.float32, page // 4)
+        for n in (1, 5, 15, 17, 31):
+            part, y = x[-n:], np.empty(n, np.float32)
+            copy(part, y, n)
+            copy(y, part, n)
+    finally:
+        libc.mprotect(ctypes.c_void_p(address + page), page, 3)
+
+
+@pytest.mark.parametrize(("dtype", "lanes"), [(np.float32, 16), (np.float64, 8), (np.uint16, 16)])
+def test_numbers(dtype, lanes):
+    memory = np.zeros(256, np.uint8)
+    start = -memory.ctypes.data % 64
+    for at in (0, 8, 24, 56):
+        x = memory[start + at : start + at + 16 * np.dtype(dtype).itemsize].view(dtype)
+        values = np.arange(1, 17, dtype=np.float32)
+        x[:] = values.astype(np.float16).view(np.uint16) if dtype is np.uint16 else values
+        got = numbers(x, 5)
+        line = lanes * x.itemsize
+        assert got[:3] == (15.0, 4.0, lanes) and got[3] == (-x.ctypes.data % line) // x.itemsize
+
+
+def test_relu_keeps_nan_and_drops_negative_zero():
+    x = np.array([np.nan, -np.nan, -0.0, 0.0, -1.0, 1.0, np.inf, -np.inf] * 2, np.float32)
+    y = np.empty_like(x)
+    relu(x, y)
+    want = np.where(x <= 0, 0, x)
+    np.testing.assert_array_equal(y, want)
+    assert not np.signbit(y[2])
