@@ -102,6 +102,20 @@ def _encode(builder, kind, lanes):
     return [_encode_pair(builder, kind, a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
 
 
+def _encode_raw(kind, W):
+    raw = _words(kind, W)
+
+    @intrinsic
+    def encode(typingctx, vector):
+        def emit(context, builder, sig, args):
+            words = _encode(builder, kind, cgutils.unpack_tuple(builder, args[0]))
+            return context.make_tuple(builder, sig.return_type, words)
+
+        return raw(vector), emit
+
+    return encode
+
+
 def _store_one(builder, kind, at, value):
     if kind in ("f32", "f64"):
         builder.store(value, at)
@@ -208,8 +222,8 @@ def access(kind, W):
     from fastbn.cuda.simd import Access
 
     return Access(
-        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _store(kind, W), _splat(kind, W),
-        _gather(kind, W), _scatter(kind, W), _keep, _recall,
+        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _encode_raw(kind, W), _store(kind, W),
+        _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall,
     )  # fmt: skip
 
 

@@ -48,13 +48,14 @@ def access(kind: str, W: int) -> Any:
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return raw
 
-    def store(tensor: Any, index: Any, vector: Array) -> None:
+    def encode(vector: Array) -> Array:
         assert vector.shape == (W,) and vector.dtype == number, (vector.shape, vector.dtype)
         if kind == "f16":
-            raw = vector.astype(np.float16).view(np.uint16)
-        else:
-            raw = _to_bfloat16(vector) if kind == "bf16" else vector
-        _place(tensor, index, W, W > 1)[:] = raw
+            return vector.astype(np.float16).view(np.uint16)
+        return _to_bfloat16(vector) if kind == "bf16" else vector
+
+    def store(tensor: Any, index: Any, vector: Array) -> None:
+        _place(tensor, index, W, W > 1)[:] = encode(vector)
 
     def splat(value: Any) -> Array:
         return np.full(W, value, number)
@@ -77,7 +78,7 @@ def access(kind: str, W: int) -> Any:
         return raw
 
     memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]
-    return Access(load, load, decode, store, splat, gather, scatter, keep, recall)
+    return Access(load, load, decode, encode, store, splat, gather, scatter, keep, recall)
 
 
 def add(a: Any, b: Any) -> Any:

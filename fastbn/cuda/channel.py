@@ -47,7 +47,7 @@ def make_affine(kind: str, given: bool):
 
     ``given``: stats and more are running mean and running variance instead. ``flags``: 1 weight, 2 bias present.
     """
-    A = ARITHMETIC[kind]
+    A, combine = ARITHMETIC[kind], make_combine(kind)
 
     @device
     def affine(stats, more, weight, bias, c, C, eps, flags):
@@ -57,12 +57,8 @@ def make_affine(kind: str, given: bool):
             invstd = invsqrt(more[c] + eps)
         else:
             invstd, rest = stats[C + c], stats[3 * C + c]
-        k, b = invstd, A(0)
-        if flags & 1:
-            k = mul(weight[c], invstd)
-        if flags & 2:
-            b = bias[c]
-        return m, invstd, k, fma(-rest, k, b), rest
+        k, b = combine(invstd, rest, weight, bias, c, flags)
+        return m, invstd, k, b, rest
 
     return affine
 
@@ -107,3 +103,33 @@ def make_block_sum(kind: str, threads: int):
         return s, q
 
     return block_sum
+
+
+def make_combine(kind: str):
+    """(m, invstd, k, b) of a channel whose statistics were worked out here; see ``make_affine``."""
+    A = ARITHMETIC[kind]
+
+    @device
+    def combine(invstd, rest, weight, bias, c, flags):
+        k, b = invstd, A(0)
+        if flags & 1:
+            k = mul(weight[c], invstd)
+        if flags & 2:
+            b = bias[c]
+        return k, fma(-rest, k, b)
+
+    return combine
+
+
+def make_keep(kind: str):
+    """Write the statistics of a channel, and move its running statistics if ``moves``."""
+
+    @device
+    def keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves):
+        m, rest, var, invstd = found
+        stats[c], stats[C + c], stats[2 * C + c], stats[3 * C + c] = m, invstd, var, rest
+        if moves:
+            running_mean[c] = keep * running_mean[c] + momentum * m
+            running_var[c] = keep * running_var[c] + momentum * (var * unbias)
+
+    return keep_statistics

@@ -116,9 +116,9 @@ class Kernel:
         return self._compiled
 
     def allow_shared(self, size: int) -> None:
-        """Opt in to more than 48 KB of dynamic shared memory; numba-cuda does not do so by itself."""
+        """Opt in to more than 48 KB of shared memory, static and dynamic; numba-cuda does not do so by itself."""
         here = current_device()
-        if size <= 48 * 1024 or SIMULATED or here in self._large:
+        if not size or SIMULATED or here in self._large:
             return
         from cuda.bindings import driver as bindings  # what numba-cuda stands on
 

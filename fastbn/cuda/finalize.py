@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_block_sum, make_pivot
+from fastbn.cuda.channel import WARP, make_block_sum, make_keep, make_pivot
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
 
@@ -158,17 +158,17 @@ def make_again(kind: str, threads: int):
 
 @functools.cache
 def settle_train(kind: str, threads: int):
-    """Statistics of G channels a block; moves the running statistics if ``flags`` is 1."""
+    """Statistics of G channels a block; moves the running statistics if ``flags`` has 4."""
     A = ARITHMETIC[kind]
     gather, again, resolve = make_gather(kind, threads), make_again(kind, threads), make_resolve(kind)
-    pivot = make_pivot(kind)
+    pivot, four, keep_statistics = make_pivot(kind), 4 * threads, make_keep(kind)
 
     @kernel("TAAAAiiiiiiaaaai", kind, threads)
     def finalize_train(
         x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags
     ):
-        scratch = cuda.shared.array(4 * threads, A)
-        found = cuda.shared.array(4 * 32, A)
+        scratch = cuda.shared.array(four, A)
+        found = cuda.shared.array(128, A)
         bad = cuda.shared.array(32, int32)
         slots = threads // G
         slot = cuda.threadIdx.x // G
@@ -190,11 +190,8 @@ def settle_train(kind: str, threads: int):
                 if slot == 0 and j == i:
                     found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
         if slot == 0 and c < C:
-            m, invstd, var, rest = found[j], found[32 + j], found[64 + j], found[96 + j]
-            stats[c], stats[C + c], stats[2 * C + c], stats[3 * C + c] = m, invstd, var, rest
-            if flags != 0:
-                running_mean[c] = keep * running_mean[c] + momentum * m
-                running_var[c] = keep * running_var[c] + momentum * (var * unbias)
+            values = (found[j], found[96 + j], found[64 + j], found[32 + j])
+            keep_statistics(stats, running_mean, running_var, c, C, values, keep, momentum, unbias, flags & 4 != 0)
 
     return finalize_train
 
@@ -203,11 +200,11 @@ def settle_train(kind: str, threads: int):
 def settle_backward(kind: str, threads: int):
     """Gradients of weight and bias of G channels a block: dbias = sum(u), dweight = sum(u*xhat)."""
     A = ARITHMETIC[kind]
-    gather = make_gather(kind, threads)
+    gather, four = make_gather(kind, threads), 4 * threads
 
     @kernel("AAAAiiii", kind, threads)
     def finalize_backward(partial, stats, dweight, dbias, C, P, cols, G):
-        scratch = cuda.shared.array(4 * threads, A)
+        scratch = cuda.shared.array(four, A)
         slots = threads // G
         slot = cuda.threadIdx.x // G
         c = cuda.blockIdx.x * G + (cuda.threadIdx.x - slot * G)

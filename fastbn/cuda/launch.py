@@ -7,11 +7,15 @@ library that x comes from, on its current stream. Nothing here waits for the GPU
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from fastbn.cuda import finalize, planes, rows, tuning
-from fastbn.cuda.driver import Flat, check, run
-from fastbn.cuda.plan import Dims, Plan, plan
+from fastbn.cuda import finalize, persistent, planes, rows, slab, tuning
+from fastbn.cuda.arrays import ITEMSIZE, Flat
+from fastbn.cuda.driver import check, device_properties, run
+from fastbn.cuda.plan import Dims, Persistent, Plan, plan
+from fastbn.cuda.plan import persistent as persistent_plan
+from fastbn.cuda.plan import slab as slab_plan
 from fastbn.cuda.sweep import Variant
 
 
@@ -29,6 +33,15 @@ def _aligned(*tensors: Flat | None) -> bool:
 
 def _flags(weight: Flat | None, bias: Flat | None) -> int:
     return (weight is not None) | (bias is not None) << 1
+
+
+def _moves(moved: tuple[Any, Any]) -> int:
+    return 4 if moved[0] is not None else 0
+
+
+def _unbias(dims: Dims) -> float:
+    n = dims[0] * dims[2]
+    return n / (n - 1.0) if n > 1 else math.nan
 
 
 def _stage(p: Plan) -> Any:
@@ -57,12 +70,9 @@ def _settle(
     x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float,
     stream: int,
 ) -> None:  # fmt: skip
-    N, C, S = dims
-    n = N * S
-    unbias = n / (n - 1.0) if n > 1 else float("nan")
-    shape = (N, C, S, p.depth, p.columns, p.group)
-    args = (x, partial, stats, *moved, *shape, eps, 1.0 - momentum, momentum, unbias, int(moved[0] is not None))
-    run(finalize.settle_train(x.kind, tuning.THREADS), (-(-C // p.group),), stream, args)
+    moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
+    args = (x, partial, stats, *moved, *dims, p.depth, p.columns, p.group, *moving, _moves(moved))
+    run(finalize.settle_train(x.kind, tuning.THREADS), (-(-dims[1] // p.group),), stream, args)
 
 
 def _normalise(
@@ -75,9 +85,7 @@ def _normalise(
     run(_stage(p).normalise(what), (p.across, p.apply_parts), stream, args)
 
 
-def _moments(
-    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float, stream: int
-) -> Flat:
+def _moments(x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float, stream: int) -> Flat:
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
     stats: Flat = x.owner.vector(4 * dims[1])
     what = Variant(x.kind, p.W, tuning.THREADS)
@@ -92,11 +100,37 @@ def train(
 ) -> Flat:  # fmt: skip
     """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
     check()
-    stream = x.owner.stream()
-    p = plan(dims, x.kind, _aligned(x, residual, out))
-    stats = _moments(x, p, (running_mean, running_var), dims, eps, momentum, stream)
+    stream, aligned, moved = x.owner.stream(), _aligned(x, residual, out), (running_mean, running_var)
+    threads, shared = slab_plan(dims, x.kind, aligned, 1, device_properties()[1])
+    if threads:
+        stats = x.owner.vector(4 * dims[1])
+        what = Variant(x.kind, 16 // ITEMSIZE[x.kind], threads, relu=bool(relu), residual=residual is not None)
+        flags = _flags(weight, bias) | _moves(moved)
+        moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
+        args = (x, residual, out, stats, weight, bias, *moved, *dims, *moving, flags)
+        run(slab.train(what), (dims[1],), stream, args, shared)
+        return stats
+    one = persistent_plan(dims, x.kind, aligned, 1, *device_properties())
+    if one.threads:
+        return _train_at_once(x, residual, out, (weight, bias), moved, dims, (eps, momentum), relu, one)
+    p = plan(dims, x.kind, aligned)
+    stats = _moments(x, p, moved, dims, eps, momentum, stream)
     what = Variant(x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None)
     _normalise(p, what, (x, residual, out), stats, None, (weight, bias), 0.0, dims, stream)
+    return stats
+
+
+def _train_at_once(
+    x: Flat, residual: Flat | None, out: Flat, params: tuple[Any, Any], moved: tuple[Any, Any], dims: Dims,
+    numbers: tuple[float, float], relu: bool | None, one: Persistent,
+) -> Flat:  # fmt: skip
+    eps, momentum = numbers
+    stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
+    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], one.threads, relu=bool(relu), residual=residual is not None)
+    cut = (dims[1], dims[0], one.parts, one.chunk, one.tx, one.kept)
+    moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
+    args = (x, residual, out, stats, *params, *moved, partial, *cut, *moving, _flags(*params) | _moves(moved))
+    run(persistent.train(what), (one.across, one.parts), x.owner.stream(), args, one.shared)
     return stats
 
 
@@ -138,10 +172,25 @@ def backward(
 ) -> tuple[Flat, Flat]:  # fmt: skip
     """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
     check()
-    C = dims[1]
-    stream = x.owner.stream()
-    p = plan(dims, x.kind, _aligned(x, grad, y, out, grad_residual))
-    what = Variant(x.kind, p.W, tuning.THREADS, True, bool(relu), y is not None, frozen)
+    C, stream, aligned = dims[1], x.owner.stream(), _aligned(x, grad, y, out, grad_residual)
+    threads, shared = slab_plan(dims, x.kind, aligned, 2, device_properties()[1])
+    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], threads, True, bool(relu), y is not None, frozen)
+    if threads:
+        dweight, dbias = x.owner.vector(C), x.owner.vector(C)
+        args: Any = (x, grad, y, out, grad_residual, stats, weight, bias, dweight, dbias, *dims, _flags(weight, bias))
+        run(slab.backward(what), (C,), stream, args, shared)
+        return dweight, dbias
+    one = persistent_plan(dims, x.kind, aligned, 2, *device_properties())
+    if one.threads:
+        dweight, dbias = x.owner.vector(C), x.owner.vector(C)
+        partial = x.owner.scratch(2 * one.parts * C)
+        tensors, vectors = (x, grad, y, out, grad_residual), (stats, weight, bias, dweight, dbias, partial)
+        cut = (C, dims[0], one.parts, one.chunk, one.tx, one.kept)
+        kernel = persistent.backward(what._replace(threads=one.threads))
+        run(kernel, (one.across, one.parts), stream, (*tensors, *vectors, *cut, _flags(weight, bias)), one.shared)
+        return dweight, dbias
+    p = plan(dims, x.kind, aligned)
+    what = what._replace(W=p.W, threads=tuning.THREADS)
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else C))
     dweight, dbias = x.owner.vector(C), x.owner.vector(C)
     params = (weight, bias)

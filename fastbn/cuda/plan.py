@@ -84,6 +84,55 @@ def _rows(dims: Dims, W: int, times: int) -> Plan:
     return Plan(True, W, R, V, across, tx, parts, chunk, apply_parts, apply_chunk, parts * times, S, group)
 
 
-def footprint(dims: Dims, kind: str) -> int:
-    """Bytes of one channel."""
-    return dims[0] * dims[2] * ITEMSIZE[kind]
+@functools.lru_cache(maxsize=1024)
+def slab(dims: Dims, kind: str, aligned: bool, tensors: int, limit: int) -> tuple[int, int]:
+    """Threads and bytes of shared memory of a block that keeps a channel of so many tensors; (0, 0) if that is no good.
+
+    ``limit`` is the shared memory that a block of this GPU may have.
+    """
+    N, C, S = dims
+    lanes = 16 // ITEMSIZE[kind]
+    channel = N * S * ITEMSIZE[kind]
+    if not aligned or S % lanes or tensors * channel > limit - tuning.RESERVE:
+        return 0, 0
+    small = C * channel <= tuning.SMALL
+    if not small and (S < tuning.RUN or C < tuning.SLAB_CHANNELS):
+        return 0, 0
+    vectors = N * S // lanes
+    threads = next(threads for least, threads in tuning.SLAB if vectors >= least)
+    return threads, tensors * channel
+
+
+class Persistent(NamedTuple):
+    """How the one-launch kernel for rows works off a shape; ``threads`` is 0 where it cannot."""
+
+    threads: int
+    across: int = 0  # tiles side by side
+    tx: int = 0
+    parts: int = 0  # blocks below each other
+    chunk: int = 0  # rows of a block
+    kept: int = 0  # vectors that each thread keeps in shared memory
+    shared: int = 0  # bytes of it
+
+
+@functools.lru_cache(maxsize=1024)
+def persistent(dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, limit: int) -> Persistent:
+    """Cut rows for a grid that must be on the GPU at once: at most ``blocks`` (its multiprocessors).
+
+    ``tensors`` are kept in shared memory, of which a block of this GPU may have ``limit`` bytes.
+    """
+    N, C, S = dims
+    lanes, threads = 16 // ITEMSIZE[kind], tuning.PERSISTENT_THREADS
+    if not tuning.PERSISTENT or S != 1 or not aligned or C % lanes:
+        return Persistent(0)
+    vectors = C // lanes
+    tx = -(-vectors // -(-vectors // TILE))
+    across, height = -(-vectors // tx), threads // tx
+    if across > blocks:
+        return Persistent(0)
+    parts = min(blocks // across, -(-N // height))
+    chunk = -(-N // parts)
+    arithmetic = 8 if kind == "f64" else 4
+    own = 2 * threads * lanes * arithmetic + 7 * TILE * lanes * arithmetic
+    kept = max(0, min(-(-chunk // height), (limit - own - tuning.RESERVE) // (threads * 16 * tensors)))
+    return Persistent(threads, across, tx, -(-N // chunk), chunk, kept, kept * threads * 16 * tensors)

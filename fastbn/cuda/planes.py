@@ -51,14 +51,14 @@ def advance(r, at, rest, step, past, S4):
 def sums(what: Variant):
     """Sums of u and u*t over one part of one channel (see ``sweep.make_terms``)."""
     kind, W, threads, backward = what.kind, what.W, what.threads, what.backward
-    by_output = what.relu and what.residual
+    by_output, sizes = what.relu and what.residual, 2 * (what.threads // 32)
     A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
     load, splat = io.load, io.splat
     pivot, affine, block_sum = make_pivot(kind), make_affine(kind, False), make_block_sum(kind, threads)
 
-    @kernel("TTTAAAAiiiiii", kind, threads, 4)
+    @kernel("TTTAAAAiiiiii", kind, threads, 4 if W < 8 else 3)
     def planes_sums(x, g, y, stats, weight, bias, partial, N, C, S, P, chunk, flags):
-        scratch = cuda.shared.array(2 * (threads // 32), A)
+        scratch = cuda.shared.array(sizes, A)
         c, part = cuda.blockIdx.x, cuda.blockIdx.y
         m = invstd = k = b = A(0)
         if backward:

@@ -40,11 +40,12 @@ def sums(what: Variant):
     load, splat, gather, scatter = io.load, io.splat, io.gather, io.scatter
     pivot, affine = make_pivot(kind), make_affine(kind, False)
     wide, half = TX * W, threads * W
+    four, both = 4 * wide, 2 * half
 
     @kernel("TTTAAAAiiiiiiiii", kind, threads, 3 if W < 8 else 2)
     def rows_sums(x, g, y, stats, weight, bias, partial, N, C, S, R, V, P, chunk, tx_count, flags):
-        constants = cuda.shared.array(4 * wide, A)
-        red = cuda.shared.array(2 * half, A)
+        constants = cuda.shared.array(four, A)
+        red = cuda.shared.array(both, A)
         tile, part, width = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W
         for j in range(cuda.threadIdx.x, width, threads):
             v = tile * width + j
@@ -111,11 +112,11 @@ def normalise(what: Variant):
     kind, W, threads, residual, given = what.kind, what.W, what.threads, what.residual, what.given
     A, io, output, affine = ARITHMETIC[kind], access(kind, W), make_output(what), make_affine(kind, given)
     load, store, gather = io.load_last, io.store, io.gather
-    wide = TX * W
+    wide, three = TX * W, 3 * TX * W
 
     @kernel("TTTAAAAaiiiiiii", kind, threads, 3 if W < 8 else 2)
     def rows_normalise(x, res, y, stats, more, weight, bias, eps, C, S, R, V, chunk, tx_count, flags):
-        constants = cuda.shared.array(3 * wide, A)
+        constants = cuda.shared.array(three, A)
         tile, width = cuda.gridDim.x - 1 - cuda.blockIdx.x, tx_count * W
         part = cuda.gridDim.y - 1 - cuda.blockIdx.y
         for j in range(cuda.threadIdx.x, width, threads):
@@ -158,11 +159,11 @@ def gradient(what: Variant):
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load, store, gather = io.load_last, io.store, io.gather
     affine, slopes = make_affine(kind, False), make_slopes(kind)
-    wide = TX * W
+    wide, six = TX * W, 6 * TX * W
 
     @kernel("TTTTTAAAAAiiiiiiii", kind, threads, 2)
     def rows_gradient(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, R, V, chunk, tx_count, flags):
-        constants = cuda.shared.array(6 * wide, A)
+        constants = cuda.shared.array(six, A)
         tile, width = cuda.gridDim.x - 1 - cuda.blockIdx.x, tx_count * W
         part = cuda.gridDim.y - 1 - cuda.blockIdx.y
         for j in range(cuda.threadIdx.x, width, threads):

@@ -25,6 +25,7 @@ class Access(NamedTuple):
     load: Any  # (tensor, index) -> raw; for data that nobody writes during the kernel
     load_last: Any  # (tensor, index) -> raw; read for the last time, may be overwritten in place
     decode: Any  # raw -> vector
+    encode: Any  # vector -> raw, to be kept
     store: Any  # (tensor, index, vector) -> None; past the caches
     splat: Any  # number -> vector
     gather: Any  # (arithmetic array, index) -> vector of W consecutive numbers

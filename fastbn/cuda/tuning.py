@@ -1,7 +1,6 @@
 """Every number that a measurement may change."""
 
 THREADS = 256  # threads of a block in the split kernels
-SLAB_THREADS = 512  # threads of a block that keeps a channel in shared memory
 DEPTH = 16  # vectors that a thread of a sums kernel reads
 APPLY_DEPTH = 8  # vectors that a thread of an elementwise kernel reads
 BLOCKS = 1056  # blocks from which a grid is large enough: 8 for each of 132 multiprocessors
@@ -9,3 +8,9 @@ RUN = 64  # elements of a channel's run from which the channels-first kernels wi
 RUNS = 8  # odd runs from which rows win: sums by column are then a small part of the traffic
 FAR = 4.0  # squared distance of pivot and mean, in variances, from which a channel is summed again
 TINY = 1e-30  # below this variance float32 squares may have underflowed
+SLAB_CHANNELS = 96  # channels from which one block each fills the GPU
+SMALL = 4 << 20  # bytes of a tensor below which one launch beats three, however few multiprocessors it keeps busy
+SLAB = ((6144, 1024), (2048, 512), (512, 256), (0, 128))  # (vectors of a channel, threads of its block)
+RESERVE = 4096  # bytes of shared memory that a slab leaves to the kernel's own arrays
+PERSISTENT_THREADS = 512  # threads of a block, one a multiprocessor, that works on rows in one launch
+PERSISTENT = True  # rows in one cooperative launch; False: always in three

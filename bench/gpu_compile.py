@@ -1,0 +1,147 @@
+"""Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
+
+``python -m bench.gpu_compile [--write]``; needs numba-cuda[cu13] and nvidia-cuda-{cuobjdump,nvdisasm} of CUDA 13.0. ``--write``
+replaces bench/results/cuda_compile.json, which tests/cuda/test_compile.py compares with.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+TABLE = Path(__file__).parent / "results" / "cuda_compile.json"
+TARGETS = ((8, 0), (9, 0))
+MEMORY = re.compile(r"^(LDG|STG|LDS|STS|LDL|STL)\b")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+
+
+def tool(name: str) -> str:
+    """Path of a CUDA program that came with a wheel, or its name alone."""
+    found = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", name)
+    return str(found) if found.exists() else name
+
+
+def pretend_device(target: tuple[int, int]) -> None:
+    """numba-cuda asks the current device for its compute capability as soon as a kernel calls a device function."""
+    from numba.cuda import codegen, compiler, dispatcher
+
+    device = SimpleNamespace(
+        compute_capability=target, supports_float16=True, supports_bfloat16=True, id=0, name="none"
+    )  # fmt: skip
+    dispatcher.get_current_device = compiler.get_current_device = lambda: device
+    codegen.CUDACodeLibrary._ensure_cc = lambda self, cc: target if cc is None else cc
+
+
+def kernels() -> Iterator[tuple[str, Any]]:
+    """Every kernel in every variant that ``launch`` can ask for, by name."""
+    from fastbn.cuda import finalize, tuning
+    from fastbn.cuda.arrays import ITEMSIZE
+
+    for kind, itemsize in ITEMSIZE.items():
+        for relu, residual in itertools.product((False, True), repeat=2):
+            suffix = f"{' relu' * relu}{' residual' * residual}"
+            for W in (16 // itemsize, 1):
+                yield from _split(kind, W, relu, residual, f"{kind} W{W}{suffix}")
+            yield from _whole(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}")
+        yield f"finalize {kind}: train", finalize.settle_train(kind, tuning.THREADS)
+        if kind in ("f32", "f64"):
+            yield f"finalize {kind}: backward", finalize.settle_backward(kind, tuning.THREADS)
+            yield f"finalize {kind}: given", finalize.settle_given(kind, tuning.THREADS)
+
+
+def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
+    from fastbn.cuda import planes, rows, tuning
+    from fastbn.cuda.sweep import Variant
+
+    what = Variant(kind, W, tuning.THREADS, relu=relu, residual=residual)
+    back = what._replace(backward=True)
+    for stage, name in ((planes, "planes"), (rows, "rows")):
+        if not relu and not residual:
+            yield f"{name} {suffix}: sums", stage.sums(what)
+        yield f"{name} {suffix}: normalise", stage.normalise(what)
+        yield f"{name} {suffix}: normalise given", stage.normalise(what._replace(given=True))
+        if relu or not residual:  # without activation the residual's gradient is the gradient itself
+            yield f"{name} {suffix}: backward sums", stage.sums(back)
+            yield f"{name} {suffix}: gradient", stage.gradient(back)
+            yield f"{name} {suffix}: gradient frozen", stage.gradient(back._replace(frozen=True))
+
+
+def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
+    from fastbn.cuda import persistent, slab, tuning
+    from fastbn.cuda.sweep import Variant
+
+    sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [tuning.PERSISTENT_THREADS]}
+    for stage, name in ((slab, "slab"), (persistent, "persistent")):
+        for threads in sizes[stage]:
+            what = Variant(kind, W, threads, relu=relu, residual=residual)
+            yield f"{name} {suffix} {threads}: train", stage.train(what)
+            if relu or not residual:
+                back = what._replace(backward=True)
+                yield f"{name} {suffix} {threads}: backward", stage.backward(back)
+                yield f"{name} {suffix} {threads}: backward frozen", stage.backward(back._replace(frozen=True))
+
+
+def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:
+    """Compile one kernel for one target and read its machine code."""
+    from numba.cuda import dispatcher
+    from numba.cuda.core import sigutils
+
+    pretend_device(target)
+    types, _ = sigutils.normalize_signature(kernel.signature)
+    from numba import cuda
+
+    options = cuda.jit(**kernel.options)(kernel.function).targetoptions
+    compiled = dispatcher._Kernel(kernel.function, types, **options)
+    code = compiled._codelibrary.get_cubin(cc=target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(code if isinstance(code, bytes | bytearray) else code.code)
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    entry = re.escape(compiled.entry_name)  # a cooperative kernel brings functions of the CUDA device runtime along
+    found = re.search(rf"Function {entry}:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
+    body = re.search(rf"^\.text\.{entry}:(.*?)(?=^\.text\.|^\s*\.section|\Z)", sass, re.M | re.S)
+    assert found and body, usage.stdout + usage.stderr
+    instructions = INSTRUCTION.findall(body[1])
+    memory = collections.Counter(i for i in instructions if MEMORY.match(i))
+    wide = sum(n for i, n in memory.items() if i.startswith(("LDG", "STG")) and ".128" in i)
+    return {
+        "registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3]),
+        "spills": sum(n for i, n in memory.items() if i.startswith(("LDL", "STL"))),
+        "global_128": wide, "instructions": len(instructions),
+        "float64": sum(1 for i in instructions if re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|F2F.F64|I2F.F64|MUFU\.\w+64H)", i)),
+    }  # fmt: skip
+
+
+def table(targets: Any = TARGETS, only: str = "") -> dict[str, dict[str, Any]]:
+    """Return the whole table, ``{"sm_90 planes f32 W4: sums": {...}}``; ``only``: kernels whose name begins so."""
+    rows = {}
+    for name, kernel in kernels():
+        for target in targets:
+            if name.startswith(only):
+                rows[f"sm_{target[0]}{target[1]} {name}"] = examine(kernel, target)
+    return rows
+
+
+def main() -> None:
+    """Print the table, and write it if asked to."""
+    only = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
+    rows = table(only=only)
+    for name, row in rows.items():
+        print(f"{name:55s} {row}")
+    if "--write" in sys.argv and not only:
+        TABLE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

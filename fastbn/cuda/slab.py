@@ -1,0 +1,155 @@
+"""Batch norm on channels-first arrays, a channel to a block that keeps it in shared memory: one read, one write.
+
+Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs.
+Each thread reads back only what it kept itself. For channels of up to a block's shared memory (227 KB on sm_90), in
+backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from fastbn.cuda.channel import make_affine, make_block_sum, make_combine, make_keep, make_pivot, make_slopes
+from fastbn.cuda.driver import ARITHMETIC, cuda, kernel, types
+from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.planes import advance, first_vector, stride
+from fastbn.cuda.simd import access, add, fma, total
+from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
+
+int32, int64 = types.int32, types.int64
+
+
+@functools.cache
+def train(what: Variant):
+    """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
+    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
+    A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
+    load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
+    pivot, block_sum, resolve = make_pivot(kind), make_block_sum(kind, threads), make_resolve(kind)
+    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
+    sizes = 2 * (threads // 32)
+
+    @kernel("TTTAAAAAiiiaaaai", kind, threads, 1)
+    def slab_train(
+        x, res, y, stats, weight, bias, running_mean, running_var, N, C, S, eps, keep, momentum, unbias, flags
+    ):
+        slab = cuda.shared.array(0, int32)
+        scratch = cuda.shared.array(sizes, A)
+        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
+        m = pivot(x, c, N, C, S)
+        S4 = int32(S // W)
+        end, v = int32(N * S4), int32(tid)
+        r, at = first_vector(v, S4, C, S, W, c)
+        rest_step, step, past = stride(threads, S4, C, S, W)
+        s = q = splat(A(0))
+        while v + 3 * threads < end:
+            r, at1 = advance(r, at, rest_step, step, past, S4)
+            r, at2 = advance(r, at1, rest_step, step, past, S4)
+            r, at3 = advance(r, at2, rest_step, step, past, S4)
+            x0, x1, x2, x3 = load(x, at), load(x, at1), load(x, at2), load(x, at3)
+            keep_raw(slab, 4 * v, x0)
+            keep_raw(slab, 4 * (v + threads), x1)
+            keep_raw(slab, 4 * (v + 2 * threads), x2)
+            keep_raw(slab, 4 * (v + 3 * threads), x3)
+            for raw in (x0, x1, x2, x3):
+                u, t = terms(raw, raw, raw, m, m, m, m)
+                s, q = add(s, u), fma(u, t, q)
+            r, at = advance(r, at3, rest_step, step, past, S4)
+            v = int32(v + 4 * threads)
+        while v < end:
+            x0 = load(x, at)
+            keep_raw(slab, 4 * v, x0)
+            u, t = terms(x0, x0, x0, m, m, m, m)
+            s, q = add(s, u), fma(u, t, q)
+            r, at = advance(r, at, rest_step, step, past, S4)
+            v = int32(v + threads)
+        sum_d, sum_d2 = block_sum(total(s), total(q), scratch)
+        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(int64(N) * S), eps)
+        if not good:
+            mean, rest, var, invstd = again(x, c, N, C, S, eps, scratch)
+        if tid == 0:
+            found = (mean, rest, var, invstd)
+            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)
+        k, b = combine(invstd, rest, weight, bias, c, flags)
+        v = int32(tid)
+        r, at = first_vector(v, S4, C, S, W, c)
+        while v < end:
+            x0 = recall(slab, 4 * v)
+            r0 = x0
+            if residual:
+                r0 = load_last(res, at)
+            store(y, at, output(x0, r0, mean, k, b))
+            r, at = advance(r, at, rest_step, step, past, S4)
+            v = int32(v + threads)
+
+    return slab_train
+
+
+@functools.cache
+def backward(what: Variant):
+    """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
+    kind, W, threads = what.kind, what.W, what.threads
+    by_output = what.relu and what.residual
+    plain = what._replace(backward=True, relu=False, residual=False)
+    A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
+    load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
+    encode, kept_terms = io.encode, make_terms(plain)
+    affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
+    sizes = 2 * (threads // 32)
+
+    @kernel("TTTTTAAAAAiiii", kind, threads, 1)
+    def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags):
+        slab = cuda.shared.array(0, int32)
+        scratch = cuda.shared.array(sizes, A)
+        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
+        m, invstd, k, b, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
+        S4 = int32(S // W)
+        end, v = int32(N * S4), int32(tid)
+        r, at = first_vector(v, S4, C, S, W, c)
+        rest_step, step, past = stride(threads, S4, C, S, W)
+        s = q = splat(A(0))
+        second = 4 * end
+        while v + threads < end:
+            r, at1 = advance(r, at, rest_step, step, past, S4)
+            x0, x1, g0, g1 = load(x, at), load(x, at1), load_last(g, at), load_last(g, at1)
+            y0, y1 = x0, x1
+            if by_output:
+                y0, y1 = load(y, at), load(y, at1)
+            u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+            u1, t1 = terms(x1, g1, y1, m, invstd, k, b)
+            if by_output:
+                store(dr, at, u0)
+                store(dr, at1, u1)
+            keep_raw(slab, 4 * v, x0)
+            keep_raw(slab, 4 * (v + threads), x1)
+            keep_raw(slab, second + 4 * v, encode(u0))
+            keep_raw(slab, second + 4 * (v + threads), encode(u1))
+            s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
+            r, at = advance(r, at1, rest_step, step, past, S4)
+            v = int32(v + 2 * threads)
+        if v < end:
+            x0, g0 = load(x, at), load_last(g, at)
+            y0 = x0
+            if by_output:
+                y0 = load(y, at)
+            u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+            if by_output:
+                store(dr, at, u0)
+            keep_raw(slab, 4 * v, x0)
+            keep_raw(slab, second + 4 * v, encode(u0))
+            s, q = add(s, u0), fma(u0, t0, q)
+        db, dw = block_sum(total(s), total(q), scratch)
+        dw -= rest * invstd * db
+        if tid == 0:
+            dweight[c], dbias[c] = dw, db
+        c1, c0 = slopes(dw, db, invstd, k, rest, int64(N) * S)
+        v = int32(tid)
+        r, at = first_vector(v, S4, C, S, W, c)
+        while v < end:
+            x0, g0 = recall(slab, 4 * v), recall(slab, second + 4 * v)
+            u, t = kept_terms(x0, g0, x0, m, invstd, k, b)
+            store(dx, at, slope(u, t, k, c1, c0))
+            r, at = advance(r, at, rest_step, step, past, S4)
+            v = int32(v + threads)
+
+    return slab_backward
