@@ -25,7 +25,7 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.sweep import output, term, through_relu
 
-ROWS = 256  # rows that are summed in float32 before they join the float64 sums: 64 additions a lane
+ROWS = 64  # rows that are summed in float32 before they join the float64 sums; more cost accuracy (3e-7 at mean 1e4)
 
 
 @jit

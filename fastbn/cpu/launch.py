@@ -116,7 +116,7 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     N, C, S = dims
     stats, none = np.empty(3 * C), weight[:0]
     if p.kind == "planes":
-        pool.run(planes.moments, x, stats, N, C, S, eps, units=C, parallel=p.parallel)
+        pool.run(planes.moments, x, stats, none, N, C, S, eps, units=C, parallel=p.parallel)
     else:
         _swept_moments(x, stats, weight, none, none, dims, _as_swept(p), eps, 0.0)
     return stats

@@ -1,120 +1,319 @@
 """Batch norm on channels-first arrays (N, C, S): a channel is N runs of S contiguous elements.
 
-A channel is read from memory once, stays in the cache while its mean, its centred second moment and its output are
-computed, and is written once with streaming stores. Blocks of channels are numbered by the shape alone and handed out
-by an atomic counter (``claim``: next channel, channels done), so any number of threads gives the same bits.
+A block of channels is read from memory once, stays in the cache while means, centred second moments and outputs are
+computed, and is written once with streaming stores, while the next block is read. Blocks are numbered by the shape
+alone and handed out by an atomic counter (``claim``: next channel, channels done), so any number of threads gives the
+same bits.
 
 All arrays are flat; N*C*S elements for tensors, C for parameters, ``stats`` is float64 of 3*C: the means, then the
 invstds, then the biased variances. Absent optional tensors and ``relu`` are None.
+
+A channel's sums are kept as vectors, float32 ones (``short``) for at most RUN elements, then added to float64 ones
+(``long``); the lanes are added once a channel.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from fastbn.cpu._jit import jit
 from fastbn.cpu.finalize import affine, gradients, keep, pivot, pivot_offsets, resolve, wide_gradient_sums
-from fastbn.cpu.simd import base, fence, fetch_add, rounded
-from fastbn.cpu.sweep import gradient, normalise, sums
+from fastbn.cpu.simd import (
+    base,
+    clear,
+    fence,
+    fetch_add,
+    get,
+    head,
+    lanes,
+    load,
+    put,
+    rounded,
+    store,
+    store_n,
+    widen_add,
+)
+from fastbn.cpu.sweep import (
+    gradient_part,
+    gradient_run,
+    gradient_seam,
+    normalise_and_sum_run,
+    normalise_part,
+    normalise_run,
+    normalise_seam,
+    sum_run,
+)
 
-BLOCK = 1 << 16  # a block has at least this many elements, so that claiming it costs nothing
+BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
+SLAB = 1_600_000  # elements of a block: longer runs read faster (C*S apart), up to what the shared cache holds twice
+SHORT = 512  # elements of a run below which longer stretches count for more than the cache next to the core
+RUN = 1024  # elements of a channel that are summed in float32: 32 additions a lane
 
 
 @jit
-def channel_sums(x, g, y, N, C, S, c, m, k, b, relu):
-    """Sums of u and u*v over one channel, run by run (see ``sweep.sums``)."""
-    s = q = 0.0
-    for r in range(N):
-        a, e = sums(x, g, y, (r * C + c) * S, S, m, k, b, relu)
-        s += a
-        q += e
-    return s, q
+def block_channels(N, C, S):
+    """Channels of a block, from the shape alone: an eighth of all, but within BLOCK and SLAB."""
+    return max(1, min(SLAB, max(BLOCK, N * S * (C // 8))) // (N * S))
 
 
 @jit
-def channel_moments(x, N, C, S, c, offsets, eps):
-    """Mean and biased variance of one channel."""
-    start = rounded(x, pivot(x, c * S, offsets))
-    s, q = channel_sums(x, None, None, N, C, S, c, start, 0.0, 0.0, None)
-    return resolve(x, N, C, S, c, start, s, q, eps)
+def _put_away(short, long, count):
+    """Add ``count`` float32 vectors to the float64 ones and clear them."""
+    W = lanes(short)
+    for i in range(0, count * W, W):
+        widen_add(long, i, load(short, i))
+    clear(short, count * W)
 
 
 @jit
-def moments(x, stats, N, C, S, eps, claim):
-    """Statistics alone. Floor: one read."""
-    x, stats, claim = base(x), base(stats), base(claim)
-    per = max(1, BLOCK // (N * S))
-    offsets = pivot_offsets(N, C, S)
+def _total(long, vector, W):
+    """Sum of the lanes of one float64 vector."""
+    s = 0.0
+    for i in range(vector * W, (vector + 1) * W):
+        s += get(long, i)
+    return s
+
+
+@jit
+def _sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
+    """Add a run to the sums of the block's channel j; RUN elements at a time."""
+    W = lanes(x)
+    s_at, q_at = 2 * j * W, (2 * j + 1) * W
+    for i in range(0, S, RUN):
+        s, q = sum_run(x, g, y, at + i, min(RUN, S - i), m, k, b, relu, load(short, s_at), load(short, q_at))
+        store(short, s_at, s)
+        store(short, q_at, q)
+        if S >= RUN:
+            _put_away(short + s_at, long + s_at, 2)
+
+
+@jit
+def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi, eps, momentum):
+    """Statistics of a block's channels from its sums; stats[2*C + c] holds the pivots until then."""
+    W = lanes(x)
+    for c in range(lo, hi):
+        s, q = _total(long, 2 * (c - lo), W), _total(long, 2 * (c - lo) + 1, W)
+        mean, var = resolve(x, N, C, S, c, get(stats, 2 * C + c), s, q, eps)
+        keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
+
+
+@jit
+def _begin(x, stats, offsets, C, S, lo, hi, short, long):
+    """Pivots of a block's channels into stats[2*C + c]; sums to zero."""
+    W = lanes(x)
+    clear(short, 2 * W * (hi - lo))
+    clear(long, 2 * W * (hi - lo))
+    for c in range(lo, hi):
+        put(stats, 2 * C + c, rounded(x, pivot(x, c * S, offsets)))
+
+
+@jit
+def moments(x, stats, kind, N, C, S, eps, claim):
+    """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
+    per, offsets = block_channels(N, C, S), pivot_offsets(N, C, S)
+    scratch, sums = np.empty(32 * per, kind.dtype), np.empty(32 * per, np.float64)
+    x, stats, claim, short, long = base(x), base(stats), base(claim), base(scratch), base(sums)
+    every = max(1, RUN // S)
     lo = fetch_add(claim, 0, per)
     while lo < C:
         hi = min(lo + per, C)
-        for c in range(lo, hi):
-            mean, var = channel_moments(x, N, C, S, c, offsets, eps)
-            keep(stats, stats, stats, False, C, c, mean, var, N * S, eps, 0.0)
+        _begin(x, stats, offsets, C, S, lo, hi, short, long)
+        for r in range(N):
+            for c in range(lo, hi):
+                start = get(stats, 2 * C + c)
+                _sum_channel(x, None, None, (r * C + c) * S, S, start, 0.0, 0.0, None, short, long, c - lo)
+            if (r + 1) % every == 0 or r == N - 1:
+                _put_away(short, long, 2 * (hi - lo))
+        _settle(x, long, stats, stats, stats, False, N, C, S, lo, hi, eps, 0.0)
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
+    return scratch.size + sums.size  # keeps the scratch alive: Numba frees an array after its last use
+
+
+@jit
+def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short, long, j, S):
+    """Write the run at ``at`` from i on and add the one ahead to the sums of the block's channel j; returns i."""
+    W = lanes(x)
+    s_at, q_at = 2 * j * W, (2 * j + 1) * W
+    for o in range(at, at + S, RUN):
+        n = min(RUN, at + S - o)
+        s, q = load(short, s_at), load(short, q_at)
+        i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + ahead, n, start, s, q)
+        store(short, s_at, s)
+        store(short, q_at, q)
+        if S >= RUN:
+            _put_away(short + s_at, long + s_at, 2)
+    return i
+
+
+@jit
+def _train_row(x, residual, y, weight, bias, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long):
+    """Row r: write the channels old..old_hi - 1, one stretch, while summing lo..hi - 1."""
+    at = (r * C + old) * S
+    i, c = at, affine(stats, weight, bias, C, min(old, C - 1), x)
+    if old < old_hi:
+        i = at + min(head(y, at), S)
+        store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
+    for j in range(old_hi - old):
+        end = at + S
+        if lo + j < hi:
+            start = get(stats, 2 * C + lo + j)
+            i = _write_and_sum(x, residual, y, at, i, c, relu, streamed, (lo - old) * S, start, short, long, j, S)
+        else:
+            i = normalise_run(x, residual, y, i, end, c, relu, streamed)
+        if old + j + 1 < old_hi:
+            d = affine(stats, weight, bias, C, old + j + 1, x)
+            if i < end:
+                normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
+                i += lanes(x)
+            c = d
+        at = end
+    if old < old_hi and i < at:
+        store_n(y, i, normalise_part(x, residual, y, i, at - i, c, relu), at - i)
+    for j in range(max(0, old_hi - old), hi - lo):
+        start = get(stats, 2 * C + lo + j)
+        _sum_channel(x, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
 
 
 @jit
 def train(
     x, residual, y, weight, bias, running_mean, running_var, stats, N, C, S, eps, momentum, relu, streamed, claim
 ):
-    """Training forward; running_mean and running_var have C or 0 elements. Floor: one read and one write."""
+    """Training forward; running_mean and running_var have C or 0 elements. Floor: one read and one write.
+
+    Every thread claims block after block and writes one while it sums the next.
+    """
     tracked = running_mean.size > 0
+    per, offsets, every = block_channels(N, C, S), pivot_offsets(N, C, S), max(1, RUN // S)
+    scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, y, residual = base(x), base(y), base(residual)
     weight, bias, stats = base(weight), base(bias), base(stats)
     running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
-    per = max(1, BLOCK // (N * S))
-    offsets = pivot_offsets(N, C, S)
+    short, long = base(scratch), base(sums)
+    old = old_hi = 0
     lo = fetch_add(claim, 0, per)
-    while lo < C:
+    while lo < C or old < old_hi:
+        lo = min(lo, C)
         hi = min(lo + per, C)
-        for c in range(lo, hi):
-            mean, var = channel_moments(x, N, C, S, c, offsets, eps)
-            keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
-            m, k, b = affine(stats, weight, bias, C, c, x)
-            for r in range(N - 1, -1, -1):
-                normalise(x, residual, y, (r * C + c) * S, S, m, k, b, relu, streamed)
-        fence()
-        fetch_add(claim, 1, hi - lo)
-        lo = fetch_add(claim, 0, per)
+        _begin(x, stats, offsets, C, S, lo, hi, short, long)
+        for r in range(N):
+            _train_row(x, residual, y, weight, bias, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long)
+            if (r + 1) % every == 0 or r == N - 1:
+                _put_away(short, long, 2 * (hi - lo))
+        _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi, eps, momentum)
+        if old < old_hi:
+            fence()
+            fetch_add(claim, 1, old_hi - old)
+        old, old_hi = lo, hi
+        if lo < C:
+            lo = fetch_add(claim, 0, per)
+    return scratch.size + sums.size
 
 
 @jit
 def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
-    """Inference with the statistics in ``stats``. Floor: one read and one write. Blocks are runs of rows (n, c)."""
+    """Inference with the statistics in ``stats``. Floor: one read, one write. Blocks are stretches of runs (n, c)."""
     x, y, residual = base(x), base(y), base(residual)
     weight, bias, stats, claim = base(weight), base(bias), base(stats), base(claim)
-    per = max(1, BLOCK // S)
+    W, per = lanes(x), max(1, BLOCK // S)
     lo = fetch_add(claim, 0, per)
     while lo < N * C:
         hi = min(lo + per, N * C)
-        for r in range(lo, hi):
-            m, k, b = affine(stats, weight, bias, C, r % C, x)
-            normalise(x, residual, y, r * S, S, m, k, b, relu, streamed)
+        at = lo * S
+        i, c = at + min(head(y, at), S), affine(stats, weight, bias, C, lo % C, x)
+        store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
+        for run in range(lo, hi):
+            end = (run + 1) * S
+            i = normalise_run(x, residual, y, i, end, c, relu, streamed)
+            if run + 1 < hi:
+                d = affine(stats, weight, bias, C, (run + 1) % C, x)
+                if i < end:
+                    normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
+                    i += W
+                c = d
+            elif i < end:
+                store_n(y, i, normalise_part(x, residual, y, i, end - i, c, relu), end - i)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
 
 
 @jit
+def _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, hi, frozen, relu):
+    """Parameter gradients of a block's channels from its sums; c1 and c0 take the place of the sums."""
+    W = lanes(x)
+    for c in range(lo, hi):
+        j = c - lo
+        m, k, b = affine(stats, weight, bias, C, c, x)
+        s, q = _total(long, 2 * j, W), _total(long, 2 * j + 1, W)
+        if not math.isfinite(s + q):
+            s, q = wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu)
+        c1, c0 = gradients(stats, weight, dweight, dbias, C, c, N * S, m, s, q, frozen)
+        put(long, 2 * j * W, c1)
+        put(long, (2 * j + 1) * W, c0)
+
+
+@jit
+def _constants(x, stats, weight, bias, long, C, c, j):
+    """(m, k, b, c1, c0) of channel c, the block's channel j."""
+    m, k, b = affine(stats, weight, bias, C, c, x)
+    return m, k, b, get(long, 2 * j * lanes(x)), get(long, (2 * j + 1) * lanes(x))
+
+
+@jit
+def _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, relu, streamed):
+    """Row r: write dx and dr of the channels lo..hi - 1, one stretch."""
+    W, at = lanes(x), (r * C + lo) * S
+    i, c = at + min(head(dx, at), S), _constants(x, stats, weight, bias, long, C, lo, 0)
+    z, u = gradient_part(x, g, y, at, i - at, c, relu)
+    store_n(dx, at, z, i - at)
+    store_n(dr, at, u, i - at)
+    for ch in range(lo, hi):
+        end = at + S
+        i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed)
+        if ch + 1 < hi:
+            d = _constants(x, stats, weight, bias, long, C, ch + 1, ch + 1 - lo)
+            if i < end:
+                gradient_seam(x, g, y, dx, dr, i, end - i, c, d, relu, streamed)
+                i += W
+            c = d
+        elif i < end:
+            z, u = gradient_part(x, g, y, i, end - i, c, relu)
+            store_n(dx, i, z, end - i)
+            store_n(dr, i, u, end - i)
+        at = end
+
+
+@jit
 def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim):
-    """Gradients. Floor: two reads and one write (and y, dr where they exist)."""
+    """Gradients. Floor: two reads and one write (and y, dr where they exist).
+
+    Tried and rejected: writing one block while summing the next, as ``train`` does. Four streams to read at once (two
+    from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4.
+    """
+    per, every = max(1, (SLAB if S < SHORT else BLOCK) // (N * S)), max(1, RUN // S)
+    scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim = base(stats), base(claim)
-    per = max(1, BLOCK // (N * S))
+    stats, claim, short, long = base(stats), base(claim), base(scratch), base(sums)
+    W = lanes(x)
     lo = fetch_add(claim, 0, per)
     while lo < C:
         hi = min(lo + per, C)
-        for c in range(lo, hi):
-            m, k, b = affine(stats, weight, bias, C, c, x)
-            s, q = channel_sums(x, g, y, N, C, S, c, m, k, b, relu)
-            if not math.isfinite(s + q):
-                s, q = wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu)
-            c1, c0 = gradients(stats, weight, dweight, dbias, C, c, N * S, m, s, q, frozen)
-            for r in range(N - 1, -1, -1):
-                gradient(x, g, y, dx, dr, (r * C + c) * S, S, m, k, b, c1, c0, relu, streamed)
+        clear(short, 2 * W * (hi - lo))
+        clear(long, 2 * W * (hi - lo))
+        for r in range(N):
+            for c in range(lo, hi):
+                m, k, b = affine(stats, weight, bias, C, c, x)
+                _sum_channel(x, g, y, (r * C + c) * S, S, m, k, b, relu, short, long, c - lo)
+            if (r + 1) % every == 0 or r == N - 1:
+                _put_away(short, long, 2 * (hi - lo))
+        _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, hi, frozen, relu)
+        for r in range(N - 1, -1, -1):
+            _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
+    return scratch.size + sums.size

@@ -3,7 +3,7 @@
 What this file must give the kernels:
 
 - one arithmetic width everywhere: 16 lanes of float32 or 8 of float64. LLVM splits them where the CPU is narrower;
-- half types for free: a ``uint16`` array is float16, an ``int16`` array bfloat16; both are decoded to float32 lanes;
+- half types for free: a ``uint16`` array is float16, an ``int16`` array bfloat16, decoded to float32 lanes;
 - streaming (non-temporal) stores: a scalar ``!nontemporal`` store becomes ``movntss``, the explicit vector ``vmovntps``;
 - a tail of ``n`` lanes by masked loads and stores, so that the last lanes run through the same instructions as the rest
   and are rounded alike;
@@ -401,6 +401,16 @@ def first(typingctx, v, n):
         return builder.select(mask, args[0], ir.Constant(args[0].type, None))
 
     return v(v, types.intp), codegen
+
+
+@intrinsic
+def blend(typingctx, n, a, b):
+    """The first n lanes of a, then those of b."""
+
+    def codegen(ctx, builder, sig, args):
+        return builder.select(_lanes_below(builder, sig.args[1].lanes, args[0]), args[1], args[2])
+
+    return a(types.intp, a, b), codegen
 
 
 @intrinsic

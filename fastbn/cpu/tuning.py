@@ -1,8 +1,8 @@
 """The numbers that decide which kernel runs; each with the measurement behind it (2-core AMD EPYC, Zen 5)."""
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
-STREAM = 8 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
-RUN = 256  # elements of a channel's run from which the channels-first kernel wins
+STREAM = 4 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
+RUN = 16  # elements of a run from which the channels-first kernel wins
 MATRIX = 256  # columns that a short matrix row is widened to
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
 WHOLE = 1 << 18  # elements of a tensor that is one block

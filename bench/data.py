@@ -1,0 +1,56 @@
+"""Arrays for a case: the same numbers in every process, aligned to a cache line, touched before they are timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.cases import Case
+
+Array = npt.NDArray[Any]
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype, bfloat16 from ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return an array whose first element lies on a 64-byte line, its pages already mapped."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    raw[...] = 0
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class Data:
+    """x, gradient, residual, output and parameters of a case; ``shape`` is the memory's, channels along ``axis``."""
+
+    def __init__(self, case: Case):
+        self.case, self.dtype = case, dtype_of(case.dtype)
+        memory = case.shape
+        if case.layout == "channels_last" and len(memory) == 4:
+            n, c, h, w = memory
+            memory = (n, h, w, c)
+        self.shape = memory
+        self.axis = len(memory) - 1 if case.rows else 1
+        rng = np.random.default_rng(len(memory) + memory[0])
+        self.x, self.grad, self.residual = (self._random(rng) for _ in range(3))
+        self.out, self.out2 = empty(memory, self.dtype), empty(memory, self.dtype)
+        channels = memory[self.axis]
+        kind = np.float64 if case.dtype == "float64" else np.float32
+        self.weight, self.bias, self.mean = (rng.standard_normal(channels).astype(kind) for _ in range(3))
+        self.var = rng.uniform(0.5, 2.0, channels).astype(kind)
+
+    def _random(self, rng: np.random.Generator) -> Array:
+        block = rng.standard_normal(min(self.case.elements, 1 << 20), dtype=np.float32)
+        x = empty(self.shape, self.dtype)
+        x.reshape(-1)[:] = np.resize(block, x.size).astype(self.dtype) + 1
+        return x
