@@ -4,7 +4,7 @@ What this file must give the kernels:
 
 - one arithmetic width everywhere: 16 lanes of float32 or 8 of float64. LLVM splits them where the CPU is narrower;
 - half types for free: a ``uint16`` array is float16, an ``int16`` array bfloat16, decoded to float32 lanes;
-- streaming (non-temporal) stores: a scalar ``!nontemporal`` store becomes ``movntss``, the explicit vector ``vmovntps``;
+- streaming (non-temporal) stores: a scalar ``!nontemporal`` one becomes ``movntss``, the explicit vector ``vmovntps``;
 - a tail of ``n`` lanes by masked loads and stores, so that the last lanes run through the same instructions as the rest
   and are rounded alike;
 - explicit fused multiply-add: forward and backward decide the sign of a ReLU's input on the same bits.
