@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
+from fastbn_export._reference_base import WithOriginal
+from fastbn_export._reference_conv import Conv, ConvTranspose
+
 __all__ = ["CORRECTED"]
 
 
@@ -53,19 +56,7 @@ def _normalise(x: Any, scale: Any, bias: Any, mean: Any, var: Any, epsilon: floa
     return (scale * (x - mean) / np.sqrt(var + epsilon) + bias).astype(x.dtype)
 
 
-class _WithOriginal(OpRun):  # type: ignore[misc]
-    """An operator whose unusual forms go to onnx's own implementation."""
-
-    op_domain = ""
-
-    def _original(self, *inputs: Any) -> tuple[Any, ...]:
-        from onnx.reference.ops import load_op
-
-        kind = load_op("", self.onnx_node.op_type, self.run_params["opsets"][""])
-        return tuple(kind(self.onnx_node, self.run_params).run(*inputs))
-
-
-class QuantizeLinear(_WithOriginal):
+class QuantizeLinear(WithOriginal):
     """saturate(round(x / scale) + zero_point), per tensor or per axis, of any opset (onnx has it from 19 on).
 
     In float64, that is in a lifted model, without the rounding: the truth is then continuous, and a small error of a
@@ -83,7 +74,7 @@ class QuantizeLinear(_WithOriginal):
         return (np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(dtype),)
 
 
-class DequantizeLinear(_WithOriginal):
+class DequantizeLinear(WithOriginal):
     """(x - zero_point) * scale in the type of scale, per tensor or per axis, of any opset."""
 
     def _run(self, x: Any, scale: Any, zero_point: Any = None, **attributes: Any) -> tuple[Any, ...]:
@@ -106,7 +97,7 @@ def _along(x: Any, attributes: dict[str, Any], scale: Any, zero_point: Any) -> t
     return scale.reshape(shape), zero.reshape(shape if zero.size == scale.size else [1] * x.ndim)
 
 
-class _Pool(_WithOriginal):
+class _Pool(WithOriginal):
     """A pool as a few operations on whole arrays."""
 
     def _windows(self, x: Any, attributes: dict[str, Any], fill: float) -> list[Any] | None:
@@ -151,4 +142,4 @@ class AveragePool(_Pool):
         return (total / functools.reduce(np.add, self._windows(np.ones_like(x[:1, :1]), attributes, 0.0) or []),)
 
 
-CORRECTED = [BatchNormalization, QuantizeLinear, DequantizeLinear, MaxPool, AveragePool]
+CORRECTED = [BatchNormalization, Conv, ConvTranspose, QuantizeLinear, DequantizeLinear, MaxPool, AveragePool]

@@ -93,3 +93,50 @@ def test_quantisation_of_every_opset(opset, axis, code):
     (ours,) = ReferenceEvaluator(model, new_ops=CORRECTED).run(None, {"x": x})
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert_allclose(ours, session.run(None, {"x": x})[0], rtol=1e-6, atol=1e-7)
+
+
+CONVS = [
+    {},
+    {"strides": [2, 3], "pads": [1, 0, 2, 1]},
+    {"dilations": [2, 1], "pads": [2, 1, 2, 1]},
+    {"group": 2},
+    {"group": 4, "strides": [2, 1]},
+    {"auto_pad": "SAME_UPPER"},
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", CONVS, ids=str)
+def test_convolution(options, bias):
+    x = RNG.normal(size=(2, 4, 9, 8)).astype(np.float32)
+    weight = RNG.normal(size=(8, 4 // options.get("group", 1), 3, 2)).astype(np.float32)
+    constants = [("w", weight), ("b", RNG.normal(size=8).astype(np.float32))]
+    node = helper.make_node("Conv", ["x", "w", *(["b"] if bias else [])], ["y"], **options)
+    assert_allclose(*both(node, x, constants), rtol=1e-4, atol=1e-5)
+
+
+TRANSPOSED = [
+    *({k: v for k, v in options.items() if k != "auto_pad"} for options in CONVS[:5]),
+    {"strides": [2, 2], "output_padding": [1, 0]},
+    {"strides": [2, 2], "output_padding": [1, 1], "pads": [1, 1, 0, 1], "group": 2},
+]
+
+
+@pytest.mark.parametrize("options", TRANSPOSED, ids=str)
+def test_transposed_convolution(options):
+    x = RNG.normal(size=(2, 4, 5, 6)).astype(np.float32)
+    groups = options.get("group", 1)
+    weight = RNG.normal(size=(4, 6 // min(groups, 2), 3, 2)).astype(np.float32)
+    outputs = weight.shape[1] * groups
+    constants = [("w", weight), ("b", RNG.normal(size=outputs).astype(np.float32))]
+    node = helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], **options)
+    assert_allclose(*both(node, x, constants), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_convolutions_of_other_ranks(rank):
+    x = RNG.normal(size=(1, 4, *[5] * rank)).astype(np.float32)
+    weight = RNG.normal(size=(4, 4, *[2] * rank)).astype(np.float32)
+    for op in ("Conv", "ConvTranspose"):
+        node = helper.make_node(op, ["x", "w"], ["y"], strides=[2] * rank)
+        assert_allclose(*both(node, x, [("w", weight)]), rtol=1e-4, atol=1e-5)
