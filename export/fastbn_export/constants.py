@@ -313,3 +313,20 @@ def _dequantize(node: ir.Node, inputs: list[Array], opset: int) -> Array:
         shape[node.attributes.get_int("axis", 1)] = -1
         scale, zero = scale.reshape(shape), zero.reshape(shape) if zero.ndim else zero
     return (x - zero.reshape(scale.shape if zero.ndim else ())) * scale
+
+
+@_rule("QuantizeLinear")
+def _quantize(node: ir.Node, inputs: list[Array], opset: int) -> Array:
+    """In float32, as runtimes do: the rounding of a tie must not differ."""
+    if any(node.attributes.get_int(a, 0) for a in ("block_size", "output_dtype", "precision")) or len(inputs) < 3:
+        raise _Unknown
+    x, scale, zero = inputs[0], inputs[1], inputs[2]
+    if x.dtype != np.float32 or scale.dtype != np.float32 or zero is None or zero.dtype not in (np.int8, np.uint8):
+        raise _Unknown
+    if scale.ndim == 1 and scale.size > 1:
+        shape = [1] * x.ndim
+        shape[node.attributes.get_int("axis", 1)] = -1
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    info = np.iinfo(zero.dtype)
+    q: Array = np.clip(np.rint(x / scale) + zero.astype(np.float32), info.min, info.max)
+    return q.astype(zero.dtype)

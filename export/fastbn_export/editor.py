@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from .affine import Array
@@ -62,6 +63,10 @@ class Editor:
             old.shape = ir.Shape(array.shape)
             self._restate_input(old)
             return
+        if old is not None and (filler := self._refill(old, array)) is not None:
+            node.replace_input_with(index, filler)
+            self._drop_if_dead(old)
+            return
         fresh = f"{node.name or node.outputs[0].name}.{hint or 'constant'}"
         name = old.name if old is not None and old.name else fresh
         if index >= len(node.inputs):
@@ -70,6 +75,27 @@ class Editor:
         if old is not None:
             self._drop_if_dead(old)
         node.replace_input_with(index, self._new_constant(node, array, name))
+
+    def _refill(self, old: ir.Value, array: Array) -> ir.Value | None:
+        """A ConstantOfShape that was uniform and still is stays one: its file size was nothing."""
+        maker = old.producer()
+        if maker is None or maker.op_type != "ConstantOfShape" or array.size < 2 or np.any(array != array.flat[0]):
+            return None
+        if array.shape != tuple(self._facts.dims(old) or ()) or maker.graph is None:
+            return None
+        value = ir.AttrTensor("value", ir.Tensor(array.reshape(-1)[:1].copy()))
+        if len(old.uses()) == 1 and not old.is_graph_output():
+            maker.attributes.add(value)
+            self._facts.forget(old)
+            return old
+        new = ir.Node(
+            "", "ConstantOfShape", maker.inputs, [value], name=self._unique(f"{maker.name or old.name}_folded")
+        )
+        out = new.outputs[0]
+        out.name, out.type, out.shape = self._unique(f"{old.name}_folded"), old.type, old.shape
+        maker.graph.insert_after(maker, new)
+        self._facts.learn(out, old)
+        return out
 
     def _new_constant(self, node: ir.Node, array: Array, name: str) -> ir.Value:
         """A constant visible at `node`: an initializer of its graph, or a Constant node inside a function."""

@@ -97,7 +97,18 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
 
 
 _FLOAT_VALUES = ("value_float", "value_floats")
-_SHAPERS = ("Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Gather", "Slice", "Concat")
+_SHAPERS = (
+    "Identity",
+    "Reshape",
+    "Transpose",
+    "Unsqueeze",
+    "Squeeze",
+    "Flatten",
+    "Expand",
+    "Gather",
+    "Slice",
+    "Concat",
+)
 _REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
 _KEEP_TYPE = frozenset((*_SHAPERS, *_REST))
 
@@ -165,6 +176,10 @@ class Facts:
             self._dims[value] = dims
         if (dtype := self.dtype(like)) is not None:
             self._dtypes[value] = dtype
+
+    def forget(self, value: ir.Value) -> None:
+        """The constant expression behind a value has been rewritten."""
+        self._folded.pop(value, None)
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""

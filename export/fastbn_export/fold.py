@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import inliner as inline
+from onnx_ir.passes.common import inliner
 
 from fastbn.errors import ArgumentTypeError
 
@@ -133,21 +133,28 @@ def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:
 def _inlined(
     proto: onnx.ModelProto, kept: Callable[[str], bool], duplicate: bool, engine: _Engine, report: FoldReport
 ) -> tuple[_Engine, FoldReport]:
-    """Fold again with the functions inlined that hold a batch normalization; the better of the two."""
-    model = ir.serde.deserialize_model(proto)
-    try:
-        holders = holding(model)
-        inline.InlinePass(lambda function: function.identifier() in holders)(model)
-    except (ValueError, ir.passes.PassError):  # other opsets, graph parameters, recursion: leave the functions alone
-        return engine, report
-    if [v.name for v in model.graph.outputs] != [o.name for o in proto.graph.output]:
-        return engine, report
-    other = _Engine(model, kept, duplicate)
-    second = other.run()
-    if second.folded <= report.folded:
-        return engine, report
-    second.ops_before, second.parameters_before = report.ops_before, report.parameters_before
-    return other, second
+    """Fold again with functions inlined: those that hold a batch normalization, then all; the first that folds most."""
+    best, before = (engine, report), report
+    for everything in (False, True):
+        model = ir.serde.deserialize_model(proto)
+        holders = set(model.functions) if everything else holding(model)
+        try:
+            inliner.InlinePass(lambda function, chosen=holders: function.identifier() in chosen)(model)  # type: ignore[misc]
+        except (
+            ValueError,
+            ir.passes.PassError,
+        ):  # other opsets, graph parameters, recursion: leave the functions alone
+            continue
+        if [v.name for v in model.graph.outputs] != [o.name for o in proto.graph.output]:
+            continue
+        other = _Engine(model, kept, duplicate)
+        after = other.run()
+        if after.folded > best[1].folded:
+            after.ops_before, after.parameters_before = before.ops_before, before.parameters_before
+            best = other, after
+        if not best[1].left:
+            break
+    return best
 
 
 class _Engine:

@@ -164,11 +164,14 @@ class Step:
         Upstream, the inputs that must deliver the map; downstream, the outputs that now lack it.
     absorbs : bool
         Whether the operator swallowed (part of) the map: it is named as an absorber in the report.
+    by : Node or None
+        Another operator that swallowed it instead.
     """
 
     edits: list[Edit] = field(default_factory=list)
     onward: list[tuple[ir.Value, ChannelAffine]] = field(default_factory=list)
     absorbs: bool = False
+    by: ir.Node | None = None
 
     @staticmethod
     def absorbed(*edits: Edit) -> Step:

@@ -44,7 +44,7 @@ class Plan:
     @property
     def absorbers(self) -> list[ir.Node]:
         """The operators that swallowed the map."""
-        return [node for node, step in self.trail if step.absorbs]
+        return [step.by or node for node, step in self.trail if step.absorbs]
 
     @property
     def path(self) -> list[str]:

@@ -320,6 +320,22 @@ def _branches(f: Fuzz, x: str, s: Shape) -> Any:
     return f.op("Concat", made[0][0], made[1][0], axis=axis), tuple(joined)
 
 
+@maker(2)
+def _identity_branch(f: Fuzz, x: str, s: Shape) -> Any:
+    """RepVGG: a convolution that keeps the shape, beside a normalization of its input."""
+    if len(s) != 4:
+        return None
+    group = f.pick(*[g for g in (1, 2, s[1]) if s[1] % g == 0])
+    size, dilation = f.pick(1, 3), f.pick(1, 2)
+    pads = [dilation * (size // 2)] * 4 if f.chance(0.8) else [0, 0, dilation * (size - 1), dilation * (size - 1)]
+    attributes = {"group": group, "pads": pads, "dilations": [dilation] * 2}
+    y = f.op("Conv", x, f.parameter(s[1], s[1] // group, size, size), **attributes)
+    if f.chance(0.3):
+        y = f.op("Add", y, f.op("Conv", x, f.parameter(s[1], s[1], 1, 1)))
+    z = f.op("BatchNormalization", x, *(f.parameter(s[1]) for _ in range(3)), f.parameter(s[1], positive=True))
+    return f.op("Add", *((y, z) if f.chance(0.5) else (z, y))), s
+
+
 def _linear(f: Fuzz, x: str, s: Shape) -> Any:
     if len(s) == 4:
         out = int(f.rng.integers(2, 4))

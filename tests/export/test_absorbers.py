@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
+from fastbn_export.fold import fold
 from onnx import numpy_helper
 
 from .folding import Model, check, folded, ops
@@ -223,6 +225,46 @@ def test_layer_norm_affine_into_gemm():
     is_folded(m.build(m.op("Gemm", y, m.weight(4, 5))), "LayerNormalization", "Gemm")
 
 
+@pytest.mark.parametrize(("group", "kernel", "dilation"), [(1, 3, 1), (4, 3, 1), (2, 3, 2), (1, 1, 1), (1, 5, 1)])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_beside_a_conv(group, kernel, dilation, flipped):
+    m = Model()
+    x = m.op("Relu", m.input(2, 4, 6, 6))
+    pads = [dilation * (kernel // 2)] * 4
+    y = m.op("Conv", x, m.weight(4, 4 // group, kernel, kernel), group=group, pads=pads, dilations=[dilation] * 2)
+    z = m.bn(x, 4)
+    result = is_folded(m.build(m.op("Relu", m.op("Add", *((z, y) if flipped else (y, z))))), "Relu", "Conv", "Relu")
+    assert "(Conv)" in result.report.entries[0].absorber[0]
+
+
+def test_three_branches():
+    m = Model()
+    x = m.op("Relu", m.input(2, 4, 6, 6))
+    y = m.bn(m.op("Conv", x, m.weight(4, 4, 3, 3), pads=[1] * 4), 4)
+    y = m.op("Add", y, m.bn(m.op("Conv", x, m.weight(4, 4, 1, 1)), 4))
+    is_folded(m.build(m.op("Relu", m.op("Add", y, m.bn(x, 4)))), "Relu", "Conv", "Conv", "Add", "Relu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strides": [2, 2], "pads": [1] * 4},
+        {"pads": [1, 1, 3, 3], "dilations": [2, 2]},
+        {"auto_pad": "SAME_LOWER"},
+        {"pads": [1] * 4, "readers": 2},
+    ],
+)
+def test_beside_a_conv_that_does_not_fit(change):
+    readers = change.pop("readers", 1)
+    m = Model()
+    size = 1 if "strides" in change else 6
+    x = m.op("Relu", m.input(2, 4, size, size))
+    y = m.op("Conv", x, m.weight(4, 4, 3, 3), **change)
+    z = m.op("Relu", m.op("Add", y, m.bn(x, 4)))
+    result = check(m.build(*([z] if readers == 1 else [z, m.op("Tanh", y)])))
+    assert not folded(result)
+
+
 # Elementwise operators
 
 
@@ -331,6 +373,31 @@ def test_constant_of_shape():
     w = m.op("ConstantOfShape", m.ints(4, 3, 3, 3), value=numpy_helper.from_array(np.array([0.5], "f")))
     result = check(m.build(m.bn(m.op("Conv", m.input(2, 3, 6, 6), w), 4)))
     assert folded(result)
+
+
+def test_fake_quantized_weight():
+    m = Model()
+    gamma, beta, mean, variance = m.statistics(4)
+    scale, zero = m.constant(np.float32(0.01)), m.constant(np.int8(3))
+    w = m.op("DequantizeLinear", m.op("QuantizeLinear", m.weight(4, 3, 1, 1), scale, zero), scale, zero)
+    y = m.bn(m.op("Conv", m.input(2, 3, 5, 5), w), 4, parameters=(np.abs(gamma), beta, mean, variance))
+    is_folded(m.build(y), "QuantizeLinear", "DequantizeLinear", "Conv")
+
+
+def test_bfloat16():
+    m = Model(dtype=ml_dtypes.bfloat16, opset=22, ir_version=10)
+    y = m.op("Conv", m.input(1, 3, 2, 2), m.weight(4, 3, 1, 1, name="w"), name="conv")
+    model = m.build(m.bn(y, 4))
+    result = fold(model)
+    assert folded(result) and ops(result.model) == ["Conv"]
+    arrays = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in (*model.graph.initializer,)}
+    new = {t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    gamma, beta, mean, variance = (arrays[n] for n in model.graph.node[1].input[1:])
+    scale = gamma / np.sqrt(variance + np.float32(1e-3))
+    expected = (arrays["w"] * scale[:, None, None, None]).astype(ml_dtypes.bfloat16)
+    assert new["w"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(new["w"], expected)
+    np.testing.assert_array_equal(new["conv.bias"], (beta - mean * scale).astype(ml_dtypes.bfloat16))
 
 
 def test_overridable_initializer():

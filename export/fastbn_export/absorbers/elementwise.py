@@ -10,6 +10,7 @@ from ..affine import Array, ChannelAffine
 from ..arithmetic import ConstantOperand, constant_operand, lift, own_map
 from ..plan import Bypass, Edit, Refused, SetConstant, Step
 from ..registry import Operator, Site, operator
+from .reparameterize import beside
 
 __all__ = ["AddSub", "MulDiv"]
 
@@ -91,7 +92,10 @@ class AddSub(Operator):
         "a constant takes the shift, or the operator vanishes into the map; of several branches all take the scale "
         "and one the shift, all or none"
     )
-    downstream = "a constant takes the shift, or the operator vanishes into the map; a shift passes a sum of branches"
+    downstream = (
+        "a constant takes the shift, or the operator vanishes into the map; a shift passes a sum of branches; beside a "
+        "Conv of the same input the normalization becomes one of its taps"
+    )
 
     def pull(self, site: Site) -> Sequence[Step]:
         """``s (x + c) + t``."""
@@ -147,7 +151,7 @@ class AddSub(Operator):
         operand = constant_operand(site.facts, site.node)
         if operand is None:
             if a.has_scale:
-                raise Refused(f"the other operand of {site.node.op_type} would need the same scale")
+                return [beside(site)]
             t = -a.shift if site.node.op_type == "Sub" and site.index == 1 else a.shift
             return [Step.carry((out, ChannelAffine(a.scale, t, _output_axis(site))))]
         if a.has_scale:
