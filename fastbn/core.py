@@ -82,22 +82,27 @@ def train(
 ) -> tuple[Array, BatchSaved]:  # fmt: skip
     """Normalise by the batch; see ``fastbn.batch_norm_train``."""
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
-    N, C, S = dims = f.layout.dims
+    N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
     rm, rv = running.pair(running_mean, running_var, C, f.dtype)
     if f.x.size == 0:
         return f.out, f.saved(no_statistics(C, eps), frozen=False)
     if N * S == 1:
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
+    return f.out, run(f, rm, rv, momentum, eps)
+
+
+def run(f: Forward, rm: Array, rv: Array, momentum: float, eps: float) -> BatchSaved:
+    """Normalise checked arguments by the batch and move checked running statistics, if they have elements."""
     moved = (np.ascontiguousarray(rm), np.ascontiguousarray(rv))  # the arrays themselves, but for odd strides
     stats = dispatch.kernels().train(
-        f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, *moved, dims, eps, momentum, f.relu
+        f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, *moved, f.layout.dims, eps, momentum, f.relu
     )
     if moved[0] is not rm:
         rm[:] = moved[0]
     if moved[1] is not rv:
         rv[:] = moved[1]
-    return f.out, f.saved(stats, frozen=False, updated=int(rm.size > 0))
+    return f.saved(stats, frozen=False, updated=int(rm.size > 0))
 
 
 def frozen(

@@ -75,7 +75,8 @@ def normalise(
     x = np.asarray(x, np.float64)
     centred = x - x.mean(axes, keepdims=True)
     xhat = centred / np.sqrt(np.square(centred).mean(axes, keepdims=True) + eps)
-    return xhat * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
+    y: Array = xhat * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
+    return y
 
 
 def normalise_backward(

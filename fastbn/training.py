@@ -91,11 +91,9 @@ def _train(
     if isinstance(f, BlockForward) and o.ghost is not None:
         return _ghosts(f, rm, rv, o.ghost, o)
     if o.renorm is None and o.nonfinite != "raise":
-        none, dims = rm[:0], f.layout.dims
-        stats = dispatch.kernels().train(
-            f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, none, none, dims, o.eps, 0.0, f.relu
-        )
-        saved = f.saved(stats, frozen=False)
+        if o.update_stats and o.unbiased and o.nonfinite == "propagate":
+            return f.out, core.run(f, rm, rv, o.momentum, o.eps)
+        saved = core.run(f, rm[:0], rv[:0], 0.0, o.eps)
         saved.updated = _move(rm, rv, [saved.moments], f.dtype, o)
         return f.out, saved
     return _statistics_first(f, rm, rv, o)

@@ -260,7 +260,7 @@ X = np.zeros((4, 6, 5), np.float32)
 )
 def test_errors_name_the_argument(call, error, named):
     before = X.copy()
-    with pytest.raises(error, match=f"^{named}: expected"):
+    with pytest.raises(error, match=rf"^{named}: expected"):
         call()
     assert np.array_equal(X, before)
 

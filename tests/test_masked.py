@@ -1,0 +1,204 @@
+"""Masks and lengths: the same as packing the valid values, zero elsewhere, and nothing leaks from masked positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbn
+from fastbn import masked, reference
+from tests.tolerances import DTYPES, arithmetic, assert_within, bound
+
+CASES = [
+    ((6, 5), 1),
+    ((6, 5, 9), 1),
+    ((6, 9, 5), 2),
+    ((4, 3, 5, 7), 1),
+    ((4, 3, 7, 5), -1),
+    ((6, 1, 9), 1),
+    ((6, 1), 1),
+]
+
+
+def rows(x, axis, mask):
+    """Pack by hand: valid positions as rows."""
+    return np.moveaxis(x, axis, -1)[np.broadcast_to(mask, np.moveaxis(x, axis, -1).shape[:-1])]
+
+
+def draw(rng, shape, axis, dtype=np.float32, density=0.6):
+    C, p = shape[axis], arithmetic(dtype)
+    x = (rng.standard_normal(shape) * 2 + 1).astype(dtype)
+    mask = rng.random(np.moveaxis(x, axis, -1).shape[:-1]) < density
+    mask[0], mask[1] = False, True
+    return x, mask, rng.uniform(-2, 2, C).astype(p), rng.standard_normal(C).astype(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+def test_same_as_packing(rng, shape, axis, dtype):
+    x, mask, weight, bias = draw(rng, shape, axis, dtype)
+    C, p = shape[axis], arithmetic(dtype)
+    residual = rng.standard_normal(shape).astype(dtype)
+    g = rng.standard_normal(shape).astype(dtype)
+    moving = [np.full(C, 0.5, p), np.full(C, 2.0, p)]
+    packed_moving = [m.copy() for m in moving]
+    for activation in (None, "relu"):
+        y, saved = fastbn.batch_norm_train(
+            x, weight, bias, *moving, axis=axis, mask=mask, residual=residual, activation=activation
+        )
+        packed, inner = fastbn.batch_norm_train(
+            rows(x, axis, mask),
+            weight,
+            bias,
+            *packed_moving,
+            residual=rows(residual, axis, mask),
+            activation=activation,
+        )
+        assert np.array_equal(rows(y, axis, mask), packed) and not rows(y, axis, ~mask).any()
+        assert np.array_equal(saved.mean, inner.mean) and saved.count == inner.count == mask.sum()
+        grads, packed_grads = fastbn.backward(g, saved), fastbn.backward(rows(g, axis, mask), inner)
+        for got, want in ((grads.input, packed_grads.input), (grads.residual, packed_grads.residual)):
+            assert got.shape == shape
+            assert np.array_equal(rows(got, axis, mask), want) and not rows(got, axis, ~mask).any()
+        assert np.array_equal(grads.weight, packed_grads.weight) and np.array_equal(grads.bias, packed_grads.bias)
+    assert all(np.array_equal(a, b) for a, b in zip(moving, packed_moving, strict=True))
+
+
+def test_against_the_reference(rng):
+    x, mask, weight, bias = draw(rng, (6, 5, 9), 1)
+    y, saved = fastbn.batch_norm_train(x, weight, bias, mask=mask)
+    mean, var = reference.statistics(rows(x, 1, mask))
+    want = reference.apply(x, mean, var, weight, bias) * mask[:, None]
+    assert_within(y, want, bound(want, 16.0, np.float32), "y")
+    np.testing.assert_allclose(saved.variance, var, rtol=1e-5)
+    m = fastbn.Moments.of(x, mask=mask)
+    np.testing.assert_allclose(m.mean, mean, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(m.variance(), var, rtol=1e-5)
+    assert m.count == mask.sum()
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+def test_nothing_leaks(rng, shape, axis, garbage):
+    x, mask, weight, bias = draw(rng, shape, axis)
+    g = rng.standard_normal(shape).astype(np.float32)
+    dirty, dirty_g = x.copy(), g.copy()
+    for a in (dirty, dirty_g):
+        np.moveaxis(a, axis, -1)[~mask] = garbage
+    results = []
+    for a, b in ((x, g), (dirty, dirty_g)):
+        moving = np.zeros(shape[axis], np.float32), np.ones(shape[axis], np.float32)
+        y, saved = fastbn.batch_norm_train(a, weight, bias, *moving, axis=axis, mask=mask)
+        grads = fastbn.backward(b, saved)
+        results.append([y, *grads[:3], *moving, fastbn.Moments.of(a, axis, mask).m2])
+    for clean, other in zip(*results, strict=True):
+        assert np.array_equal(clean, other)
+
+
+def test_a_mask_of_all_and_of_none(rng):
+    x = rng.standard_normal((4, 3, 5)).astype(np.float32)
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    y, saved = fastbn.batch_norm_train(x, None, None, mean, var, mask=np.zeros((4, 5), bool))
+    assert y.shape == x.shape and not y.any() and saved.count == 0 and saved.updated == 0
+    assert not mean.any() and (var == 1).all()
+    grads = fastbn.backward(x, saved)
+    assert grads.input.shape == x.shape and not grads.input.any()
+    assert fastbn.Moments.of(x, mask=np.zeros((4, 5), bool)).count == 0
+    assert np.array_equal(fastbn.batch_norm_train(x, mask=True)[0], fastbn.batch_norm_train(x)[0])
+
+
+def test_masks_broadcast(rng):
+    x = rng.standard_normal((4, 3, 5, 6)).astype(np.float32)
+    row = np.array([True, False, True, True, False])
+    full = np.broadcast_to(row[:, None], (4, 5, 6))
+    assert np.array_equal(
+        fastbn.batch_norm_train(x, mask=row[:, None])[0], fastbn.batch_norm_train(x, mask=full.copy())[0]
+    )
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_lengths_are_a_mask(rng, axis):
+    shape = (5, 3, 7) if axis == 1 else (5, 7, 3)
+    x = rng.standard_normal(shape).astype(np.float32)
+    for lengths in ([7, 3, 0, 1, 5], [7, 7, 7, 7, 7], np.array([1, 1, 0, 0, 0], np.uint8)):
+        mask = np.arange(7) < np.asarray(lengths)[:, None]
+        got, saved = fastbn.batch_norm_train(x, axis=axis, lengths=lengths)
+        want, other = fastbn.batch_norm_train(x, axis=axis, mask=mask)
+        assert np.array_equal(got, want)
+        assert np.array_equal(fastbn.backward(x, saved).input, fastbn.backward(x, other).input)
+
+
+@given(st.data())
+def test_statistics_are_those_of_the_ragged_sequences(data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=2, max_size=5).filter(lambda v: sum(v) > 1))
+    rng = np.random.default_rng(sum(lengths))
+    x = rng.standard_normal((len(lengths), 6, 2))
+    saved = fastbn.batch_norm_train(x, axis=2, lengths=lengths)[1]
+    ragged = np.concatenate([x[n, :length] for n, length in enumerate(lengths)])
+    np.testing.assert_allclose(saved.mean, ragged.mean(0), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(saved.variance, ragged.var(0), rtol=1e-12, atol=1e-20)
+
+
+def test_out_and_memory_orders(rng):
+    x, mask, weight, bias = draw(rng, (4, 3, 5, 7), 1)
+    g = rng.standard_normal(x.shape).astype(np.float32)
+    want, saved = fastbn.batch_norm_train(x, weight, bias, mask=mask)
+    dx = fastbn.backward(g, saved).input
+    for order in (np.ascontiguousarray, np.asfortranarray):
+        out = order(np.full(x.shape, np.nan, np.float32))
+        got, other = fastbn.batch_norm_train(order(x), weight, bias, mask=mask, out=out)
+        assert got is out and np.array_equal(got, want)
+        assert fastbn.backward(order(g), other, out=out).input is out
+        assert np.array_equal(out, dx)
+
+
+def test_given_statistics_too(rng):
+    x, mask, _, _ = draw(rng, (6, 5, 9), 1)
+    x[~np.broadcast_to(mask[:, None], x.shape)] = np.nan
+    bn = fastbn.BatchNorm(5).eval()
+    y = bn(x, mask=mask)
+    want = np.where(mask[:, None], fastbn.BatchNorm(5).eval()(np.nan_to_num(x)), 0)
+    assert np.array_equal(y, want)
+    dx = bn.backward(np.ones_like(x)).input
+    assert not dx[~np.broadcast_to(mask[:, None], x.shape)].any() and np.isfinite(dx).all()
+
+
+X = np.zeros((4, 3, 5), np.float32)
+M = np.ones((4, 5), bool)
+M[0] = False
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: fastbn.batch_norm_train(X, mask=M.astype(int)), TypeError, "mask"),
+        (lambda: fastbn.batch_norm_train(X, mask=np.ones((4, 3), bool)), ValueError, "mask"),
+        (lambda: fastbn.batch_norm_train(X, mask=M, lengths=[1] * 4), ValueError, "mask, lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1, 2, 3]), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1, 2, 3, 6]), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1, 2, 3, -1]), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1.0, 2, 3, 4]), TypeError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1] * 4, axis=0), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X[0], lengths=[1] * 3), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[1, 0, 0, 0]), ValueError, "x"),
+        (lambda: fastbn.batch_norm_train(X, mask=M, ghost=2), ValueError, "ghost"),
+        (lambda: fastbn.batch_norm_train(X, mask=M, out=X), ValueError, "out"),
+        (lambda: fastbn.batch_norm_train(X, mask=M, residual=X[:2]), ValueError, "residual"),
+        (lambda: fastbn.backward(X[:2], fastbn.batch_norm_train(X, mask=M)[1]), ValueError, "grad_output"),
+        (lambda: fastbn.backward(X.astype(float), fastbn.batch_norm_train(X, mask=M)[1]), TypeError, "grad_output"),
+        (lambda: fastbn.backward(X, fastbn.batch_norm_train(X, mask=M)[1], out=X[:2]), ValueError, "out"),
+    ],
+)
+def test_errors_name_the_argument(call, error, named):
+    with pytest.raises(error, match=rf"^{named}: expected"):
+        call()
+
+
+def test_pack_and_unpack_are_inverse(rng):
+    x = rng.standard_normal((3, 4, 5))
+    mask = rng.random((3, 5)) < 0.5
+    packed = masked.pack(x, 1, mask)
+    assert packed.shape == (mask.sum(), 4)
+    assert np.array_equal(masked.unpack(packed, x, 1, mask, None), np.where(mask[:, None], x, 0))
