@@ -97,7 +97,7 @@ class Model:
 
     def build(self, *outputs: str) -> onnx.ModelProto:
         for name in outputs:
-            self.output(name)
+            self.outputs.append(onnx.ValueInfoProto(name=name))  # shape inference fills it in
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.initializers, value_info=self.infos)
         if self.ir_version < 4:
             known = {i.name for i in self.inputs}
@@ -111,6 +111,7 @@ class Model:
         for mine, other in zip(model.graph.output, inferred.graph.output, strict=True):
             if not mine.type.tensor_type.HasField("shape"):
                 mine.CopyFrom(other)
+            assert mine.type.tensor_type.HasField("shape"), f"{mine.name}: state its shape"
         onnx.checker.check_model(model)
         return model
 

@@ -1,0 +1,102 @@
+"""Constant expressions: equal to the reference evaluator, or unknown."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from fastbn_export.facts import Facts
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from .folding import Model
+
+X = np.arange(1, 25, dtype=np.float32).reshape(2, 3, 4)
+
+
+def value_of(model):
+    edited = ir.serde.deserialize_model(model)
+    return Facts(edited).constant(edited.graph.outputs[0])
+
+
+EXPRESSIONS = {
+    "initializer": lambda m, x: m.op("Identity", x),
+    "node": lambda m, x: m.op("Constant", value=numpy_helper.from_array(X)),
+    "floats": lambda m, x: m.op("Constant", value_floats=[1.0, 2.5]),
+    "ints": lambda m, x: m.op("Constant", value_ints=[1, 2]),
+    "cast": lambda m, x: m.op("Cast", m.op("Cast", x, to=10), to=1),
+    "cast like": lambda m, x: m.op("CastLike", x, m.constant(np.float64(1))),
+    "add": lambda m, x: m.op("Add", x, m.constant(np.float32(0.1))),
+    "sub": lambda m, x: m.op("Sub", m.constant(np.float32(0.1)), x),
+    "mul": lambda m, x: m.op("Mul", x, m.constant(np.array([1, 2, 3, 4], "f"))),
+    "div": lambda m, x: m.op("Div", x, m.constant(np.float32(3))),
+    "pow": lambda m, x: m.op("Pow", x, m.constant(np.float32(-0.5))),
+    "sqrt": lambda m, x: m.op("Sqrt", x),
+    "reciprocal": lambda m, x: m.op("Reciprocal", x),
+    "neg": lambda m, x: m.op("Neg", x),
+    "exp": lambda m, x: m.op("Exp", m.op("Neg", x)),
+    "abs": lambda m, x: m.op("Abs", m.op("Neg", x)),
+    "dropout": lambda m, x: m.op("Dropout", x),
+    "reshape": lambda m, x: m.op("Reshape", x, m.ints(0, -1)),
+    "flatten": lambda m, x: m.op("Flatten", x, axis=-1),
+    "unsqueeze": lambda m, x: m.op("Unsqueeze", x, m.ints(0, -1)),
+    "squeeze": lambda m, x: m.op("Squeeze", m.op("Unsqueeze", x, m.ints(0))),
+    "transpose": lambda m, x: m.op("Transpose", x),
+    "transpose perm": lambda m, x: m.op("Transpose", x, perm=[1, 2, 0]),
+    "constant of shape": lambda m, x: m.op("ConstantOfShape", m.ints(2, 3)),
+    "expand": lambda m, x: m.op("Expand", m.constant(np.ones((3, 1), "f")), m.ints(2, 1, 4)),
+    "concat": lambda m, x: m.op("Concat", x, x, axis=-1),
+    "gather": lambda m, x: m.op("Gather", x, m.ints(-1, 0), axis=2),
+    "slice": lambda m, x: m.op("Slice", x, m.ints(1), m.ints(99), m.ints(-1), m.ints(2)),
+    "shape": lambda m, x: m.op("Shape", m.input(2, 3), start=1),
+    "size": lambda m, x: m.op("Size", m.input(2, 3)),
+    "dequantize": lambda m, x: m.op(
+        "DequantizeLinear",
+        m.constant(np.array([[1, -2], [3, 4]], np.int8)),
+        m.constant(np.array([0.1, 0.2], "f")),
+        m.constant(np.array([1, 2], np.int8)),
+        axis=0,
+    ),
+    "quantize": lambda m, x: m.op("QuantizeLinear", x, m.constant(np.float32(0.5)), m.constant(np.int8(-7))),
+}
+
+
+@pytest.mark.parametrize("case", EXPRESSIONS)
+def test_expression(case):
+    m = Model(opset=19, ir_version=9)  # the first version of DequantizeLinear that the evaluator has
+    model = m.build(EXPRESSIONS[case](m, m.constant(X)))
+    expected = ReferenceEvaluator(model).run(None, {i.name: np.zeros((2, 3), "f") for i in model.graph.input})[0]
+    found = value_of(model)
+    assert found is not None and found.shape == np.shape(expected)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1e-6)
+
+
+UNKNOWN = {
+    "input": lambda m: m.op("Add", m.input(3), m.constant(np.float32(1))),
+    "random": lambda m: m.op("Add", m.op("RandomNormal", shape=[3]), m.constant(np.float32(1))),
+    "integer division": lambda m: m.op("Div", m.ints(7), m.ints(2)),
+    "float to integer": lambda m: m.op("Cast", m.constant(np.float32([1.5])), to=7),
+    "unknown shape": lambda m: m.op("Shape", m.input("N", 3)),
+    "other operator": lambda m: m.op("Sigmoid", m.constant(np.float32([1.5]))),
+    "huge": lambda m: m.op("ConstantOfShape", m.ints(1 << 20, 1 << 20)),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_unknown(case):
+    m = Model()
+    assert value_of(m.build(UNKNOWN[case](m))) is None
+
+
+def test_float_arithmetic_is_not_rounded_on_the_way():
+    m = Model()
+    y = m.op("Sub", m.op("Add", m.constant(np.float32(1e8)), m.constant(np.float32(1))), m.constant(np.float32(1e8)))
+    assert value_of(m.build(y)) == 1.0
+
+
+def test_long_expressions_do_not_recurse():
+    m = Model()
+    y = m.constant(np.float32([2.0]))
+    for _ in range(3000):
+        y = m.op("Identity", y)
+    assert value_of(m.build(y)) == 2.0
