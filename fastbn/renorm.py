@@ -32,7 +32,7 @@ def bounds(value: Any) -> tuple[float, float]:
     return rmax, dmax
 
 
-def renorm_bounds(step: int) -> tuple[float, float]:
+def renorm_bounds(step: float) -> tuple[float, float]:
     """Schedule of (rmax, dmax) that the paper trains with.
 
     Plain batch norm (1, 0) for 5000 steps, then rmax linearly to 3 at step 40000 and dmax to 5 at step 25000
@@ -47,7 +47,13 @@ def renorm_bounds(step: int) -> tuple[float, float]:
     -------
     tuple of float
         For ``renorm=``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        ``step`` is no finite number.
     """
+    step = arguments.number("step", step)
     rmax = 1.0 + 2.0 * min(1.0, max(0.0, (step - 5000) / 35000))
     dmax = 5.0 * min(1.0, max(0.0, (step - 5000) / 20000))
     return rmax, dmax

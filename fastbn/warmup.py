@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,16 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 import fastbn
+from fastbn import arguments
 
 # One shape for each kernel: channels-first, one cached block of rows, rows swept in bands.
 SHAPES = {"planes": (2, 4, 512), "rows": (64, 100), "rows swept": (4096, 80)}
 
 
+def _dtypes() -> list[np.dtype[Any]]:
+    dtypes = [np.dtype(name) for name in ("float32", "float64", "float16")]
+    if importlib.util.find_spec("ml_dtypes") is not None:
+        dtypes.append(np.dtype(importlib.import_module("ml_dtypes").bfloat16))
+    return dtypes
+
+
 def tasks() -> list[tuple[str, Callable[[], None]]]:
     """Return what there is to compile, as (label, call) pairs in the order to run them."""
     return [
-        (f"{kind} {np.dtype(dtype).name}", functools.partial(_run, shape, dtype))
-        for dtype, (kind, shape) in itertools.product((np.float32, np.float64, np.float16), SHAPES.items())
+        (f"{kind} {dtype.name}", functools.partial(_run, shape, dtype))
+        for dtype, (kind, shape) in itertools.product(_dtypes(), SHAPES.items())
     ]
 
 
@@ -29,9 +39,9 @@ def _variants(x: npt.NDArray[Any]) -> Iterator[dict[str, Any]]:
         yield {"activation": activation, "residual": residual}
 
 
-def _run(shape: tuple[int, ...], dtype: type) -> None:
+def _run(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     x: npt.NDArray[Any] = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    parameters = np.float64 if dtype is np.float64 else np.float32
+    parameters = arguments.arithmetic(dtype)
     mean, var = np.zeros(shape[1], parameters), np.ones(shape[1], parameters)
     fastbn.Moments.of(x)
     for variant in _variants(x):

@@ -79,9 +79,9 @@ def test_without_running_statistics_every_call_uses_the_batch(rng):
     want, _ = fastbn.batch_norm_train(x)
     assert same_bits(bn(x), want) and same_bits(bn.eval()(x), want) and bn.num_batches_tracked == 0
     assert set(bn.state_dict()) == {"weight", "bias"}
-    with pytest.raises(ArgumentValueError, match="^x: expected more than 1 value per channel"):
+    with pytest.raises(ArgumentValueError, match=r"^x: expected more than 1 value per channel"):
         bn(x[:1, :, :1])
-    with pytest.raises(ArgumentValueError, match="^freeze: expected a layer with running statistics"):
+    with pytest.raises(ArgumentValueError, match=r"^freeze: expected a layer with running statistics"):
         bn.freeze()
 
 
@@ -135,9 +135,9 @@ def test_a_refused_call_changes_nothing(rng):
     bn(normal(rng, (8, 3, 4), np.float32))
     state = bn.state_dict()
     for bad in (normal(rng, (8, 4, 4), np.float32), normal(rng, (1, 3, 1), np.float32), np.ones((8, 3), int), "x"):
-        with pytest.raises((ArgumentValueError, ArgumentTypeError), match="^x: expected"):
+        with pytest.raises((ArgumentValueError, ArgumentTypeError), match=r"^x: expected"):
             bn(bad)
-    with pytest.raises(ArgumentValueError, match="^out: expected"):
+    with pytest.raises(ArgumentValueError, match=r"^out: expected"):
         bn(normal(rng, (8, 3, 4), np.float32), out=np.empty((8, 3, 5), np.float32))
     assert all(same_bits(v, state[k]) for k, v in bn.state_dict().items())
 
@@ -228,17 +228,17 @@ def test_eps_zero_is_for_evaluation_only(rng):
     """As PyTorch's: the layer exists, evaluation divides by sqrt(running_var), training refuses."""
     bn, x = BatchNorm(3, eps=0.0), normal(rng, (4, 3, 5), np.float32)
     np.testing.assert_array_equal(bn.eval()(x), x)
-    with pytest.raises(ArgumentValueError, match="^eps: expected a number > 0"):
+    with pytest.raises(ArgumentValueError, match=r"^eps: expected a number > 0"):
         bn.train()(x)
 
 
 def test_axis_outside_of_the_input():
-    with pytest.raises(ArgumentValueError, match="^axis: expected an axis of an array of rank 2, got 3"):
+    with pytest.raises(ArgumentValueError, match=r"^axis: expected an axis of an array of rank 2, got 3"):
         BatchNorm(3, axis=3)(np.ones((4, 3), np.float32))
 
 
 def test_backward_before_forward():
-    with pytest.raises(ArgumentValueError, match="^backward: expected a call"):
+    with pytest.raises(ArgumentValueError, match=r"^backward: expected a call"):
         BatchNorm(3).backward(np.ones((2, 3), np.float32))
 
 

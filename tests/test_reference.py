@@ -36,7 +36,12 @@ def test_constant_channels_have_no_variance(value):
 
 
 def test_apply_is_the_formula(rng):
-    x, w, b, r = rng.standard_normal((3, 2, 4)), np.array([2.0, -1.0]), np.array([0.5, 0.0]), rng.standard_normal((3, 2, 4))
+    x, w, b, r = (
+        rng.standard_normal((3, 2, 4)),
+        np.array([2.0, -1.0]),
+        np.array([0.5, 0.0]),
+        rng.standard_normal((3, 2, 4)),
+    )
     mean, var = reference.statistics(x)
     y = reference.apply(x, mean, var, w, b, eps=0.1, residual=r)
     for c in range(2):

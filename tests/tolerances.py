@@ -14,8 +14,8 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BF16
 # Half a unit in the last place, and half the smallest number, of what is stored.
 ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = {"float32": 2.0**-149, "float64": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-126}
-# What sums and a handful of operations may lose, relative to their terms: 1e-6 in float32 (and so for half types), which
-# is what the package promises. float64 sums run over a whole channel.
+# What sums and a handful of operations may lose, relative to their terms: 1e-6 in float32 (and so for half types), as
+# the package promises. float64 sums run over a whole channel.
 ARITHMETIC = {"float32": 2.0**-20, "float64": 2.0**-42, "float16": 2.0**-20, "bfloat16": 2.0**-20}
 
 

@@ -45,7 +45,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def set_num_threads(n: int | None) -> None:
-    """Use at most ``n`` threads in this process; None returns to the default (see ``get_num_threads``)."""
+    """Use at most ``n`` threads in this process. Results are bit-identical for any number.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; None returns to the default (see ``get_num_threads``).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For anything else.
+    """
     global _chosen
     if n is not None and (isinstance(n, bool) or not isinstance(n, int | np.integer)):
         raise ArgumentTypeError("n", "an integer or None", type(n).__name__)
@@ -55,10 +66,13 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Return the threads a large operation uses.
+    """Return how many threads a large operation uses.
 
-    What ``set_num_threads`` said, else ``FASTBN_NUM_THREADS``, else Numba's own setting (``numba.set_num_threads`` or
-    ``NUMBA_NUM_THREADS``, by default the cores this process may use). Results are bit-identical for any number.
+    Returns
+    -------
+    int
+        What ``set_num_threads`` said, else ``FASTBN_NUM_THREADS``, else Numba's own setting (``numba.set_num_threads``
+        or ``NUMBA_NUM_THREADS``, by default the cores this process may use).
     """
     if _chosen is not None:
         return _chosen
