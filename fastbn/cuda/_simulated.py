@@ -74,7 +74,8 @@ def access(kind: str, W: int) -> Any:
         _place(shared, index, 4, True)[:] = raw.view(np.int32)
 
     def recall(shared: Array, index: Any) -> Array:
-        raw: Array = _place(shared, index, 4, True).copy().view(np.dtype(memory))
+        array = shared.array if type(shared) is Memory else shared
+        raw: Array = _place(shared, index, 16 // array.itemsize, True).copy().view(np.dtype(memory))
         return raw
 
     memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]

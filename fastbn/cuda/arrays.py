@@ -95,8 +95,16 @@ class Library:
         """Return an uninitialised C-contiguous array on the device of ``like``."""
         raise NotImplementedError
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """Return an array of zeros on the device of ``like``."""
+        raise NotImplementedError
+
     def contiguous(self, value: Any) -> Any:
         """Return the values in C order."""
+        raise NotImplementedError
+
+    def host(self, value: Any) -> Any:
+        """Return the values as a NumPy array; waits for the GPU."""
         raise NotImplementedError
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
@@ -129,8 +137,14 @@ class Torch(Library):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=like.device)
+
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         return value.contiguous()
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return value.detach().cpu().numpy()
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         return value.permute(order)
@@ -155,8 +169,15 @@ class CuPy(Library):
         with like.device:
             return self.cupy.empty(shape, dtype_of(dtype))
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        with like.device:
+            return self.cupy.zeros(shape, dtype_of(dtype))
+
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         return self.cupy.ascontiguousarray(value)
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return self.cupy.asnumpy(value)
 
     def stream(self, value: Any) -> int:  # noqa: D102
         return int(self.cupy.cuda.get_current_stream().ptr)
@@ -185,8 +206,19 @@ class Numba(Library):
 
         return cuda.device_array(shape, dtype_of(dtype))
 
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        from fastbn.cuda.driver import cuda
+
+        return cuda.to_device(np.zeros(shape, dtype_of(dtype)))
+
     def contiguous(self, value: Any) -> Any:  # noqa: D102
-        raise ArgumentTypeError("x", "a CUDA array without gaps in memory (numba.cuda cannot copy strided)", "strides")
+        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
+
+    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
+        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return value.copy_to_host()
 
     def stream(self, value: Any) -> int:  # noqa: D102
         stream = value.__cuda_array_interface__.get("stream")
@@ -229,9 +261,22 @@ class DeviceArray:
         """Return an uninitialised array of the same library, on the same device."""
         return self.library.wrap(self.library.empty(tuple(shape), name or self.name, self.owner))
 
+    @property
+    def arithmetic(self) -> str:
+        """Name of the dtype of parameters and statistics."""
+        return "float64" if self.kind == "f64" else "float32"
+
     def vector(self, size: int) -> Flat:
         """Return an uninitialised vector in the arithmetic type, for results."""
-        return self.empty((size,), "float64" if self.kind == "f64" else "float32").flat()
+        return self.empty((size,), self.arithmetic).flat()
+
+    def zeros(self, size: int) -> Flat:
+        """Return a vector of zeros in the arithmetic type."""
+        return self.library.wrap(self.library.zeros((size,), self.arithmetic, self.owner)).flat()
+
+    def host(self) -> Any:
+        """Return the values as a NumPy array; waits for the GPU."""
+        return self.library.host(self.owner)
 
     scratch = vector  # memory in stream order, given back to the library when the last reference goes
 
@@ -250,9 +295,6 @@ class DeviceArray:
         spans = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         low = self.address + sum(s for s in spans if s < 0)
         return low, self.address + sum(s for s in spans if s > 0) + self.itemsize
-
-    def __getitem__(self, part: slice) -> Any:
-        return self.owner[part]
 
 
 @functools.cache

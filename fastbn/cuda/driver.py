@@ -53,7 +53,7 @@ def check() -> None:
 def device_properties() -> tuple[int, int]:
     """Return the number of multiprocessors and the bytes of shared memory that a block may use."""
     if SIMULATED:
-        return 2, 64 * 1024
+        return 4, 64 * 1024
     device = cuda.get_current_device()
     return int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 

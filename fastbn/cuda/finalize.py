@@ -128,7 +128,9 @@ def make_again(kind: str, threads: int):
             q, qe = add_pair(q, qe, d * d, A(0))
             top = max(top, abs(d))
             e += threads
-        return s + se, q + qe, top
+        if finite(s):  # the error of an infinite sum is NaN
+            s += se
+        return s, q + qe, top
 
     @device
     def again(x, c, N, C, S, eps, scratch):

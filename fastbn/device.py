@@ -1,0 +1,286 @@
+"""Batch norm forward and backward for arrays on a GPU: check, allocate, launch. The twin of ``core`` and ``saved``.
+
+Same semantics, same messages; results are made by the library that x comes from, on its current stream, and nothing
+waits for the GPU except what must become a number on the host (``Saved.moments``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastbn import arguments, layout
+from fastbn.cuda.arrays import DeviceArray, Flat, on_device, wrap
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
+from fastbn.saved import Gradients, Saved
+
+__all__ = ["DeviceSaved", "frozen", "infer", "moments_of", "on_device", "train"]
+
+
+def _array(name: str, value: Any) -> DeviceArray:
+    if not on_device(value):
+        raise ArgumentTypeError(name, "an array on the GPU, as x is", type(value).__name__)
+    return wrap(name, value)
+
+
+def _tensor(name: str, value: Any) -> DeviceArray:
+    array = _array(name, value)
+    if array.ndim < 2:
+        raise ArgumentValueError(name, "an array of rank >= 2", f"shape {array.shape}")
+    return array
+
+
+def _like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
+    array = _tensor(name, value)
+    if array.shape != x.shape:
+        raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
+    if array.kind != x.kind:
+        raise ArgumentTypeError(name, f"the dtype of x, {x.name}", array.name)
+    return array
+
+
+def _vector(name: str, value: Any, x: DeviceArray, channels: int) -> DeviceArray:
+    array = _array(name, value)
+    if array.shape != (channels,):
+        raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
+    if array.name != x.arithmetic:
+        raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
+    return array
+
+
+def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
+    array = _vector(name, value, x, channels)
+    if not array.flags.writeable:
+        raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
+    if not array.flags.c_contiguous:
+        raise ArgumentValueError(name, "a contiguous vector (it is updated in place)", f"strides {array.strides}")
+    return array.flat()
+
+
+def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
+    array = _like("out", out, x)
+    if not array.flags.writeable:
+        raise ArgumentValueError("out", "a writeable array", "a read-only one")
+    found = layout.of(array.shape, array.strides, array.itemsize, axis)
+    if not x.size:
+        return array, layout.contiguous(x.shape, axis)
+    if found is None:
+        raise ArgumentValueError(
+            "out", "an array without gaps in memory (contiguous in some order of axes)", f"strides {array.strides}"
+        )
+    return array, found
+
+
+def _apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
+    (low, high), (start, end) = out.bounds(), other.bounds()
+    if not out.size or high <= start or end <= low:
+        return
+    same = out.address == other.address and out.strides == other.strides
+    if same and exact_allowed:
+        return
+    expected = f"memory apart from {name}" + (f", or exactly that of {name}" if exact_allowed else "")
+    raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(a) for a in np.argsort(order))
+
+
+def _settle(x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
+    found = layout.of(x.shape, x.strides, x.itemsize, axis) if x.size else None
+    return (x, found) if found is not None else (x.contiguous(), layout.contiguous(x.shape, axis))
+
+
+def _in_order(x: DeviceArray, where: layout.Layout) -> DeviceArray:
+    """Return x itself if it lies in memory as the layout says, else a copy that does."""
+    if not x.size:
+        return x
+    ordered = x.transpose(where.order)
+    return x if ordered.flags.c_contiguous else ordered.contiguous().transpose(_inverse(where.order))
+
+
+def _empty_like(x: DeviceArray, where: layout.Layout) -> DeviceArray:
+    if x.flags.c_contiguous:
+        return x.empty(x.shape)
+    return x.empty([x.shape[a] for a in where.order]).transpose(_inverse(where.order))
+
+
+class _Call:
+    """The checked arguments that training and inference share."""
+
+    __slots__ = ("axis", "bias", "layout", "out", "relu", "residual", "result", "weight", "x")
+
+    def __init__(
+        self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
+    ):
+        given = _tensor("x", x)
+        self.axis = axis = layout.normalise_axis(axis, given.ndim)
+        channels = given.shape[axis]
+        self.weight = None if weight is None else _vector("weight", weight, given, channels).contiguous().flat()
+        self.bias = None if bias is None else _vector("bias", bias, given, channels).contiguous().flat()
+        self.relu = arguments.activation(activation)
+        added = None if residual is None else _like("residual", residual, given)
+        if out is None:
+            self.x, self.layout = _settle(given, axis)
+            self.out = _empty_like(self.x, self.layout)
+        else:
+            self.out, self.layout = _output(out, given, axis)
+            _apart("x", self.out, given, exact_allowed=in_place)
+            if added is not None:
+                _apart("residual", self.out, added, exact_allowed=True)
+            self.x = _in_order(given, self.layout)
+        self.residual = None if added is None else _in_order(added, self.layout).flat()
+        self.result = self.out.owner if out is None else out
+
+    def saved(self, stats: Flat, frozen: bool, updated: int = 0) -> DeviceSaved:
+        """Return what backward needs."""
+        saved = DeviceSaved()
+        saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
+        saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
+        saved.residual, saved.updated = self.residual is not None, updated
+        saved.y = self.out if self.relu and saved.residual else None
+        N, _, S = self.layout.dims
+        saved.count = N * S
+        return saved
+
+
+class DeviceSaved(Saved):
+    """What a forward pass on the GPU saves: as ``BatchSaved``, with arrays of the library that x comes from."""
+
+    __slots__ = ("axis", "bias", "frozen", "layout", "relu", "residual", "vectors", "weight", "x", "y")
+
+    x: DeviceArray
+    y: DeviceArray | None
+    axis: int
+    layout: layout.Layout
+    vectors: Flat  # mean, invstd, variance, rounding remainder of the mean; C each
+    weight: Flat | None
+    bias: Flat | None
+    relu: bool | None
+    residual: bool
+    frozen: bool
+
+    def _row(self, i: int) -> Any:
+        channels = self.layout.dims[1]
+        return self.vectors.owner.owner[i * channels : (i + 1) * channels]
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics as a mergeable value, on the host: waits for the GPU."""
+        return _to_moments(self.vectors, self.count)
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        from fastbn.cuda import launch
+
+        x, where = self.x, self.layout
+        grad = _like("grad_output", grad_output, x)
+        if out is None:
+            target = _empty_like(x, where)
+        else:
+            target, found = _output(out, x, self.axis)
+            if x.size and found != where and not target.transpose(where.order).flags.c_contiguous:
+                raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
+            _apart("x", target, x, exact_allowed=False)
+            _apart("grad_output", target, grad, exact_allowed=not self.residual)
+            if self.y is not None:
+                _apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
+        gated = _empty_like(x, where) if self.residual and self.relu else None
+        if x.size:
+            tensors = [None if a is None else a.flat() for a in (_in_order(grad, where), self.y, target, gated)]
+            dweight, dbias = launch.backward(
+                x.flat(), *tensors, self.weight, self.bias, self.vectors, where.dims, self.frozen, self.relu
+            )
+        else:
+            dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
+        residual = (grad_output if gated is None else gated.owner) if self.residual else None
+        return Gradients(
+            target.owner if out is None else out,
+            None if self.weight is None else dweight.owner.owner,
+            None if self.bias is None else dbias.owner.owner,
+            residual,
+        )
+
+
+def _to_moments(vectors: Flat, count: int) -> Moments:
+    mean, _, var, rest = np.asarray(vectors.owner.host(), np.float64).reshape(4, -1)
+    return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
+
+
+def train(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+) -> tuple[Any, DeviceSaved]:  # fmt: skip
+    """Normalise by the batch; see ``fastbn.batch_norm_train``."""
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=False)
+    N, C, S = f.layout.dims
+    eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
+    if (running_mean is None) != (running_var is None):
+        absent = "running_mean" if running_mean is None else "running_var"
+        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    moved: tuple[Flat | None, Flat | None] = (None, None)
+    if running_mean is not None:
+        moved = (_running("running_mean", running_mean, f.x, C), _running("running_var", running_var, f.x, C))
+    if f.x.size == 0:
+        return f.result, f.saved(f.x.zeros(4 * C), frozen=False)
+    if N * S == 1:
+        raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
+    from fastbn.cuda import launch
+
+    stats = launch.train(
+        f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, *moved, f.layout.dims, eps, momentum, f.relu
+    )
+    return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None))
+
+
+def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
+    return (
+        _vector("running_mean", mean, x, channels).contiguous().flat(),
+        _vector("running_var", var, x, channels).contiguous().flat(),
+    )
+
+
+def infer(
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
+) -> Any:
+    """Normalise by given statistics; see ``fastbn.batch_norm_infer``."""
+    from fastbn.cuda import launch
+
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
+    eps = arguments.epsilon(eps, positive=False)
+    given = launch.Given(*_given(f.x, mean, var, f.layout.dims[1]), eps)
+    if f.x.size:
+        launch.infer(f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, given, f.layout.dims, f.relu)
+    return f.result
+
+
+def frozen(
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
+) -> tuple[Any, DeviceSaved]:
+    """Normalise by given statistics and keep what ``backward`` needs: they are constants there."""
+    from fastbn.cuda import launch
+
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
+    stats = launch.statistics(
+        *_given(f.x, mean, var, f.layout.dims[1]), arguments.epsilon(eps, positive=False)
+    )  # fmt: skip
+    if f.x.size:
+        launch.infer(f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu)
+    return f.result, f.saved(stats, frozen=True)
+
+
+def moments_of(x: Any, axis: Any) -> Moments:
+    """Statistics of the channels, on the host; see ``Moments.of``."""
+    from fastbn.cuda import launch
+
+    array = _tensor("x", x)
+    axis = layout.normalise_axis(axis, array.ndim)
+    channels = array.shape[axis]
+    if array.size == 0:
+        return Moments(0, np.zeros(channels), np.zeros(channels))
+    array, where = _settle(array, axis)
+    N, _, S = where.dims
+    return _to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))

@@ -1,0 +1,39 @@
+"""Run with ``NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda``: without the simulator there is nothing to collect but compiling.
+
+The kernels run with small blocks and few of them, so that shapes of a few hundred elements reach every path; a CUDA
+thread is a Python thread here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and importlib.util.find_spec("numba_cuda") is not None
+
+collect_ignore: list[str] = []
+if not SIMULATED:
+    collect_ignore += [
+        "test_arrays.py", "test_launch.py", "test_plan.py", "test_simulator.py",
+    ]  # fmt: skip
+else:
+    from tests.cuda import simulator  # noqa: F401  (before any kernel)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small blocks and grids."""
+    if not SIMULATED:
+        return
+    from fastbn.cuda import plan, tuning
+
+    numbers = {
+        "THREADS": 64, "BLOCKS": 6, "DEPTH": 2, "APPLY_DEPTH": 2, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
+        "PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 10**9,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        monkeypatch.setattr(tuning, name, value)
+    for cached in (plan.plan, plan.slab, plan.persistent):
+        cached.cache_clear()

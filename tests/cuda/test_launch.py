@@ -1,0 +1,244 @@
+"""Every kernel against the float64 reference, with the checks of the CPU's tests (tests/oracle.py)."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fastbn import reference
+from fastbn.cuda import launch, plan, tuning
+from fastbn.cuda.driver import device_properties
+from tests.cuda import device
+from tests.cuda.device import GpuArray, through_gpu
+from tests.oracle import case, check_backward, check_frozen, check_infer, check_train, column, normal, same_bits
+from tests.tolerances import DTYPES, arithmetic
+
+OPTIONS = list(itertools.product((None, "relu"), (False, True)))
+AFFINE = list(itertools.product((True, False), repeat=2))
+# By kernel; odd sizes, tails, one channel, one sample, 7x7.
+SHAPES = {
+    "planes": [(3, 5, 8, 9), (2, 1, 96), (1, 3, 520), (2, 2, 71)],
+    "rows": [(37, 13), (16, 3, 7, 7), (9, 8), (3, 16), (2, 1, 5), (8, 5, 3)],
+    "slab": [(3, 5, 8, 8), (1, 3, 96), (4, 2, 16)],
+    "persistent": [(37, 16), (131, 8), (3, 272), (2, 8)],
+}
+ALL = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shapes]
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    through_gpu(monkeypatch)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Return a function that lets ``launch`` choose the kernel of this name, and checks that it does."""
+
+    def choose(kernel, dims=None, kind="f32"):
+        monkeypatch.setattr(tuning, "PERSISTENT", kernel == "persistent")
+        monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel == "slab" else 0)
+        for cached in (plan.plan, plan.slab, plan.persistent):
+            cached.cache_clear()
+        if dims is None:
+            return
+        limits = device_properties()
+        chosen = "rows" if plan.plan(dims, kind, True).rows else "planes"
+        chosen = "persistent" if plan.persistent(dims, kind, True, 2, *limits).threads else chosen
+        chosen = "slab" if plan.slab(dims, kind, True, 2, limits[1])[0] else chosen
+        assert chosen == kernel
+
+    return choose
+
+
+def dims_of(shape):
+    return shape[0], shape[1], int(np.prod(shape[2:]))
+
+
+@pytest.mark.parametrize(("kernel", "shape"), ALL, ids=str)
+def test_every_kernel_and_option(kernel, shape, use, rng):
+    use(kernel, dims_of(shape))
+    for (activation, residual), affine in zip(OPTIONS, AFFINE, strict=True):
+        c = case(rng, shape, np.float32, activation=activation, residual=residual, affine=affine)
+        _, saved = check_train(c)
+        check_backward(c, saved, rng.standard_normal(shape).astype(np.float32))
+    if kernel in ("planes", "rows"):
+        mean, var = saved.mean.copy(), saved.variance.copy()
+        for activation, residual in OPTIONS:
+            c = case(rng, shape, np.float32, activation=activation, residual=residual)
+            check_infer(c, mean, var)
+            _, saved = check_frozen(c, mean, var)
+            check_backward(c, saved, rng.standard_normal(shape).astype(np.float32), is_frozen=True)
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [("planes", (3, 2, 8, 9)), ("rows", (16, 3, 7)), ("slab", (3, 3, 64)), ("persistent", (37, 24))],
+    ids=str,
+)
+def test_every_dtype(kernel, shape, dtype, use, rng):
+    kind = {"float64": "f64", "float16": "f16", "bfloat16": "bf16"}[dtype.name]
+    use(kernel, dims_of(shape), kind)
+    for activation, residual in (("relu", True), (None, False)):
+        c = case(rng, shape, dtype, activation=activation, residual=residual)
+        _, saved = check_train(c)
+        check_backward(c, saved, rng.standard_normal(shape).astype(dtype))
+    mean, var = (saved.mean.astype(arithmetic(dtype)), saved.variance.astype(arithmetic(dtype)))
+    check_infer(c, mean, var)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("order", ["C", "channels_last"])
+def test_axes_and_memory_orders(axis, order, rng):
+    shape = (4, 3, 5, 6) if axis == 1 else (4, 5, 6, 3)
+    c = case(rng, shape, np.float32, axis=axis % 4, activation="relu", residual=True)
+    if order == "channels_last":
+        c = c._replace(x=np.ascontiguousarray(c.x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2))
+    _, saved = check_train(c)
+    check_backward(c, saved, rng.standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("skew", [1, 2])
+def test_memory_that_is_not_aligned_takes_the_scalar_kernels(skew, use, rng):
+    for kernel, shape in (("slab", (3, 2, 64)), ("persistent", (20, 8))):
+        use(kernel)
+        c = case(rng, shape, np.float32)
+        mean, var = reference.statistics(c.x)
+        y, _ = device.device.train(
+            GpuArray.of(c.x, skew), GpuArray.of(c.weight), GpuArray.of(c.bias), None, None, 0.1, 1e-5, 1, None, None,
+            None,
+        )  # fmt: skip
+        want = reference.apply(c.x, mean, var, c.weight, c.bias)
+        assert np.abs(y.host - want).max() <= 4e-6
+
+
+SMALL = [("planes", (4, 3, 72)), ("rows", (40, 6)), ("slab", (4, 3, 64)), ("persistent", (40, 8))]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_large_mean_is_no_loss(kernel, shape, use, rng):
+    use(kernel)
+    x = (rng.standard_normal(shape) + 1e4).astype(np.float32)
+    weight = rng.uniform(0.5, 3.0, shape[1]).astype(np.float32)
+    y, saved = device.batch_norm_train(x, weight)
+    mean, var = reference.statistics(x)
+    assert (np.abs(y - reference.apply(x, mean, var, weight)) / column(weight, x.ndim, 1)).max() <= 1e-6
+    grad = rng.standard_normal(shape).astype(np.float32)
+    dx = reference.backward(grad, x, mean, var, weight)[0]
+    assert (np.abs(device.backward(grad, saved).input - dx) / column(weight, x.ndim, 1)).max() <= 2e-6
+
+
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+@pytest.mark.parametrize("value", [0.0, 1e-30, 123.456, 1e30])
+def test_constant_channel_gives_exactly_the_bias(kernel, shape, value, use, rng):
+    use(kernel)
+    x = normal(rng, shape, np.float32)
+    x[:, 1] = value
+    weight, bias = (rng.normal(size=shape[1]).astype(np.float32) for _ in range(2))
+    y, saved = device.batch_norm_train(x, weight, bias)
+    assert (y[:, 1] == bias[1]).all() and saved.variance[1] == 0.0 and saved.mean[1] == np.float32(value)
+
+
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_pivots_far_from_the_data(kernel, shape, use, rng):
+    use(kernel)
+    N, S = shape[0], int(np.prod(shape[2:]))
+    c = case(rng, shape, np.float32)
+    x = c.x.reshape(N, shape[1], S)
+    for n in {N // 8, 3 * N // 8, 5 * N // 8, 7 * N // 8}:
+        x[n, :, [0, S // 2]] = 3e4
+    _, saved = check_train(c)
+    check_backward(c, saved, rng.standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e-18])
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_squares_that_are_hardly_float32(kernel, shape, scale, use, rng):
+    use(kernel)
+    c = case(rng, shape, np.float32, eps=1e-5 if scale > 1 else 1e-3 * scale**2)
+    c = c._replace(x=(c.x.astype(np.float64) * scale).astype(np.float32))
+    _, saved = check_train(c)
+    check_backward(c, saved, rng.standard_normal(shape).astype(np.float32))
+
+
+def test_a_variance_beyond_float32_still_normalises(rng):
+    """The saved variance is inf, its inverse root is not."""
+    c = case(rng, (4, 3, 72), np.float32)
+    c = c._replace(x=(c.x.astype(np.float64) * 1e25).astype(np.float32))
+    y, _ = device.batch_norm_train(c.x, c.weight, c.bias)
+    mean, var = reference.statistics(c.x)
+    np.testing.assert_allclose(y, reference.apply(c.x, mean, var, c.weight, c.bias), atol=4e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_nan_and_inf_stay_in_their_channel(kernel, shape, value, use, rng):
+    use(kernel)
+    x, clean = normal(rng, shape, np.float32), [0, 2]
+    dirty = x.copy()
+    dirty[0, 1] = value
+    rm, rv = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+    y, saved = device.batch_norm_train(dirty, None, None, rm, rv)
+    want, saved_clean = device.batch_norm_train(x)
+    assert np.isnan(y[:, 1]).all() and same_bits(y[:, clean], want[:, clean])
+    assert np.isnan(rv[1]) and np.isnan(rm[1]) == np.isnan(value) and not np.isfinite(rm[1])
+    grads = device.backward(x, saved)
+    assert np.isnan(grads.input[:, 1]).all()
+    assert same_bits(grads.input[:, clean], device.backward(x, saved_clean).input[:, clean])
+
+
+def test_in_place(use, rng):
+    for kernel, shape in SMALL:
+        use(kernel)
+        c = case(rng, shape, np.float32, activation="relu")
+        mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+        want = check_infer(c, mean, var)
+        x = c.x.copy()
+        assert device.batch_norm_infer(x, mean, var, c.weight, c.bias, activation="relu", out=x) is x
+        assert same_bits(x, want)
+        _, saved = check_train(c)
+        grad = rng.standard_normal(shape).astype(np.float32)
+        want_dx = device.backward(grad, saved).input
+        assert device.backward(grad, saved, out=grad).input is grad and same_bits(grad, want_dx)
+
+
+def test_empty_batch():
+    rm, rv = np.full(3, 0.25, np.float32), np.full(3, 0.75, np.float32)
+    for shape in ((0, 3), (0, 3, 4), (2, 3, 0)):
+        x = np.empty(shape, np.float32)
+        y, saved = device.batch_norm_train(x, np.ones(3, np.float32), np.zeros(3, np.float32), rm, rv)
+        assert y.shape == shape and (rm == 0.25).all() and saved.count == 0
+        grads = device.backward(x, saved)
+        assert grads.input.shape == shape and (grads.weight == 0).all()
+        assert device.batch_norm_infer(x, rm, rv).shape == shape
+
+
+def test_moments_come_to_the_host_in_float64(rng):
+    for shape in ((4, 3, 72), (40, 6)):
+        x = (rng.standard_normal(shape) + 1e4).astype(np.float32)
+        found = device.device.moments_of(GpuArray.of(x), 1)
+        mean, var = reference.statistics(x)
+        assert found.count == x.size // shape[1]
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-10)  # more than float32 holds
+        np.testing.assert_allclose(found.variance(), var, rtol=2e-6)
+
+
+def test_same_bits_every_time(use, rng):
+    for kernel, shape in SMALL:
+        use(kernel)
+        c = case(rng, shape, np.float32)
+        first, saved = device.batch_norm_train(c.x, c.weight, c.bias)
+        second, _ = device.batch_norm_train(c.x, c.weight, c.bias)
+        assert same_bits(first, second)
+        grad = rng.standard_normal(shape).astype(np.float32)
+        a, b = device.backward(grad, saved), device.backward(grad, saved)
+        assert all(same_bits(p, q) for p, q in zip(a[:3], b[:3], strict=True) if p is not None)
+
+
+def test_the_family_of_entry_points_is_the_cpus():
+    from fastbn.cpu import launch as cpu
+
+    for name in ("train", "infer", "backward", "moments"):
+        assert callable(getattr(launch, name)) and callable(getattr(cpu, name))

@@ -1,0 +1,61 @@
+"""The cuts: whole, disjoint, within a GPU's limits, and the same whatever the GPU."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbn.cuda import plan, tuning
+from fastbn.cuda.arrays import ITEMSIZE
+from fastbn.errors import ArgumentValueError
+
+SIZE = st.one_of(st.integers(1, 70), st.integers(1, 3000))
+
+
+@pytest.fixture(autouse=True)
+def true_numbers(small, monkeypatch):
+    for name, value in {"THREADS": 256, "BLOCKS": 1056, "DEPTH": 16, "APPLY_DEPTH": 8, "SLAB_CHANNELS": 96}.items():
+        monkeypatch.setattr(tuning, name, value)
+    monkeypatch.setattr(tuning, "PERSISTENT", True)
+    monkeypatch.setattr(tuning, "PERSISTENT_THREADS", 512)
+    for cached in (plan.plan, plan.slab, plan.persistent):
+        cached.cache_clear()
+
+
+@given(N=SIZE, C=SIZE, S=SIZE, kind=st.sampled_from(sorted(ITEMSIZE)), aligned=st.booleans())
+def test_split_cuts_cover_everything_once(N, C, S, kind, aligned):
+    p = plan.plan.__wrapped__((N, C, S), kind, aligned)
+    length = p.R if p.rows else p.R * (p.V // p.W)
+    for parts, chunk in ((p.parts, p.chunk), (p.apply_parts, p.apply_chunk)):
+        assert 1 <= parts <= 65535 and (parts - 1) * chunk < length <= parts * chunk
+    assert p.R * p.V * (1 if p.rows else C) == N * C * S
+    assert p.V % p.W == 0 and (aligned or p.W == 1)
+    assert 256 % p.group == 0 and p.depth * p.columns * C == p.parts * (p.V if p.rows else C)
+    if p.rows:
+        assert 1 <= p.tx <= plan.TILE and (p.across - 1) * p.tx * p.W < p.V <= p.across * p.tx * p.W
+
+
+@given(N=st.integers(1, 10**6), C=SIZE, kind=st.sampled_from(sorted(ITEMSIZE)), tensors=st.sampled_from([1, 2]))
+def test_one_launch_cuts_fit_on_the_gpu(N, C, kind, tensors):
+    blocks, limit = 132, 232448
+    p = plan.persistent.__wrapped__((N, C, 1), kind, True, tensors, blocks, limit)
+    if not p.threads:
+        return
+    assert p.across * p.parts <= blocks and (p.parts - 1) * p.chunk < N <= p.parts * p.chunk
+    lanes, size = 16 // ITEMSIZE[kind], 8 if kind == "f64" else 4
+    assert p.shared + 2 * p.threads * lanes * size + 7 * plan.TILE * lanes * size <= limit
+    assert p.tx * p.across * lanes >= C
+
+
+def test_slabs_leave_room_and_need_channels_enough():
+    assert plan.slab((64, 256, 56 * 56), "f32", True, 1, 232448) == (0, 0)  # 803 KB a channel
+    assert plan.slab((64, 512, 28 * 28), "f32", True, 1, 232448)[1] == 64 * 28 * 28 * 4
+    assert plan.slab((64, 512, 28 * 28), "f32", False, 1, 232448) == (0, 0)
+    assert plan.slab((64, 512, 28 * 28), "f32", True, 2, 232448) == (0, 0)
+    assert plan.slab((64, 48, 14 * 14), "f16", True, 1, 232448) == (0, 0) or tuning.SMALL
+
+
+def test_shapes_beyond_32_bits_are_refused():
+    with pytest.raises(ArgumentValueError, match="2\\*\\*31"):
+        plan.plan((1 << 16, 2, 1 << 15), "f32", True)
