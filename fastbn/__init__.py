@@ -12,6 +12,7 @@ from fastbn.functional import backward, batch_norm_infer, batch_norm_train
 from fastbn.layers import BatchNorm
 from fastbn.moments import Moments
 from fastbn.norms import GroupNorm, InstanceNorm, LayerNorm
+from fastbn.recurrent import RecurrentBatchNorm
 from fastbn.renorm import renorm_bounds
 from fastbn.running import update_running
 from fastbn.saved import Gradients, Saved
@@ -30,6 +31,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "Moments",
+    "RecurrentBatchNorm",
     "Saved",
     "backward",
     "batch_norm_infer",

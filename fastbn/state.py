@@ -58,7 +58,7 @@ class Layer:
     bias: Array | None
     dtype: np.dtype[Any]
     running_mean: Array | None = None
-    num_batches_tracked: int = 0
+    num_batches_tracked: Any = 0  # an integer, or one per time step
 
     def __init__(self) -> None:
         self.training = True
@@ -113,7 +113,7 @@ class Layer:
             raise ArgumentValueError("state", f"the keys {sorted(own)}", f"{sorted(state)}")
         values = {key: _loaded(key, state[key], like) for key, like in own.items() if key in state}
         for key, value in values.items():
-            setattr(self, key, int(value) if key == COUNTER else value)
+            setattr(self, key, int(value) if value.shape == () else value)
 
 
 def _loaded(key: str, value: Any, like: Array) -> Array:
@@ -124,6 +124,6 @@ def _loaded(key: str, value: Any, like: Array) -> Array:
     kinds = "iu" if key == COUNTER else "fiub"
     if array.dtype.kind not in kinds and not arguments.is_bfloat16(array.dtype):
         raise ArgumentTypeError(key, "integers" if key == COUNTER else "real numbers", array.dtype)
-    if key == COUNTER and array < 0:
-        raise ArgumentValueError(key, "an integer >= 0", int(array))
+    if key == COUNTER and (array < 0).any():
+        raise ArgumentValueError(key, "no count below 0", array)
     return np.array(array, like.dtype)
