@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastbn
 from fastbn import reference
+from fastbn.functional import frozen
 from tests.oracle import (
     ALL_SHAPES,
     case,
@@ -181,6 +182,20 @@ def test_nan_and_inf_stay_in_their_channel(shape, value, dtype, rng):
         assert same_bits(grads.input[:, clean], fastbn.backward(x, saved_clean).input[:, clean])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(4, 3, 300), (50, 3), (4099, 67)], ids=str)
+def test_frozen_gradients_do_not_see_the_input(shape, value, rng):
+    """Its gradient is weight*invstd*grad_output, whatever x holds: as PyTorch in evaluation."""
+    c = case(rng, shape, np.float32)
+    mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+    grad = rng.standard_normal(shape).astype(np.float32)
+    want = fastbn.backward(grad, frozen(c.x, mean, var, c.weight, c.bias)[1])
+    c.x[1, 1] = value
+    got = fastbn.backward(grad, frozen(c.x, mean, var, c.weight, c.bias)[1])
+    assert same_bits(got.input, want.input) and same_bits(got.bias, want.bias)
+    assert not np.isfinite(got.weight[1]) and same_bits(got.weight[2:], want.weight[2:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 def test_relu_passes_nan(dtype):
     x = np.ones((4, 2, 300), dtype)
@@ -272,8 +287,6 @@ def test_the_sign_of_the_relu_is_the_same_forward_and_backward(rng):
     for shape in ((8, 4, 1031), (997, 13)):
         x, grad = normal(rng, shape, np.float32), np.ones(shape, np.float32)
         mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
-        from fastbn.functional import frozen
-
         bias = rng.normal(size=shape[1]).astype(np.float32)
         x.reshape(shape[0], shape[1], -1)[:, :, 0] = -bias * np.float32(1.0 + 5e-6)
         y, saved = frozen(x, mean, var, None, bias, activation="relu")
