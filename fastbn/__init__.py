@@ -6,6 +6,7 @@
 >>> grads = fastbn.backward(np.ones_like(y), saved)
 """
 
+from fastbn.convert import from_flax, from_keras, from_onnx
 from fastbn.errors import ArgumentTypeError, ArgumentValueError, DeviceError, FastbnError
 from fastbn.family import group_norm, instance_norm, layer_norm
 from fastbn.functional import backward, batch_norm_infer, batch_norm_train
@@ -36,6 +37,9 @@ __all__ = [
     "backward",
     "batch_norm_infer",
     "batch_norm_train",
+    "from_flax",
+    "from_keras",
+    "from_onnx",
     "get_num_threads",
     "group_norm",
     "instance_norm",
