@@ -1,7 +1,9 @@
 """Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
 
-``python -m bench.gpu_compile [--write]``; needs numba-cuda[cu13] and nvidia-cuda-{cuobjdump,nvdisasm} of CUDA 13.0. ``--write``
-replaces bench/results/cuda_compile.json, which tests/cuda/test_compile.py compares with.
+``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``. Needs, all of CUDA 13.0 (mixed versions fail in
+several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*" "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump
+nvidia-cuda-nvdisasm. ``--write`` replaces bench/results/cuda_compile.json, ``--check`` fails where a kernel spills,
+has lost 128-bit accesses or gained more than 8 registers; tests/cuda/test_compile.py does so for some of them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 TABLE = Path(__file__).parent / "results" / "cuda_compile.json"
 TARGETS = ((8, 0), (9, 0))
 MEMORY = re.compile(r"^(LDG|STG|LDS|STS|LDL|STL)\b")
+DOUBLE = re.compile(r"DADD|DMUL|DFMA|DSETP|DMNMX|F2F\.F64|I2F\.F64|MUFU\.\w+64H")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
@@ -119,7 +122,7 @@ def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:
         "registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3]),
         "spills": sum(n for i, n in memory.items() if i.startswith(("LDL", "STL"))),
         "global_128": wide, "instructions": len(instructions),
-        "float64": sum(1 for i in instructions if re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|F2F.F64|I2F.F64|MUFU\.\w+64H)", i)),
+        "float64": sum(1 for i in instructions if DOUBLE.match(i)),
     }  # fmt: skip
 
 
@@ -133,12 +136,35 @@ def table(targets: Any = TARGETS, only: str = "") -> dict[str, dict[str, Any]]:
     return rows
 
 
+def complaints(rows: dict[str, dict[str, Any]], known: dict[str, dict[str, Any]]) -> list[str]:
+    """What is worse than it must be, or than it was."""
+    found = []
+    for name, row in rows.items():
+        was = known.get(name)
+        if row["spills"]:
+            found.append(f"{name}: {row['spills']} spills")
+        if row["float64"] and " f64" not in name:
+            found.append(f"{name}: float64 instructions in a float32 kernel")
+        if was is None:
+            found.append(f"{name}: not in the table; run python -m bench.gpu_compile --write")
+        elif row["global_128"] < was["global_128"]:
+            found.append(f"{name}: {row['global_128']} 128-bit accesses, were {was['global_128']}")
+        elif row["registers"] > was["registers"] + 8:
+            found.append(f"{name}: {row['registers']} registers, were {was['registers']}")
+        if not row["global_128"] and " W1" not in name and not name.split(" ", 1)[1].startswith("finalize"):
+            found.append(f"{name}: no 128-bit access")
+    return found
+
+
 def main() -> None:
-    """Print the table, and write it if asked to."""
+    """Print the table; write it, or compare it with the written one and fail."""
     only = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
-    rows = table(only=only)
+    rows = table(((9, 0),) if "--sm90" in sys.argv else TARGETS, only)
     for name, row in rows.items():
         print(f"{name:55s} {row}")
+    if "--check" in sys.argv:
+        found = complaints(rows, json.loads(TABLE.read_text()))
+        sys.exit("\n".join(found) or None)
     if "--write" in sys.argv and not only:
         TABLE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n")
 

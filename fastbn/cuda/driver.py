@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +59,15 @@ def device_properties() -> tuple[int, int]:
     return int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
 
 
+@functools.cache
+def device_count() -> int:
+    """Return how many GPUs there are."""
+    return 1 if SIMULATED else len(cuda.gpus)
+
+
 def current_device() -> int:
     """Return the number of the device that kernels are launched on."""
-    return 0 if SIMULATED else int(cuda.get_current_device().id)
+    return 0 if device_count() == 1 else int(cuda.get_current_device().id)
 
 
 @functools.cache
@@ -103,7 +110,7 @@ class Kernel:
     @property
     def options(self) -> dict[str, Any]:
         """Return the options for ``cuda.jit``."""
-        return {"launch_bounds": (self.threads, self.blocks)}
+        return {"launch_bounds": (self.threads, self.blocks)} if "launch_bounds" in _jit_options() else {}
 
     @property
     def compiled(self) -> Any:
@@ -153,7 +160,9 @@ def _stream(handle: int) -> Any:
 @functools.lru_cache(maxsize=4096)
 def _configured(what: Kernel, grid: tuple[int, ...], stream: int, shared: int) -> Any:
     what.allow_shared(shared)
-    return what.compiled[grid, what.threads, _stream(stream), shared]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Numba finds small grids worth a warning
+        return what.compiled[grid, what.threads, _stream(stream), shared]
 
 
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:

@@ -175,10 +175,7 @@ def train(what: Variant):
             while count > 0:
                 count = int32(count - 1)
                 at -= step
-                if count < kept:
-                    x0 = recall(slab, 4 * (count * threads + tid))
-                else:
-                    x0 = load_last(x, at)
+                x0 = recall(slab, 4 * (count * threads + tid)) if count < kept else load_last(x, at)
                 r0 = x0
                 if residual:
                     r0 = load_last(res, at)

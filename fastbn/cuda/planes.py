@@ -105,7 +105,7 @@ def sums(what: Variant):
 def normalise(what: Variant):
     """Output of one part of one channel, last block first."""
     kind, W, threads, residual, given = what.kind, what.W, what.threads, what.residual, what.given
-    A, io, output, affine = ARITHMETIC[kind], access(kind, W), make_output(what), make_affine(kind, given)
+    io, output, affine = access(kind, W), make_output(what), make_affine(kind, given)
     load, store = io.load_last, io.store
 
     @kernel("TTTAAAAaiiiii", kind, threads, 4)

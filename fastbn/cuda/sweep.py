@@ -39,10 +39,7 @@ def make_terms(what: Variant):
         if backward:
             u = decode(g)
             if relu:
-                if by_output:
-                    u = gate(decode(y), u)
-                else:
-                    u = gate(fma(v, k, b), u)
+                u = gate(decode(y), u) if by_output else gate(fma(v, k, b), u)
             return u, mul(v, invstd)
         else:
             return v, v

@@ -1,4 +1,4 @@
-"""Run with ``NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda``: without the simulator there is nothing to collect but compiling.
+"""Run with ``NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda``; without the simulator most of it is left out.
 
 The kernels run with small blocks and few of them, so that shapes of a few hundred elements reach every path; a CUDA
 thread is a Python thread here.
@@ -16,7 +16,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and importlib.util.fin
 collect_ignore: list[str] = []
 if not SIMULATED:
     collect_ignore += [
-        "test_arrays.py", "test_launch.py", "test_plan.py", "test_simulator.py",
+        "test_arrays.py", "test_launch.py", "test_plan.py", "test_simulator.py", "test_torch.py",
     ]  # fmt: skip
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)

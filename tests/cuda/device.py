@@ -12,7 +12,7 @@ from fastbn.cuda import arrays
 
 
 class GpuArray:
-    """What Numba's or CuPy's arrays look like from outside; ``host`` is its memory, 16-byte aligned or off by ``skew``."""
+    """What Numba's or CuPy's arrays look like from outside; ``host`` is its memory."""
 
     def __init__(self, host: Any, strides: Any = None):
         self.host, self.dtype, self.shape = host, host.dtype, host.shape

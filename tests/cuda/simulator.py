@@ -21,8 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fastbn.cuda import driver
 from numba.cuda.simulator import kernel, kernelapi
+
+from fastbn.cuda import driver
 
 PATIENCE = 20.0  # seconds at a barrier after which it counts as a deadlock
 CONCURRENT = 2048  # threads of a grid that runs all at once; larger grids run block by block
