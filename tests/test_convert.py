@@ -93,6 +93,7 @@ def test_onnx_operator(rng, arrays, training):
     assert onnx is not None
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras with NumPy 2
 def test_keras_itself(rng, arrays):
     keras = pytest.importorskip("keras")
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
