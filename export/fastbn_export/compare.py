@@ -22,8 +22,8 @@ Array = NDArray[Any]
 RELATIVE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """What a run in each dtype may lose, relative to the largest value of the output."""
 
-FLOOR = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""What an output of each dtype cannot show, relative to its largest value."""
+FLOOR = {"float32": 2.0**-24, "float16": 2.0**-12, "bfloat16": 2.0**-9}
+"""What an output of each dtype can hardly show, relative to its largest value: allowed on top of the noise."""
 
 FLOAT64_FLOOR = 1e-10
 """What two float64 evaluations in another order may differ by, relative to the largest value."""

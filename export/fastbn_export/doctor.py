@@ -63,7 +63,7 @@ def _features() -> str:
 
 
 def _threads() -> str:
-    from fastbn.cpu.pool import get_num_threads
+    from fastbn import get_num_threads
 
     set_by = [
         f"{name}={os.environ[name]}" for name in ("FASTBN_NUM_THREADS", "NUMBA_NUM_THREADS") if name in os.environ

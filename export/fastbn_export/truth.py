@@ -25,6 +25,9 @@ MOST_PARAMETERS = 1 << 28
 _BUDGET = 20.0
 """Seconds for the float64 runs of a candidate, about: fewer samples are evaluated where they would take longer."""
 
+_DRAWS, _FEW_PARAMETERS = 6, 1 << 20
+"""Few constants have few roundings, which may cancel in one draw; many take time, and average by themselves."""
+
 _ENOUGH = 12
 """Values of each output that the rounding noise is estimated from, at least."""
 
@@ -120,7 +123,8 @@ class Truth:
             return []
         names = [value.name for value in candidate.graph.output]
         smallest = min((array.size for row in outputs for _, array in flatten(names, row) if array.size), default=1)
-        draws = min(max(2, -(-_ENOUGH // (smallest * len(feeds)))), _ENOUGH)
+        least = _DRAWS if parameter_count(candidate) <= _FEW_PARAMETERS else 2
+        draws = min(max(least, -(-_ENOUGH // (smallest * len(feeds)))), _ENOUGH)
         return [
             self._evaluate(engine, "candidate", feeds, Rounding("reference", seed, self.shake)) for seed in range(draws)
         ]
