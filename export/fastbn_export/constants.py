@@ -173,7 +173,9 @@ def _arithmetic(node: ir.Node, inputs: list[Array], opset: int) -> Array:
         raise _Unknown  # broadcasting by attributes
     if node.op_type == "Div":
         if np.issubdtype(a.dtype, np.integer):
-            raise _Unknown  # truncation
+            if np.any(a < 0) or np.any(b <= 0):
+                raise _Unknown  # truncation towards zero
+            return np.asarray(a // b)
         return np.asarray(a / b)
     return np.asarray(_BINARY[node.op_type](a, b))
 

@@ -5,8 +5,9 @@ Requirement: an answer is certain or it is None. Shapes are inferred once, on fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from . import constants
@@ -62,6 +63,10 @@ def _declared(value: ir.Value) -> Dims | None:
     return tuple(d if isinstance(d, int) else d.value for d in shape.dims)
 
 
+def _is_static(dims: Dims | None) -> bool:
+    return dims is not None and all(isinstance(d, int) for d in dims)
+
+
 def _merge(first: Dims | None, second: Dims | None) -> Dims | None:
     """The more precise of two statements about one shape; numbers beat symbols, symbols beat nothing."""
     if first is None or second is None:
@@ -111,6 +116,13 @@ _SHAPERS = (
 )
 _REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
 _KEEP_TYPE = frozenset((*_SHAPERS, *_REST))
+
+
+_SHAPED = frozenset(
+    ("Reshape", "Resize", "Upsample", "Expand", "Slice", "Split", "Pad", "Tile", "Squeeze", "Unsqueeze")
+)
+_PROPAGATIONS = 12
+"""Most times that shapes are inferred again with what the shapes before them made known."""
 
 
 class Facts:
@@ -217,9 +229,33 @@ class Facts:
         self._inferred = True
         from .shapes import infer  # only a model that needs it pays for it
 
-        for value, (dims, dtype) in infer(self.model).items():
+        self._learn(infer(self.model))
+        known: dict[ir.Value, Array] = {}
+        for _ in range(_PROPAGATIONS):
+            before = len(known)
+            self._evaluate_shapes(known)
+            if len(known) == before:
+                break
+            self._folded = {v: a for v, a in self._folded.items() if a is not None}
+            self._learn(infer(self.model, known))
+
+    def _learn(self, inferred: Mapping[ir.Value, tuple[Dims | None, ir.DataType | None]]) -> None:
+        self._dims.clear()  # symbols that inference makes up mean something within one run only
+        for value, (dims, dtype) in inferred.items():
             merged = _merge(_declared(value), dims)
             if merged is not None:
                 self._dims[value] = merged
             if dtype is not None:
                 self._dtypes[value] = dtype
+
+    def _evaluate_shapes(self, known: dict[ir.Value, Array]) -> None:
+        """Find the integer operands of operators whose output shape is still unknown."""
+        for node in self.model.graph:
+            if node.op_type not in _SHAPED or all(_is_static(self._dims.get(o)) for o in node.outputs):
+                continue
+            for value in node.inputs[1:]:
+                if value is None or value in known or value.producer() is None:
+                    continue
+                array = self.constant(value)
+                if array is not None and array.size <= 64 and array.dtype in (np.int64, np.float32):
+                    known[value] = array

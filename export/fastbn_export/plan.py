@@ -166,12 +166,15 @@ class Step:
         Whether the operator swallowed (part of) the map: it is named as an absorber in the report.
     by : Node or None
         Another operator that swallowed it instead.
+    reader : Node or None
+        Upstream, who reads the onward values where it is not the operator itself.
     """
 
     edits: list[Edit] = field(default_factory=list)
     onward: list[tuple[ir.Value, ChannelAffine]] = field(default_factory=list)
     absorbs: bool = False
     by: ir.Node | None = None
+    reader: ir.Node | None = None
 
     @staticmethod
     def absorbed(*edits: Edit) -> Step:

@@ -148,7 +148,7 @@ class _Search:
 
     def _following(self, node: ir.Node, step: Step) -> list[_Task]:
         if self._up:
-            return [_Task(value, affine, node) for value, affine in step.onward]
+            return [_Task(value, affine, step.reader or node) for value, affine in step.onward]
         return [t for value, affine in step.onward if not affine.is_identity for t in _readers(value, affine)]
 
     def _owner(self, task: _Task) -> ir.Node:

@@ -5,10 +5,12 @@ Requirement: a model that inference cannot digest is not an error; its shapes ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 import onnx_ir as ir
 
-from .affine import Dims
+from .affine import Array, Dims
 
 __all__ = ["infer"]
 
@@ -16,10 +18,15 @@ _SMALL = 1024
 """Initializers up to this many bytes stay in the skeleton: shapes, axes and repeats are among them."""
 
 
-def infer(model: ir.Model) -> dict[ir.Value, tuple[Dims | None, ir.DataType | None]]:
-    """Infer shapes and types of all values of the main graph and of its subgraphs."""
+def infer(
+    model: ir.Model, known: Mapping[ir.Value, Array] | None = None
+) -> dict[ir.Value, tuple[Dims | None, ir.DataType | None]]:
+    """Infer shapes and types of all values of the main graph and of its subgraphs.
+
+    `known` has the values of integer expressions (of the main graph) that ONNX's own propagation does not see through.
+    """
     try:
-        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model, known or {}), data_prop=True)
     except Exception:  # whatever the C++ side throws at an odd model: unknown shapes only mean fewer folds
         return {}
     found: dict[ir.Value, tuple[Dims | None, ir.DataType | None]] = {}
@@ -27,7 +34,7 @@ def infer(model: ir.Model) -> dict[ir.Value, tuple[Dims | None, ir.DataType | No
     return found
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
+def _skeleton(model: ir.Model, known: Mapping[ir.Value, Array]) -> onnx.ModelProto:
     """The model as a proto in which large tensors are graph inputs without data."""
     proto = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     for domain, version in model.opset_imports.items():
@@ -35,7 +42,20 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
     _skeleton_graph(model.graph, proto.graph)
+    if known:
+        _feed(model.graph, proto.graph, known)
     return proto
+
+
+def _feed(graph: ir.Graph, proto: onnx.GraphProto, known: Mapping[ir.Value, Array]) -> None:
+    """Connect the readers of known values to initializers that hold them."""
+    names = {v: f"{v.name}/known" for v in known}
+    for value, array in known.items():
+        proto.initializer.append(onnx.numpy_helper.from_array(array, names[value]))
+    for node, node_proto in zip(graph, proto.node, strict=True):
+        for i, operand in enumerate(node.inputs):
+            if operand is not None and operand in names:
+                node_proto.input[i] = names[operand]
 
 
 def _skeleton_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:

@@ -236,6 +236,28 @@ def _reshape(f: Fuzz, x: str, s: Shape) -> Any:
     return f.op("Reshape", x, f.ints(*target)), new
 
 
+@maker(2)
+def _shuffle(f: Fuzz, x: str, s: Shape) -> Any:
+    """Split an axis, transpose, merge: behind a linear operator by chance."""
+    if len(s) not in (3, 4):
+        return None
+    i = int(f.rng.integers(1, len(s)))
+    factors = [k for k in (2, 3) if s[i] % k == 0]
+    if not factors:
+        return None
+    if f.chance(0.7):
+        x = f.op("Conv", x, f.parameter(s[1], s[1], *[1] * (len(s) - 2)))
+    k = f.pick(*factors)
+    split = (*s[:i], k, s[i] // k, *s[i + 1 :])
+    perm = list(range(len(split)))
+    if f.chance(0.7):
+        perm[i], perm[i + 1] = i + 1, i
+    else:
+        perm = [int(j) for j in f.rng.permutation(len(split))]
+    y = f.op("Transpose", f.op("Reshape", x, f.ints(*split)), perm=perm)
+    return f.op("Reshape", y, f.ints(*s)), s
+
+
 @maker(1)
 def _flatten(f: Fuzz, x: str, s: Shape) -> Any:
     axis = int(f.rng.integers(0, len(s) + 1))

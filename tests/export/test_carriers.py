@@ -209,3 +209,32 @@ def test_disjoint_slices():
     a = m.op("Slice", y, m.ints(0), m.ints(3), m.ints(1))
     b = m.op("Slice", y, m.ints(2), m.ints(6), m.ints(1))
     is_left(m.build(m.op("Concat", m.op("Tanh", a), m.bn(b, 4), axis=1)), "other readers")
+
+
+@pytest.mark.parametrize("batch", [2, "N"])
+def test_channel_shuffle(batch):
+    m = Model()
+    y = m.op("Conv", m.input(batch, 3, 5, 5), m.weight(6, 3, 1, 1))
+    y = m.op("Reshape", y, m.ints(-1, 2, 3, 5, 5))
+    y = m.op("Reshape", m.op("Transpose", y, perm=[0, 2, 1, 3, 4]), m.ints(-1, 6, 5, 5))
+    is_folded(m.build(m.bn(y, 6)))
+
+
+def test_channels_shuffled_with_positions():
+    m = Model()
+    y = m.op("Reshape", conv(m, 2, 4, 3, 3), m.ints(2, 2, 2, 9))
+    y = m.op("Reshape", m.op("Transpose", y, perm=[0, 2, 3, 1]), m.ints(2, 4, 3, 3))
+    is_left(m.build(m.bn(y, 4)), "cannot be followed")
+
+
+def test_shapes_that_only_constants_tell():
+    """Weights cut to size at run time, sizes computed from shapes: inference alone does not know the channels."""
+    m = Model()
+    whole = m.weight(8, 3, 1, 1)
+    start, end = (m.op("Unsqueeze", m.constant(np.int64(v)), m.ints(0)) for v in (2, 6))
+    y = m.op("Conv", m.input(2, 3, 4, 4), m.op("Slice", whole, start, end, m.ints(0)))
+    sizes = m.op("Concat", m.op("Slice", m.op("Shape", y), m.ints(0), m.ints(2)), m.ints(8, 8), axis=0)
+    y = m.op("Add", m.op("Resize", y, "", "", sizes), m.op("Conv", m.input(2, 3, 8, 8), m.weight(4, 3, 1, 1)))
+    out = m.bn(y, 4)
+    m.output(out, shape=[2, 4, 8, 8])
+    is_folded(m.build())

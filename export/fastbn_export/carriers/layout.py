@@ -9,6 +9,7 @@ import onnx_ir as ir
 from ..affine import ChannelAffine, follow
 from ..plan import FLOATS, Refused, Step
 from ..registry import Operator, Site, operator
+from .shuffle import through_run
 
 __all__ = ["Cast", "Dropout", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]
 
@@ -110,7 +111,19 @@ class Transpose(Relabel):
 class Reshape(Relabel):
     """The axis is followed by the number of elements before and behind it."""
 
-    upstream = downstream = "carries where the map is still one along a single axis (split, merged with whole blocks)"
+    upstream = "carries where the map is still one along a single axis, here or behind a run that shuffles channels"
+    downstream = "carries where the map is still one along a single axis (split, merged with whole blocks)"
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Follow the axis, or the whole run of reshapes and transpositions that shuffles the channels."""
+        try:
+            return super().pull(site)
+        except Refused:
+            run = through_run(site)
+            if run is None:
+                raise
+            value, affine, reader = run
+            return [Step([], [(value, affine)], reader=reader)]
 
     def back(self, site: Site) -> ChannelAffine:
         """Follow the axis from the output to the input."""
