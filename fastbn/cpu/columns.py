@@ -7,11 +7,9 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 
 from __future__ import annotations
 
-import math
-
 from fastbn.cpu._jit import jit
-from fastbn.cpu.finalize import affine, gradients, keep, pivot, pivot_offsets, resolve, wide_gradient_sums
-from fastbn.cpu.simd import get, put, rounded
+from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
+from fastbn.cpu.simd import get, lanes, load_n, put, rounded, splat, store_n
 
 
 @jit
@@ -33,13 +31,42 @@ def _gather(sums, c, S, period, width):
 
 
 @jit
+def _row_pivots(x, N, C, c0, c1, m):
+    """Set m to the mean of eight rows, added so that equal numbers give exactly themselves."""
+    W, step = lanes(x), N // 8 * C
+    eighth = splat(x, 0.125)
+    for c in range(c0, c1, W):
+        n = min(W, c1 - c)
+        a = load_n(x, c, n) + load_n(x, c + step, n)
+        b = load_n(x, c + 2 * step, n) + load_n(x, c + 3 * step, n)
+        d = load_n(x, c + 4 * step, n) + load_n(x, c + 5 * step, n)
+        e = load_n(x, c + 6 * step, n) + load_n(x, c + 7 * step, n)
+        store_n(m, c - c0, ((a + b) + (d + e)) * eighth, n)
+
+
+@jit
+def _run_pivot(x, N, C, S, c):
+    """Mean of the first elements of eight runs of channel c, added as in ``_row_pivots``."""
+    at, step = c * S, N // 8 * C * S
+    a = get(x, at) + get(x, at + step + S - 1)
+    b = get(x, at + 2 * step) + get(x, at + 3 * step + S - 1)
+    d = get(x, at + 4 * step) + get(x, at + 5 * step + S - 1)
+    e = get(x, at + 6 * step) + get(x, at + 7 * step + S - 1)
+    return rounded(x, ((a + b) + (d + e)) * 0.125)
+
+
+@jit
 def spread_pivots(x, dims, block, m):
-    """M = the pivot of each column's channel."""
+    """Set m to the pivot of each column's channel: a number near its mean, exactly its value if it is constant."""
     N, C, S = dims
     c0, c1, width = block
-    offsets = pivot_offsets(N, C, S)
-    for c in range(c0, c1):
-        _fill(m, rounded(x, pivot(x, c * S, offsets)), c - c0, S, c1 - c0, width)
+    if S > 1:
+        for c in range(c0, c1):
+            _fill(m, _run_pivot(x, N, C, S, c), c - c0, S, c1 - c0, width)
+        return
+    _row_pivots(x, N, C, c0, c1, m)
+    for j in range(c1 - c0, width):
+        put(m, j, get(m, j - (c1 - c0)))
 
 
 @jit
@@ -77,8 +104,7 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
         total_s = _gather(s, j, S, end - first, width)
         total_q = _gather(q, j, S, end - first, width)
         mc, k, b = affine(stats, weight, bias, C, c, x)
-        if not math.isfinite(total_s + total_q):
-            total_s, total_q = wide_gradient_sums(x, g, y, N, C, S, c, mc, k, b, relu)
+        total_s, total_q = trusted(total_s, total_q, x, g, y, N, C, S, c, mc, k, b, relu)
         a1, a0 = gradients(stats, weight, dweight, dbias, C, c, N * S, mc, total_s, total_q, frozen)
         _fill(c1, a1, j, S, end - first, width)
         _fill(c0, a0, j, S, end - first, width)

@@ -15,38 +15,21 @@ import math
 from fastbn.cpu._jit import jit
 from fastbn.cpu.simd import get, put, rounded
 
-FAR = 16.0  # squared distance of pivot and mean, in variances, that float32 sums still bear
+FAR = 4.0  # squared distance of pivot and mean, in variances, that float32 sums still bear: their error grows with it
 TINY = 1e-30  # below this variance float32 squares may have underflowed
-
-
-@jit
-def pivot_offsets(N, C, S):
-    """Where to look for a pivot: the offsets, from a channel's first element, of four elements spread over it."""
-    if N >= 4:
-        return (N // 8 * C * S + S // 2, 3 * N // 8 * C * S, 5 * N // 8 * C * S + S // 2, 7 * N // 8 * C * S)
-    if S >= 4:
-        return (S // 8, 3 * S // 8, 5 * S // 8, 7 * S // 8)
-    return (0, 0, 0, 0)
-
-
-@jit
-def pivot(x, at, offsets):
-    """Mean of four elements, added so that equal ones give exactly themselves."""
-    a = 0.5 * get(x, at + offsets[0]) + 0.5 * get(x, at + offsets[1])
-    b = 0.5 * get(x, at + offsets[2]) + 0.5 * get(x, at + offsets[3])
-    return 0.5 * a + 0.5 * b
 
 
 @jit
 def wide_sums(x, N, C, S, c):
     """Mean and variance of channel c in float64, in two passes and a correction; for the channels that need it."""
-    n = N * S
-    mean = 0.0
+    n, start = N * S, get(x, c * S)
+    total = 0.0
     for r in range(N):
         for i in range((r * C + c) * S, (r * C + c + 1) * S):
-            mean += get(x, i) / n
+            total += get(x, i) - start
+    mean = start + total / n
     if not math.isfinite(mean):
-        return mean, math.nan
+        return wide_sum(x, N, C, S, c) / n, math.nan
     s = q = 0.0
     for r in range(N):
         for i in range((r * C + c) * S, (r * C + c + 1) * S):
@@ -57,12 +40,22 @@ def wide_sums(x, N, C, S, c):
 
 
 @jit
+def wide_sum(x, N, C, S, c):
+    """Plain sum of channel c: inf where its values add up to that."""
+    total = 0.0
+    for r in range(N):
+        for i in range((r * C + c) * S, (r * C + c + 1) * S):
+            total += get(x, i)
+    return total
+
+
+@jit
 def resolve(x, N, C, S, c, start, s, q, eps):
     """Mean and biased variance of channel c from its sums about ``start``."""
     n = N * S
     shift = s / n
     var = max((q - s * shift) / n, 0.0)
-    if shift * shift <= FAR * var and q < 1e38 and (var + eps > TINY or q == 0.0):
+    if shift * shift <= FAR * var and q < 1e38 and var + eps > TINY:
         return start + shift, var
     return wide_sums(x, N, C, S, c)
 
@@ -108,8 +101,17 @@ def wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu):
 
 
 @jit
+def trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu):
+    """Return the sums (s, q) of channel c, taken again in float64 where they are not finite."""
+    if math.isfinite(s) and math.isfinite(q):
+        return s, q
+    wide_s, wide_q = wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu)
+    return s if math.isfinite(s) else wide_s, q if math.isfinite(q) else wide_q
+
+
+@jit
 def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
-    """From s = sum(u), q = sum(u*(x - m)) to (c1, c0) of dx = k*u + c1*(x - m) + c0; writes dweight and dbias.
+    """From s = sum(u), q = sum(u*(x - m)) to (c1, c0) of dx = k*(u + c1*(x - m) + c0); writes dweight and dbias.
 
     Ioffe & Szegedy 2015, section 3: dbias = sum(u), dweight = sum(u*xhat), and
     dx = weight*invstd * (u - dbias/n - xhat*dweight/n) with xhat = (x - mean)*invstd. Frozen statistics are constants,
@@ -122,6 +124,5 @@ def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
     put(dweight, c, dw)
     if frozen:
         return 0.0, 0.0
-    scale = get(weight, c) * invstd
-    c1 = -scale * invstd * dw / n
-    return c1, -scale * s / n - c1 * rest
+    c1 = -invstd * dw / n  # without the factor k = weight*invstd it stays in float32's range as long as x does
+    return c1, -s / n - c1 * rest

@@ -14,12 +14,10 @@ A channel's sums are kept as vectors, float32 ones (``short``) for at most RUN e
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from fastbn.cpu._jit import jit
-from fastbn.cpu.finalize import affine, gradients, keep, pivot, pivot_offsets, resolve, wide_gradient_sums
+from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
 from fastbn.cpu.simd import (
     base,
     clear,
@@ -33,6 +31,7 @@ from fastbn.cpu.simd import (
     rounded,
     store,
     store_n,
+    total,
     widen_add,
 )
 from fastbn.cpu.sweep import (
@@ -56,6 +55,14 @@ RUN = 1024  # elements of a channel that are summed in float32: 32 additions a l
 def block_channels(N, C, S):
     """Channels of a block, from the shape alone: an eighth of all, but within BLOCK and SLAB."""
     return max(1, min(SLAB, max(BLOCK, N * S * (C // 8))) // (N * S))
+
+
+@jit
+def _pivot(x, N, C, S, c):
+    """Mean of two vectors of channel c, added so that equal numbers give exactly themselves. Needs S >= W."""
+    W = lanes(x)
+    a, b = ((N // 4) * C + c) * S, ((3 * N // 4) * C + c + 1) * S - W
+    return rounded(x, 0.5 * (total(load(x, a)) / W) + 0.5 * (total(load(x, b)) / W))
 
 
 @jit
@@ -100,26 +107,26 @@ def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi,
 
 
 @jit
-def _begin(x, stats, offsets, C, S, lo, hi, short, long):
+def _begin(x, stats, N, C, S, lo, hi, short, long):
     """Pivots of a block's channels into stats[2*C + c]; sums to zero."""
     W = lanes(x)
     clear(short, 2 * W * (hi - lo))
     clear(long, 2 * W * (hi - lo))
     for c in range(lo, hi):
-        put(stats, 2 * C + c, rounded(x, pivot(x, c * S, offsets)))
+        put(stats, 2 * C + c, _pivot(x, N, C, S, c))
 
 
 @jit
 def moments(x, stats, kind, N, C, S, eps, claim):
     """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
-    per, offsets = block_channels(N, C, S), pivot_offsets(N, C, S)
+    per = block_channels(N, C, S)
     scratch, sums = np.empty(32 * per, kind.dtype), np.empty(32 * per, np.float64)
     x, stats, claim, short, long = base(x), base(stats), base(claim), base(scratch), base(sums)
     every = max(1, RUN // S)
     lo = fetch_add(claim, 0, per)
     while lo < C:
         hi = min(lo + per, C)
-        _begin(x, stats, offsets, C, S, lo, hi, short, long)
+        _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
             for c in range(lo, hi):
                 start = get(stats, 2 * C + c)
@@ -186,7 +193,7 @@ def train(
     Every thread claims block after block and writes one while it sums the next.
     """
     tracked = running_mean.size > 0
-    per, offsets, every = block_channels(N, C, S), pivot_offsets(N, C, S), max(1, RUN // S)
+    per, every = block_channels(N, C, S), max(1, RUN // S)
     scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, y, residual = base(x), base(y), base(residual)
     weight, bias, stats = base(weight), base(bias), base(stats)
@@ -197,7 +204,7 @@ def train(
     while lo < C or old < old_hi:
         lo = min(lo, C)
         hi = min(lo + per, C)
-        _begin(x, stats, offsets, C, S, lo, hi, short, long)
+        _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
             _train_row(x, residual, y, weight, bias, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long)
             if (r + 1) % every == 0 or r == N - 1:
@@ -248,8 +255,7 @@ def _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, 
         j = c - lo
         m, k, b = affine(stats, weight, bias, C, c, x)
         s, q = _total(long, 2 * j, W), _total(long, 2 * j + 1, W)
-        if not math.isfinite(s + q):
-            s, q = wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu)
+        s, q = trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu)
         c1, c0 = gradients(stats, weight, dweight, dbias, C, c, N * S, m, s, q, frozen)
         put(long, 2 * j * W, c1)
         put(long, (2 * j + 1) * W, c0)

@@ -150,12 +150,12 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
 @jit
 def gradient_value(v, u, k, c1, c0):
     """Input gradient dx of the gradient u in front of the ReLU."""
-    return fma(k, u, fma(c1, v, c0))
+    return fma(c1, v, u + c0) * k
 
 
 @jit
 def gradient_part(x, g, y, i, n, c, relu):
-    """Return dx and u of n < W elements, c = (m, k, b, c1, c0): dx = k*u + c1*(x - m) + c0."""
+    """Return dx and u of n < W elements, c = (m, k, b, c1, c0): dx = k*(u + c1*(x - m) + c0)."""
     v, k = load_n(x, i, n) - splat(x, c[0]), splat(x, c[1])
     u = through_relu(load_n(g, i, n), v, load_n(y, i, n), k, splat(x, c[2]), relu)
     return gradient_value(v, u, k, splat(x, c[3]), splat(x, c[4])), u
