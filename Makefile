@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 STAMPS  = $(VENV)/.stamp
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test test-slow bench bench-full gpu lint types torch-test wheel-test clean
+.PHONY: demo test bench bench-full gpu gpu-sim lint types torch-test wheel-test clean
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit("fastbn needs Python >= 3.11, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -56,6 +56,14 @@ bench: $(STAMPS)/test
 
 bench-full: $(STAMPS)/torch
 	$(BIN)/python -m bench --full
+
+# Kernels in the simulator: numba-cuda brings it, no CUDA packages and no GPU are needed.
+$(STAMPS)/cuda: $(STAMPS)/test
+	$(PIP) numba-cuda==0.30.4
+	touch $@
+
+gpu-sim: $(STAMPS)/cuda
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
 
 gpu: $(STAMPS)/test
 	$(BIN)/python -m bench.gpu

@@ -18,7 +18,7 @@ Prepare = Callable[[Data], Call]
 
 
 class Unsupported(Exception):
-    """This library has no such operation or dtype."""
+    """Raised where a library has no such operation or dtype."""
 
 
 def fastbn(data: Data) -> Call:
@@ -85,10 +85,8 @@ def torch(data: Data) -> Call:
 def _tensor(a: Any, data: Data) -> Any:
     import torch as t
 
-    if data.case.dtype == "bfloat16":
-        tensor = t.from_numpy(a.view(np.uint16)).view(t.bfloat16)
-    else:
-        tensor = t.from_numpy(a)
+    half = data.case.dtype == "bfloat16"
+    tensor = t.from_numpy(a.view(np.uint16)).view(t.bfloat16) if half else t.from_numpy(a)
     if data.axis != 1 and tensor.ndim > 2:
         tensor = tensor.movedim(-1, 1)
     return tensor
@@ -145,21 +143,20 @@ def onnxruntime(data: Data) -> Call:
     import os
 
     import onnxruntime as ort
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     d, op = data, data.case.op
     if op not in ("train", "infer") or d.case.dtype not in ("float32", "float64") or (d.case.rows and d.x.ndim > 2):
         raise Unsupported(op)
     kind = helper.np_dtype_to_tensor_dtype(d.dtype)
-    names = ["w", "b", "m", "v"]
+    names, parameters = ["w", "b", "m", "v"], (d.weight, d.bias, d.mean, d.var)
     outputs = ["y"] if op == "infer" else ["y", "rm", "rv"]
     node = helper.make_node("BatchNormalization", ["x", *names], outputs, training_mode=int(op == "train"))
     graph = helper.make_graph(
         [node], "bn", [helper.make_tensor_value_info("x", kind, d.shape)],
         [helper.make_tensor_value_info(o, kind, d.shape if o == "y" else [d.weight.size]) for o in outputs],
-        [helper.make_tensor(n, kind, [a.size], a) for n, a in zip(names, (d.weight, d.bias, d.mean, d.var), strict=True)],
+        [helper.make_tensor(n, kind, [a.size], a) for n, a in zip(names, parameters, strict=True)],
     )  # fmt: skip
-    assert TensorProto.FLOAT
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=9)
     options = ort.SessionOptions()
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))

@@ -1,0 +1,133 @@
+"""From results to the README: the table between its markers, and the plot. ``python -m bench.report`` writes both again.
+
+No number in the README is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- benchmark table: written by python -m bench -->", "<!-- end of benchmark table -->"
+LIBRARIES = {
+    "torch": "PyTorch", "torch_compile": "torch.compile", "onednn": "oneDNN", "onnxruntime": "onnxruntime",
+    "jax": "XLA (jax)",
+}  # fmt: skip
+README_CASES = [
+    ("training, 32x256x56x56", "train-32x256x56x56-channels_first-float32"),
+    ("training, 32x1024x14x14", "train-32x1024x14x14-channels_first-float32"),
+    ("training, 32x256x56x56 channels last", "train-32x256x56x56-channels_last-float32"),
+    ("training + residual + ReLU, 32x256x56x56", "train_fused-32x256x56x56-channels_first-float32"),
+    ("backward, 32x256x56x56", "backward-32x256x56x56-channels_first-float32"),
+    ("inference, 32x256x56x56", "infer-32x256x56x56-channels_first-float32"),
+    ("training, 64x100", "train-64x100-channels_first-float32"),
+]
+
+Cases = dict[str, dict[str, dict[str, Any]]]
+
+
+def by_case(result: dict[str, Any], threads: int = 1) -> Cases:
+    """Index the rows: case, then library."""
+    found: Cases = defaultdict(dict)
+    for row in result["rows"]:
+        if row["threads"] == threads:
+            found[row["case"]][row["library"]] = row
+    return found
+
+
+def seconds(t: float) -> str:
+    """Format a time."""
+    return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the README's table in Markdown."""
+    found = by_case(result)
+    others = [lib for lib in LIBRARIES if any(lib in found[case] for _, case in README_CASES if case in found)]
+    lines = [
+        "| float32, one thread | fastbn | of a streaming copy | " + " | ".join(LIBRARIES[o] for o in others) + " |",
+        "|---|---|---|" + "---|" * len(others),
+    ]
+    for label, case in README_CASES:
+        rows = found.get(case, {})
+        if "fastbn" not in rows:
+            continue
+        ours = rows["fastbn"]["min"]
+        cells = [f"{rows[o]['min'] / ours:.1f}x the time" if o in rows else "" for o in others]
+        lines.append(f"| {label} | {seconds(ours)} | {ours / rows['copy']['min']:.2f} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("torch", "onnxruntime", "numba"))
+    lines.append("")
+    lines.append(f"{result['machine']}; {versions}; minima of interleaved runs, each library in its own process,")
+    lines.append(f"outputs preallocated; {result['date']}. All rows: `bench/results/`.")
+    return "\n".join(lines)
+
+
+def replace_between(text: str, new: str) -> str:
+    """Put the table between the markers."""
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"README.md: expected the markers {BEGIN!r} and {END!r}")
+    head, rest = text.split(BEGIN, 1)
+    return head + BEGIN + "\n" + new + "\n" + END + rest.split(END, 1)[1]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw, for every case, each library's time over the floor (bytes that must move / copy speed)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {c: rows for c, rows in by_case(result).items() if "fastbn" in rows and "copy" in rows}
+    found = {c: rows for c, rows in found.items() if rows["fastbn"]["copy_s"] > 1e-4}  # memory-bound ones
+    names = ["fastbn", *(lib for lib in LIBRARIES if any(lib in rows for rows in found.values()))]
+    figure, axes = pyplot.subplots(figsize=(9, 0.32 * max(4, len(found)) + 1.2))
+    height = 0.8 / len(names)
+    for n, library in enumerate(names):
+        points = [
+            (i + n * height, rows[library]["min"] / (rows[library]["copy_s"] * rows[library]["floor_copies"]))
+            for i, rows in enumerate(found.values())
+            if library in rows
+        ]
+        axes.barh(*zip(*points, strict=True), height=height, label=LIBRARIES.get(library, library))
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks([i + 0.4 for i in range(len(found))], list(found), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.set_xlabel("time / time to move the bytes at copy speed (1 = memory's limit)")
+    axes.set_title(f"{result['machine']}, one thread")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Return the geometric mean; NaN of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def write(result: dict[str, Any]) -> None:
+    """Print all cases and write the README's table and the plot."""
+    for case, rows in by_case(result).items():
+        if "fastbn" in rows and "copy" in rows:
+            ours, copied = rows["fastbn"]["min"], rows["copy"]["min"]
+            peers = "  ".join(f"{o} {rows[o]['min'] / ours:.2f}x" for o in LIBRARIES if o in rows)
+            print(
+                f"{case:58} {seconds(ours):>10} {ours / copied:5.2f} copies (floor {rows['copy']['floor_copies']})  {peers}"
+            )
+    readme = ROOT / "README.md"
+    readme.write_text(replace_between(readme.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
+    plot(result, ROOT / "bench" / "results" / "floor.png")
+
+
+if __name__ == "__main__":
+    from bench import machine
+
+    source = sys.argv[1] if len(sys.argv) > 1 else ROOT / "bench" / "results" / f"{machine.slug()}.json"
+    write(json.loads(Path(source).read_text()))
