@@ -209,11 +209,11 @@ def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
     return saved.gradients(grad_output, out)
 
 
-def _moments_of(x: Any, axis: Any, mask: Any) -> Moments:
+def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
-    if mask is not None:
-        x, axis = masked.pack(x, axis, arguments.valid(mask, x, axis)), 1
+    if mask is not None or lengths is not None:
+        x, axis = masked.pack(x, axis, masked.valid(mask, lengths, x, axis)), 1
     channels, dtype = x.shape[axis], arguments.arithmetic(x.dtype)
     if x.size == 0:
         return Moments(0, np.zeros(channels), np.zeros(channels))

@@ -44,7 +44,7 @@ class Moments:
     m2: Vector
 
     # Set by fastbn.functional, which lies above this file: the floors forbid importing it from here.
-    _estimate: Callable[[Any, Any, Any], Moments] | None = None
+    _estimate: Callable[[Any, Any, Any, Any], Moments] | None = None
 
     def __init__(self, count: int, mean: npt.ArrayLike, m2: npt.ArrayLike):
         if isinstance(count, bool) or not isinstance(count, int | np.integer):
@@ -59,7 +59,7 @@ class Moments:
             raise ArgumentValueError("mean, m2", "one number per channel each, shape (C,)", got)
 
     @classmethod
-    def of(cls, x: Any, axis: int = 1, mask: Any = None) -> Moments:
+    def of(cls, x: Any, axis: int = 1, mask: Any = None, *, lengths: Any = None) -> Moments:
         """Return the statistics of an array.
 
         Parameters
@@ -70,6 +70,8 @@ class Moments:
             Channel axis.
         mask : array of bool, optional
             Broadcastable to x without its channel axis; only values where it is true count.
+        lengths : array of int, shape (N,), optional
+            Instead of a mask, for x of shape (N, C, T) or (N, T, C): the first lengths[n] steps of sample n count.
 
         Returns
         -------
@@ -78,7 +80,7 @@ class Moments:
         """
         if cls._estimate is None:
             raise RuntimeError("Moments.of needs fastbn.functional; import fastbn")
-        return cls._estimate(x, axis, mask)
+        return cls._estimate(x, axis, mask, lengths)
 
     def variance(self, ddof: int = 0) -> Vector:
         """Return m2 / (count - ddof): biased for ddof=0, unbiased for ddof=1; NaN where count <= ddof."""

@@ -128,6 +128,7 @@ def test_lengths_are_a_mask(rng, axis):
         want, other = fastbn.batch_norm_train(x, axis=axis, mask=mask)
         assert np.array_equal(got, want)
         assert np.array_equal(fastbn.backward(x, saved).input, fastbn.backward(x, other).input)
+        assert np.array_equal(fastbn.Moments.of(x, axis, lengths=lengths).m2, fastbn.Moments.of(x, axis, mask).m2)
 
 
 @given(st.data())
