@@ -1,4 +1,4 @@
-"""From results to the README: the table between its markers, and the plot. ``python -m bench.report`` writes both again.
+"""From results to the README: the table between its markers, and the plot. ``python -m bench.report`` writes both."""
 
 No number in the README is written by hand.
 """
@@ -118,9 +118,8 @@ def write(result: dict[str, Any]) -> None:
         if "fastbn" in rows and "copy" in rows:
             ours, copied = rows["fastbn"]["min"], rows["copy"]["min"]
             peers = "  ".join(f"{o} {rows[o]['min'] / ours:.2f}x" for o in LIBRARIES if o in rows)
-            print(
-                f"{case:58} {seconds(ours):>10} {ours / copied:5.2f} copies (floor {rows['copy']['floor_copies']})  {peers}"
-            )
+            floor = rows["copy"]["floor_copies"]
+            print(f"{case:58} {seconds(ours):>10} {ours / copied:5.2f} copies (floor {floor})  {peers}")
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
     plot(result, ROOT / "bench" / "results" / "floor.png")
