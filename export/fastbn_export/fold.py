@@ -107,7 +107,7 @@ def fold(
     engine = _Engine(edited, kept, duplicate)
     report = engine.run()
     if proto.functions and report.left:
-        engine, report = _inlined(proto, kept, duplicate, engine, report)
+        engine, report = _inlined(model, kept, duplicate, engine, report)
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
     if engine.changed or external:
         return FoldResult(None, report, edited=engine.model)
@@ -131,12 +131,12 @@ def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:
 
 
 def _inlined(
-    proto: onnx.ModelProto, kept: Callable[[str], bool], duplicate: bool, engine: _Engine, report: FoldReport
+    source: Any, kept: Callable[[str], bool], duplicate: bool, engine: _Engine, report: FoldReport
 ) -> tuple[_Engine, FoldReport]:
     """Fold again with functions inlined: those that hold a batch normalization, then all; the first that folds most."""
     best, before = (engine, report), report
     for everything in (False, True):
-        model = ir.serde.deserialize_model(proto)
+        proto, model = load(source)
         holders = set(model.functions) if everything else holding(model)
         try:
             inliner.InlinePass(lambda function, chosen=holders: function.identifier() in chosen)(model)  # type: ignore[misc]

@@ -23,6 +23,7 @@ from .facts import all_graphs
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
+_ORIGINAL = "fastbn.original"
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
 
@@ -40,7 +41,7 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     TypeError
         `model` is neither a ModelProto nor a path.
     ValueError
-        The model has no graph, or its external data is missing, too short, or outside the model's folder.
+        The model has no graph, or sparse initializers in a control-flow body, or its external data is missing, too short, or outside the model's folder.
     """
     if isinstance(model, onnx.ModelProto):
         proto, folder = model, ""
@@ -51,11 +52,38 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
         raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
     if not proto.HasField("graph"):
         raise ArgumentValueError("model", "a graph", "a model without one")
+    if any(_sparse_inside(node) for node in proto.graph.node):
+        raise ArgumentValueError("model", "sparse initializers in the main graph only", "one in a control-flow body")
     edited = ir.serde.deserialize_model(proto)
+    edited.meta[_ORIGINAL] = proto
     for tensor in _external(edited):
         tensor.base_dir = folder or tensor.base_dir or os.getcwd()
         _check(tensor)
     return proto, edited
+
+
+def _sparse_inside(node: onnx.NodeProto) -> bool:
+    """Whether a body in the node's attributes has sparse initializers, which the editor does not know."""
+    if node.op_type not in ("If", "Loop", "Scan", "SequenceMap"):
+        return False
+    graphs = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    return any(g.sparse_initializer or any(_sparse_inside(n) for n in g.node) for g in graphs)
+
+
+def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
+    """Put back what the editor does not carry: sparse initializers, training info, quantization annotations."""
+    original = model.meta.get(_ORIGINAL)
+    if original is None:
+        return
+    proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
+    proto.training_info.extend(original.training_info)
+    annotations = original.graph.quantization_annotation
+    if annotations:
+        known = {a.tensor_name for a in proto.graph.quantization_annotation}
+        names = {o for n in proto.graph.node for o in n.output} | {v.name for v in proto.graph.input}
+        names |= set(model.graph.initializers)
+        missing = [a for a in annotations if a.tensor_name in names and a.tensor_name not in known]
+        proto.graph.quantization_annotation.extend(missing)
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -107,6 +135,7 @@ def _without_initializers(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[
     finally:
         for value in held:
             graph.initializers.add(value)
+    _restore(proto, model)
     return proto, [(v, v.const_value) for v in held if v.const_value is not None]
 
 

@@ -144,6 +144,26 @@ def test_metadata_survives():
     assert [v.name for v in out.graph.value_info] == [model.graph.node[1].output[0]] == [out.graph.node[0].output[0]]
 
 
+def test_what_the_editor_does_not_know_survives(tmp_path):
+    model = chain(1)
+    last = model.graph.output[0].name
+    values = numpy_helper.from_array(np.array([1.0, 2.0], "f"), "sparse")
+    indices = numpy_helper.from_array(np.array([0, 3], np.int64), "indices")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4]))
+    model.graph.node.append(helper.make_node("Add", [last, "sparse"], ["sum"]))
+    model.graph.output[0].name = "sum"
+    model.training_info.add().algorithm.name = "training"
+    note = model.graph.quantization_annotation.add(tensor_name=model.graph.node[1].output[0])
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="sparse")
+    result = fold(model)
+    result.save(tmp_path / "out.onnx")
+    for out in (result.model, onnx.load(tmp_path / "out.onnx")):
+        onnx.checker.check_model(out)
+        assert result.report.folded == 1 and out.graph.sparse_initializer == model.graph.sparse_initializer
+        assert out.training_info == model.training_info
+        assert list(out.graph.quantization_annotation) == [note]
+
+
 def linear_with_readers():
     m = Model()
     y = m.op("Conv", m.input(2, 4, 5, 5), m.weight(4, 4, 1, 1))

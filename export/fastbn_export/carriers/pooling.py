@@ -146,10 +146,14 @@ class Reduce(Operator):
 class Resize(Operator):
     """Interpolation weights sum to one; only tf_crop_and_resize writes values from outside."""
 
-    upstream = downstream = "carries; not tf_crop_and_resize, the channels must not be resized"
+    upstream = downstream = (
+        "carries (tf_crop_and_resize a scale only, where it fills in zeros); the channels must not be resized"
+    )
 
     def _check(self, site: Site) -> None:
-        if site.text("coordinate_transformation_mode", "") == "tf_crop_and_resize" and site.affine.has_shift:
+        if site.text("coordinate_transformation_mode", "") == "tf_crop_and_resize" and (
+            site.affine.has_shift or site.float("extrapolation_value", 0.0) != 0.0
+        ):
             raise Refused("Resize fills in values from outside the input")
         before, after = site.dims(site.input(0)), site.dims(site.node.outputs[0])
         axis = site.affine.axis
