@@ -63,13 +63,13 @@ class Forward:
 
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
-        return None if x is None else views.flat(x, self.layout)
+        return None if x is None else views.raw(layout.flat(x, self.layout))
 
     def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
         """Return what backward needs."""
         saved = BatchSaved()
         saved.x, saved.axis, saved.layout, saved.stats = self.x, self.axis, self.layout, stats
-        saved.count, saved.updated = self.count, updated
+        saved.count, saved.updated = self.layout.dims[0] * self.layout.dims[2], updated
         saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine
         saved.relu, saved.residual, saved.frozen = self.relu, self.residual is not None, frozen
         saved.y = self.out if self.relu and saved.residual else None  # else the sign is found again from x

@@ -115,7 +115,7 @@ class BatchSaved(Saved):
             arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
         gated = layout.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
-            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, out, gated)]
+            tensors = [None if a is None else views.raw(layout.flat(a, where)) for a in (x, grad, self.y, out, gated)]
             dweight, dbias = dispatch.kernels().backward(
                 *tensors, self.weight, self.bias, self.stats, where.dims, self.frozen, self.relu
             )

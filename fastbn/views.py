@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, layout
+from fastbn import arguments
 
 Array = npt.NDArray[Any]
 
@@ -42,8 +42,3 @@ def raw(flat: Array) -> Array:
     if not flat.flags.writeable:
         flat = np.asarray(_Memory(flat))
     return flat
-
-
-def flat(x: Array, where: layout.Layout) -> Array:
-    """View a dense array as the kernels take it."""
-    return raw(layout.flat(x, where))
