@@ -1,4 +1,4 @@
-"""From results to the README: the table between its markers, and the plot. ``python -m bench.report`` writes both."""
+"""From results to the README: the table between its markers, and the plot; ``python -m bench.report`` writes both.
 
 No number in the README is written by hand.
 """
