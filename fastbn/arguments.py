@@ -45,7 +45,7 @@ def _host(name: str, x: Any) -> Array:
         raise ArgumentTypeError(name, "a plain array (give the mask as mask=)", "a masked array")
     if isinstance(x, np.ndarray):
         return cast(Array, x.view(np.ndarray))
-    if hasattr(x, "__cuda_array_interface__"):
+    if dispatch.on_device(x):
         raise dispatch.refuse_device(name)
     if _is_tensor(x):
         raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
@@ -81,7 +81,7 @@ def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Arr
 
 
 def _vector(name: str, value: Any) -> Array:
-    if isinstance(value, np.ndarray) or _is_tensor(value):
+    if isinstance(value, np.ndarray) or _is_tensor(value) or dispatch.on_device(value):
         return _host(name, value)
     try:
         return np.asarray(value)

@@ -17,7 +17,41 @@ from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 
-__all__ = ["DeviceSaved", "frozen", "infer", "moments_of", "on_device", "train"]
+__all__ = ["DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "refuse", "train"]
+
+
+# Options that the GPU kernels do not have yet, and what they must be.
+_DEFAULTS = {
+    "mask": None,
+    "lengths": None,
+    "ghost": None,
+    "renorm": None,
+    "on_single": "error",
+    "nonfinite": "propagate",
+}
+
+
+def refuse(**options: Any) -> None:
+    """Raise for options that only host arrays have."""
+    for name, value in options.items():
+        default = _DEFAULTS[name]
+        if value is not default and not (isinstance(value, str) and value == default):
+            raise ArgumentValueError(name, f"{default!r} for arrays on a GPU", type(value).__name__)
+
+
+def follow(layer: Any, x: Any) -> None:
+    """Move the arrays of a layer to where x is: to its GPU and library, or back to the host."""
+    like = _tensor("x", x) if on_device(x) else None
+    for name in layer.arrays:
+        value = getattr(layer, name)
+        if value is None or on_device(value) == (like is not None):
+            continue
+        setattr(layer, name, host(value) if like is None else like.library.put(value, like.owner))
+
+
+def host(value: Any) -> Any:
+    """Copy an array on a GPU to a NumPy array; waits for the GPU."""
+    return np.array(wrap("value", value).host())
 
 
 def _array(name: str, value: Any) -> DeviceArray:
@@ -190,10 +224,11 @@ class DeviceSaved(Saved):
                 _apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
         gated = _empty_like(x, where) if self.residual and self.relu else None
         if x.size:
-            tensors = [None if a is None else a.flat() for a in (_in_order(grad, where), self.y, target, gated)]
+            y, dr = (None if a is None else a.flat() for a in (self.y, gated))
             dweight, dbias = launch.backward(
-                x.flat(), *tensors, self.weight, self.bias, self.vectors, where.dims, self.frozen, self.relu
-            )
+                x.flat(), _in_order(grad, where).flat(), y, target.flat(), dr, self.weight, self.bias, self.vectors,
+                where.dims, self.frozen, self.relu,
+            )  # fmt: skip
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None
@@ -212,7 +247,8 @@ def _to_moments(vectors: Flat, count: int) -> Moments:
 
 def train(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
-    momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any, *,
+    update_stats: bool = True, unbiased: bool = True,
 ) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by the batch; see ``fastbn.batch_norm_train``."""
     f = _Call(x, weight, bias, axis, activation, residual, out, in_place=False)
@@ -224,6 +260,8 @@ def train(
     moved: tuple[Flat | None, Flat | None] = (None, None)
     if running_mean is not None:
         moved = (_running("running_mean", running_mean, f.x, C), _running("running_var", running_var, f.x, C))
+    if not update_stats:
+        moved = (None, None)
     if f.x.size == 0:
         return f.result, f.saved(f.x.zeros(4 * C), frozen=False)
     if N * S == 1:
@@ -231,7 +269,17 @@ def train(
     from fastbn.cuda import launch
 
     stats = launch.train(
-        f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, *moved, f.layout.dims, eps, momentum, f.relu
+        f.x.flat(),
+        f.residual,
+        f.out.flat(),
+        f.weight,
+        f.bias,
+        *moved,
+        f.layout.dims,
+        eps,
+        momentum,
+        f.relu,
+        unbiased,
     )
     return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None))
 
@@ -247,9 +295,9 @@ def infer(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
 ) -> Any:
     """Normalise by given statistics; see ``fastbn.batch_norm_infer``."""
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
     from fastbn.cuda import launch
 
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
     eps = arguments.epsilon(eps, positive=False)
     given = launch.Given(*_given(f.x, mean, var, f.layout.dims[1]), eps)
     if f.x.size:
@@ -261,9 +309,9 @@ def frozen(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
 ) -> tuple[Any, DeviceSaved]:
     """Normalise by given statistics and keep what ``backward`` needs: they are constants there."""
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
     from fastbn.cuda import launch
 
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
     stats = launch.statistics(
         *_given(f.x, mean, var, f.layout.dims[1]), arguments.epsilon(eps, positive=False)
     )  # fmt: skip
@@ -274,13 +322,13 @@ def frozen(
 
 def moments_of(x: Any, axis: Any) -> Moments:
     """Statistics of the channels, on the host; see ``Moments.of``."""
-    from fastbn.cuda import launch
-
     array = _tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     channels = array.shape[axis]
     if array.size == 0:
         return Moments(0, np.zeros(channels), np.zeros(channels))
+    from fastbn.cuda import launch
+
     array, where = _settle(array, axis)
     N, _, S = where.dims
     return _to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))

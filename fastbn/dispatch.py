@@ -1,4 +1,4 @@
-"""(operation, device) -> kernel. Today the CPU's; device arrays are told what is missing.
+"""(operation, device) -> kernel. Batch norm of arrays on a GPU is ``fastbn.device``'s, all else runs on the CPU.
 
 With ``NUMBA_DISABLE_JIT=1`` the kernels' vector instructions do not exist and every operation runs in NumPy float64
 (``fallback``): slow, right, and open to a Python debugger.
@@ -7,8 +7,10 @@ With ``NUMBA_DISABLE_JIT=1`` the kernels' vector instructions do not exist and e
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numba
+import numpy as np
 
 from fastbn.errors import DeviceError
 
@@ -27,6 +29,15 @@ def kernels() -> ModuleType:
 def refuse_device(name: str) -> DeviceError:
     """Return the error for an array that lives on a GPU."""
     return DeviceError(
-        f"{name}: expected a NumPy array, got a CUDA array; this version of fastbn has no GPU kernels: "
-        "copy the array to the host first (cupy.asnumpy, tensor.cpu())"
+        f"{name}: expected a NumPy array, got a CUDA array; there is no GPU kernel for this yet, or x is not on the "
+        "GPU: copy the array to the host first (cupy.asnumpy, tensor.cpu())"
     )
+
+
+def on_device(x: Any) -> bool:
+    """Tell whether this is an array on a GPU; never touches CUDA itself."""
+    if type(x) is np.ndarray:
+        return False
+    from fastbn.cuda.arrays import on_device as found
+
+    return found(x)

@@ -96,6 +96,14 @@ def batch_norm_train(
     An empty batch gives an empty y and leaves the running statistics alone, a batch without valid values gives zeros
     and does the same. NaN and inf stay in their channel.
     """
+    if dispatch.on_device(x):
+        from fastbn import device
+
+        device.refuse(mask=mask, lengths=lengths, ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        return device.train(
+            x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
+            update_stats=update_stats, unbiased=unbiased,
+        )  # fmt: skip
     if (
         mask is not None or lengths is not None or ghost is not None or renorm is not None or update_stats is not True
         or unbiased is not True or on_single != "error" or nonfinite != "propagate"
@@ -149,6 +157,11 @@ def batch_norm_infer(
     TypeError
         Not a NumPy array, other dtypes.
     """
+    if dispatch.on_device(x):
+        from fastbn import device
+
+        y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+        return y
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
 
 
@@ -161,6 +174,11 @@ def frozen(
 
     ``mask`` and ``lengths`` as in ``batch_norm_train``: y and the gradient of x are zero where they exclude a value.
     """
+    if dispatch.on_device(x):
+        from fastbn import device
+
+        device.refuse(mask=mask, lengths=lengths)
+        return device.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
 
     def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
         return core.frozen(
@@ -210,6 +228,11 @@ def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
 
 
 def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
+    if dispatch.on_device(x):
+        from fastbn import device
+
+        device.refuse(mask=mask, lengths=lengths)
+        return device.moments_of(x, axis)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     if mask is not None or lengths is not None:

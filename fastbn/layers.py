@@ -114,6 +114,7 @@ class BatchNorm(Layer):
             Shape and dtype of x.
         """
         self._check(x)
+        self._follow(x)
         if self.running_mean is not None and (self.frozen or not self.training):
             y, self._saved = functional.frozen(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, functional
+from fastbn import arguments, dispatch, functional
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 Array = npt.NDArray[Any]
@@ -59,6 +59,7 @@ class Layer:
     dtype: np.dtype[Any]
     running_mean: Array | None = None
     num_batches_tracked: Any = 0  # an integer, or one per time step
+    _away: bool = False  # the arrays are on a GPU
 
     def __init__(self) -> None:
         self.training = True
@@ -84,9 +85,18 @@ class Layer:
         """Normalise by the running statistics, if any; returns self."""
         return self.train(False)
 
+    def _follow(self, x: Any) -> None:
+        """Keep the layer's arrays where x is: on its GPU, or on the host."""
+        if type(x) is np.ndarray and not self._away:
+            return
+        from fastbn import device
+
+        device.follow(self, x)
+        self._away = dispatch.on_device(x)
+
     def state_dict(self) -> dict[str, Array]:
         """Return copies of parameters and statistics under PyTorch's keys; absent ones are left out."""
-        state = {key: np.array(value) for key in self.arrays if (value := getattr(self, key)) is not None}
+        state = {key: _copied(value) for key in self.arrays if (value := getattr(self, key)) is not None}
         if self.running_mean is not None:
             state[COUNTER] = np.array(self.num_batches_tracked, np.int64)
         return state
@@ -114,6 +124,15 @@ class Layer:
         values = {key: _loaded(key, state[key], like) for key, like in own.items() if key in state}
         for key, value in values.items():
             setattr(self, key, int(value) if value.shape == () else value)
+
+
+def _copied(value: Any) -> Array:
+    if not dispatch.on_device(value):
+        return np.array(value)
+    from fastbn import device
+
+    copied: Array = device.host(value)
+    return copied
 
 
 def _loaded(key: str, value: Any, like: Array) -> Array:

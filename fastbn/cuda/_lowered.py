@@ -1,5 +1,6 @@
 """``simd`` on the GPU: LLVM and PTX for each operation."""
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import functools

@@ -73,7 +73,7 @@ def access(kind: str, W: int) -> Any:
     def keep(shared: Array, index: Any, raw: Array) -> None:
         _place(shared, index, 4, True)[:] = raw.view(np.int32)
 
-    def recall(shared: Array, index: Any) -> Array:
+    def recall(shared: Any, index: Any) -> Array:
         array = shared.array if type(shared) is Memory else shared
         raw: Array = _place(shared, index, 16 // array.itemsize, True).copy().view(np.dtype(memory))
         return raw

@@ -107,6 +107,10 @@ class Library:
         """Return the values as a NumPy array; waits for the GPU."""
         raise NotImplementedError
 
+    def put(self, values: Any, like: Any) -> Any:
+        """Copy a NumPy array to the device of ``like``."""
+        raise NotImplementedError
+
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
         """Return a view with the axes in another order."""
         return value.transpose(order)
@@ -146,6 +150,9 @@ class Torch(Library):
     def host(self, value: Any) -> Any:  # noqa: D102
         return value.detach().cpu().numpy()
 
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        return self.torch.from_numpy(values.copy()).to(like.device)
+
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         return value.permute(order)
 
@@ -178,6 +185,10 @@ class CuPy(Library):
 
     def host(self, value: Any) -> Any:  # noqa: D102
         return self.cupy.asnumpy(value)
+
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        with like.device:
+            return self.cupy.array(values)
 
     def stream(self, value: Any) -> int:  # noqa: D102
         return int(self.cupy.cuda.get_current_stream().ptr)
@@ -219,6 +230,11 @@ class Numba(Library):
 
     def host(self, value: Any) -> Any:  # noqa: D102
         return value.copy_to_host()
+
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        from fastbn.cuda.driver import cuda
+
+        return cuda.to_device(values)
 
     def stream(self, value: Any) -> int:  # noqa: D102
         stream = value.__cuda_array_interface__.get("stream")
@@ -314,7 +330,7 @@ def on_device(value: Any) -> bool:
     """Tell whether this is an array on a GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return bool(value.is_cuda)
+        return bool(getattr(value, "is_cuda", False))
     return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
 
 
@@ -322,9 +338,10 @@ def wrap(name: str, value: Any) -> DeviceArray:
     """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
     try:
         from fastbn.cuda.driver import check, current_device
+
+        check()
     except DeviceError as error:
-        raise DeviceError(f"{name}: {error}") from error
-    check()
+        raise DeviceError(f"{name}: expected a NumPy array on this machine, got a CUDA array: {error}") from error
     array = _library(value).wrap(value, name)
     here = current_device()
     if array.device is not None and array.device != here:

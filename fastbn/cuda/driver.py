@@ -10,6 +10,7 @@ In the simulator (``NUMBA_ENABLE_CUDASIM=1``) an address is one of host memory a
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -22,10 +23,10 @@ from fastbn.cuda.arrays import INSTALL, Flat
 from fastbn.errors import DeviceError
 
 try:
-    import numba_cuda  # noqa: F401  (numba's own copy of numba.cuda is frozen and too old)
+    importlib.import_module("numba_cuda")  # numba's own copy of numba.cuda is frozen and too old
     from numba import cuda, types
 except ImportError as error:
-    raise DeviceError(f"a CUDA array needs numba-cuda, which is not installed: {INSTALL}") from error
+    raise DeviceError(f"it needs numba-cuda, which is not installed: {INSTALL}") from error
 
 __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", "run", "types"]
 
@@ -42,9 +43,9 @@ def check() -> None:
     try:
         available = cuda.is_available()
     except Exception as error:
-        raise DeviceError(f"a CUDA array needs the CUDA libraries: {error}; {INSTALL}") from error
+        raise DeviceError(f"it needs the CUDA libraries: {error}; {INSTALL}") from error
     if not available:
-        raise DeviceError(f"a CUDA array needs an NVIDIA driver and a GPU, none was found; then {INSTALL}")
+        raise DeviceError(f"it needs an NVIDIA driver and a GPU, none was found; then {INSTALL}")
     capability = cuda.get_current_device().compute_capability
     if tuple(capability) < (8, 0):
         raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, this GPU has {capability}")
@@ -127,8 +128,7 @@ class Kernel:
         here = current_device()
         if not size or SIMULATED or here in self._large:
             return
-        from cuda.bindings import driver as bindings  # what numba-cuda stands on
-
+        bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         function = next(iter(self.compiled.overloads.values()))._codelibrary.get_cufunc()
         most = device_properties()[1]
         attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -8,6 +8,7 @@ PyTorch: (1 - momentum)*old + momentum*new with the unbiased variance n/(n-1). W
 mean, or squares left float32's range, the block sums the channel again about the mean itself, scaled: slow and right.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import functools

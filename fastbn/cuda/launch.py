@@ -39,11 +39,6 @@ def _moves(moved: tuple[Any, Any]) -> int:
     return 4 if moved[0] is not None else 0
 
 
-def _unbias(dims: Dims) -> float:
-    n = dims[0] * dims[2]
-    return n / (n - 1.0) if n > 1 else math.nan
-
-
 def _stage(p: Plan) -> Any:
     return rows if p.rows else planes
 
@@ -66,11 +61,17 @@ def _sums(
     run(_stage(p).sums(what), (p.across, p.parts), stream, args)
 
 
+def _moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
+    """The numbers with which statistics are taken and running ones move, as the kernels take them."""
+    n = dims[0] * dims[2]
+    unbias = 1.0 if not unbiased else n / (n - 1.0) if n > 1 else math.nan
+    return eps, 1.0 - momentum, momentum, unbias
+
+
 def _settle(
-    x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float,
+    x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, moving: tuple[float, ...],
     stream: int,
 ) -> None:  # fmt: skip
-    moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
     args = (x, partial, stats, *moved, *dims, p.depth, p.columns, p.group, *moving, _moves(moved))
     run(finalize.settle_train(x.kind, tuning.THREADS), (-(-dims[1] // p.group),), stream, args)
 
@@ -85,60 +86,53 @@ def _normalise(
     run(_stage(p).normalise(what), (p.across, p.apply_parts), stream, args)
 
 
-def _moments(x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, eps: float, momentum: float, stream: int) -> Flat:
+def _moments(x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, moving: tuple[float, ...], stream: int) -> Flat:
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
     stats: Flat = x.owner.vector(4 * dims[1])
     what = Variant(x.kind, p.W, tuning.THREADS)
     _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream)
-    _settle(x, p, partial, stats, moved, dims, eps, momentum, stream)
+    _settle(x, p, partial, stats, moved, dims, moving, stream)
     return stats
 
 
 def train(
     x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, running_mean: Flat | None,
-    running_var: Flat | None, dims: Dims, eps: float, momentum: float, relu: bool | None,
+    running_var: Flat | None, dims: Dims, eps: float, momentum: float, relu: bool | None, unbiased: bool = True,
 ) -> Flat:  # fmt: skip
     """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
     check()
     stream, aligned, moved = x.owner.stream(), _aligned(x, residual, out), (running_mean, running_var)
+    moving, params, tensors = _moving(dims, eps, momentum, unbiased), (weight, bias), (x, residual, out)
+    flags = _flags(weight, bias) | _moves(moved)
+    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], 0, relu=bool(relu), residual=residual is not None)
     threads, shared = slab_plan(dims, x.kind, aligned, 1, device_properties()[1])
     if threads:
-        stats = x.owner.vector(4 * dims[1])
-        what = Variant(x.kind, 16 // ITEMSIZE[x.kind], threads, relu=bool(relu), residual=residual is not None)
-        flags = _flags(weight, bias) | _moves(moved)
-        moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
-        args = (x, residual, out, stats, weight, bias, *moved, *dims, *moving, flags)
-        run(slab.train(what), (dims[1],), stream, args, shared)
+        stats: Flat = x.owner.vector(4 * dims[1])
+        args: Any = (*tensors, stats, *params, *moved, *dims, *moving, flags)
+        run(slab.train(what._replace(threads=threads)), (dims[1],), stream, args, shared)
         return stats
     one = persistent_plan(dims, x.kind, aligned, 1, *device_properties())
     if one.threads:
-        return _train_at_once(x, residual, out, (weight, bias), moved, dims, (eps, momentum), relu, one)
+        stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
+        args = (*tensors, stats, *params, *moved, partial, *_cut(one, dims), *moving, flags)
+        kernel = persistent.train(what._replace(threads=one.threads))
+        run(kernel, (one.across, one.parts), stream, args, one.shared)
+        return stats
     p = plan(dims, x.kind, aligned)
-    stats = _moments(x, p, moved, dims, eps, momentum, stream)
-    what = Variant(x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None)
-    _normalise(p, what, (x, residual, out), stats, None, (weight, bias), 0.0, dims, stream)
+    stats = _moments(x, p, moved, dims, moving, stream)
+    _normalise(p, what._replace(W=p.W, threads=tuning.THREADS), tensors, stats, None, params, 0.0, dims, stream)
     return stats
 
 
-def _train_at_once(
-    x: Flat, residual: Flat | None, out: Flat, params: tuple[Any, Any], moved: tuple[Any, Any], dims: Dims,
-    numbers: tuple[float, float], relu: bool | None, one: Persistent,
-) -> Flat:  # fmt: skip
-    eps, momentum = numbers
-    stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
-    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], one.threads, relu=bool(relu), residual=residual is not None)
-    cut = (dims[1], dims[0], one.parts, one.chunk, one.tx, one.kept)
-    moving = (eps, 1.0 - momentum, momentum, _unbias(dims))
-    args = (x, residual, out, stats, *params, *moved, partial, *cut, *moving, _flags(*params) | _moves(moved))
-    run(persistent.train(what), (one.across, one.parts), x.owner.stream(), args, one.shared)
-    return stats
+def _cut(one: Persistent, dims: Dims) -> tuple[int, ...]:
+    return dims[1], dims[0], one.parts, one.chunk, one.tx, one.kept
 
 
 def moments(x: Flat, dims: Dims, eps: float) -> Flat:
     """Statistics alone."""
     check()
     p = plan(dims, x.kind, _aligned(x))
-    return _moments(x, p, (None, None), dims, eps, 0.0, x.owner.stream())
+    return _moments(x, p, (None, None), dims, _moving(dims, eps, 0.0), x.owner.stream())
 
 
 def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
@@ -185,9 +179,14 @@ def backward(
         dweight, dbias = x.owner.vector(C), x.owner.vector(C)
         partial = x.owner.scratch(2 * one.parts * C)
         tensors, vectors = (x, grad, y, out, grad_residual), (stats, weight, bias, dweight, dbias, partial)
-        cut = (C, dims[0], one.parts, one.chunk, one.tx, one.kept)
         kernel = persistent.backward(what._replace(threads=one.threads))
-        run(kernel, (one.across, one.parts), stream, (*tensors, *vectors, *cut, _flags(weight, bias)), one.shared)
+        run(
+            kernel,
+            (one.across, one.parts),
+            stream,
+            (*tensors, *vectors, *_cut(one, dims), _flags(weight, bias)),
+            one.shared,
+        )
         return dweight, dbias
     p = plan(dims, x.kind, aligned)
     what = what._replace(W=p.W, threads=tuning.THREADS)

@@ -8,6 +8,7 @@ Floor of the sums: one read a tensor; of apply: one read and one write a tensor,
 goes through the blocks backwards. ``partial`` is (2, P, V), added up in the order of its rows by ``finalize``.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import functools

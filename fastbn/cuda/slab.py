@@ -5,6 +5,7 @@ Each thread reads back only what it kept itself. For channels of up to a block's
 backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import functools

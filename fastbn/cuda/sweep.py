@@ -4,6 +4,7 @@ Per-channel constants are numbers in the channels-first kernels and vectors in t
 variant (a ``Variant``) as Python constants, so that the branches that are not taken do not exist in the machine code.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,0 +1,72 @@
+"""The public functions and the layer with arrays on a GPU: the same names, the same kind back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import reference
+from fastbn.functional import frozen
+from tests.cuda.device import GpuArray, Pretended, get, put, through_gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    monkeypatch.setattr(Pretended, "put", lambda self, values, like: GpuArray.of(values), raising=False)
+    through_gpu(monkeypatch)
+
+
+def test_functions_return_the_same_kind(rng):
+    x, grad = rng.standard_normal((2, 6, 3, 10)).astype(np.float32)
+    w, rm, rv = np.ones(3, np.float32), put(np.zeros(3, np.float32)), put(np.ones(3, np.float32))
+    y, saved = fastbn.batch_norm_train(put(x), put(w), put(w), rm, rv)
+    mean, var = reference.statistics(x)
+    np.testing.assert_allclose(get(y), reference.apply(x, mean, var, w, w), atol=4e-6)
+    np.testing.assert_allclose(get(rm), 0.1 * mean, rtol=1e-5, atol=1e-7)
+    grads = fastbn.backward(put(grad), saved)
+    assert all(isinstance(a, GpuArray) for a in (y, saved.mean, saved.variance, *grads[:3]))
+    assert isinstance(fastbn.batch_norm_infer(put(x), rm, rv), GpuArray)
+    y, saved = frozen(put(x), rm, rv)
+    assert isinstance(y, GpuArray) and saved.moments.count == 60
+    found = fastbn.Moments.of(put(x))
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_running_statistics_may_stay_or_be_biased(rng):
+    x = rng.standard_normal((6, 3, 10)).astype(np.float32)
+    rm, rv = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32))
+    _, saved = fastbn.batch_norm_train(put(x), None, None, rm, rv, update_stats=False)
+    assert not get(rm).any() and (get(rv) == 1).all() and saved.updated == 0
+    fastbn.batch_norm_train(put(x), None, None, rm, rv, unbiased=False, momentum=1.0)
+    np.testing.assert_allclose(get(rv), reference.statistics(x)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("option", [{"mask": np.ones((6, 10), bool)}, {"ghost": 2}, {"renorm": (3.0, 5.0)}])
+def test_options_that_only_the_cpu_has_are_refused(option):
+    with pytest.raises(fastbn.ArgumentValueError, match=f"{next(iter(option))}: expected None for arrays on a GPU"):
+        fastbn.batch_norm_train(put(np.ones((6, 3, 10), np.float32)), **option)
+
+
+def test_operations_without_a_gpu_kernel_say_so():
+    with pytest.raises(fastbn.DeviceError, match="copy the array to the host"):
+        fastbn.layer_norm(put(np.ones((6, 3), np.float32)))
+    with pytest.raises(fastbn.DeviceError, match="copy the array to the host"):
+        fastbn.batch_norm_infer(np.ones((6, 3), np.float32), put(np.ones(3, np.float32)), np.ones(3, np.float32))
+
+
+def test_the_layer_follows_its_input(rng):
+    x, grad = rng.standard_normal((2, 6, 3, 10)).astype(np.float32)
+    here, there = fastbn.BatchNorm(3, activation="relu"), fastbn.BatchNorm(3, activation="relu")
+    for _ in range(2):
+        want, got = here(x), there(put(x))
+        np.testing.assert_allclose(get(got), want, atol=1e-5)
+        np.testing.assert_allclose(get(there.backward(put(grad)).input), here.backward(grad).input, atol=1e-5)
+    assert isinstance(there.running_mean, GpuArray) and there.num_batches_tracked == 2
+    for key, value in there.state_dict().items():
+        assert isinstance(value, np.ndarray)
+        np.testing.assert_allclose(value, here.state_dict()[key], rtol=1e-5, atol=1e-6)
+    there.load_state_dict(here.state_dict())
+    np.testing.assert_allclose(get(there.eval()(put(x))), here.eval()(x), atol=1e-5)
+    np.testing.assert_allclose(there(x), here(x), atol=1e-6)
+    assert isinstance(there.running_mean, np.ndarray)
