@@ -41,7 +41,8 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     TypeError
         `model` is neither a ModelProto nor a path.
     ValueError
-        The model has no graph, or sparse initializers in a control-flow body, or its external data is missing, too short, or outside the model's folder.
+        The model has no graph, or sparse initializers in a control-flow body, or its external data is missing, too
+        short, or outside the model's folder.
     """
     if isinstance(model, onnx.ModelProto):
         proto, folder = model, ""
