@@ -54,7 +54,8 @@ class FoldResult:
         """A new, self-contained model; equal to the input where nothing could be folded. Made on first use."""
         if self._proto is None:
             assert self._edited is not None
-            self._proto = inline_proto(self._edited)
+            with _uncollected():
+                self._proto = inline_proto(self._edited)
         return self._proto
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -30,6 +30,7 @@ EXPRESSIONS = {
     "sub": lambda m, x: m.op("Sub", m.constant(np.float32(0.1)), x),
     "mul": lambda m, x: m.op("Mul", x, m.constant(np.array([1, 2, 3, 4], "f"))),
     "div": lambda m, x: m.op("Div", x, m.constant(np.float32(3))),
+    "integer division": lambda m, x: m.op("Div", m.ints(7, 8), m.ints(2)),
     "pow": lambda m, x: m.op("Pow", x, m.constant(np.float32(-0.5))),
     "sqrt": lambda m, x: m.op("Sqrt", x),
     "reciprocal": lambda m, x: m.op("Reciprocal", x),
@@ -74,7 +75,7 @@ def test_expression(case):
 UNKNOWN = {
     "input": lambda m: m.op("Add", m.input(3), m.constant(np.float32(1))),
     "random": lambda m: m.op("Add", m.op("RandomNormal", shape=[3]), m.constant(np.float32(1))),
-    "integer division": lambda m: m.op("Div", m.ints(7), m.ints(2)),
+    "negative integer division": lambda m: m.op("Div", m.ints(-7), m.ints(2)),
     "float to integer": lambda m: m.op("Cast", m.constant(np.float32([1.5])), to=7),
     "unknown shape": lambda m: m.op("Shape", m.input("N", 3)),
     "other operator": lambda m: m.op("Sigmoid", m.constant(np.float32([1.5]))),
