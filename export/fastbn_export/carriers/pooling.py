@@ -31,68 +31,61 @@ def _not_negative(site: Site) -> None:
         raise Refused(f"a negative scale turns the maximum of {site.node.op_type} into a minimum")
 
 
+class Commuting(Operator):
+    """An operator that commutes with every map that `check` lets pass."""
+
+    def check(self, site: Site) -> None:
+        """Refuse what does not commute."""
+
+    def pull(self, site: Site) -> Sequence[Step]:
+        """Before instead of after."""
+        self.check(site)
+        return _through(site, True)
+
+    def push(self, site: Site) -> Sequence[Step]:
+        """After instead of before."""
+        self.check(site)
+        return _through(site, False)
+
+
 @operator("AveragePool")
-class AveragePool(Operator):
+class AveragePool(Commuting):
     """Counts its padding as zeros only with count_include_pad."""
 
     upstream = downstream = "carries; a shift only where padding is absent or not counted"
 
-    def _check(self, site: Site) -> None:
+    def check(self, site: Site) -> None:
+        """Refuse what does not commute."""
         _channels_first(site)
         padded = any(site.ints("pads") or ()) or site.text("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
         counted = site.int("count_include_pad", 0) and (padded or site.int("ceil_mode", 0))
         if counted and site.affine.has_shift:
             raise Refused("AveragePool counts padded zeros, and the shift is not zero")
 
-    def pull(self, site: Site) -> Sequence[Step]:
-        """Averages commute."""
-        self._check(site)
-        return _through(site, True)
-
-    def push(self, site: Site) -> Sequence[Step]:
-        """Averages commute."""
-        self._check(site)
-        return _through(site, False)
-
 
 @operator("GlobalAveragePool")
-class GlobalAveragePool(Operator):
+class GlobalAveragePool(Commuting):
     """The mean over all positions."""
 
     upstream = downstream = "carries"
 
-    def pull(self, site: Site) -> Sequence[Step]:
-        """Averages commute."""
+    def check(self, site: Site) -> None:
+        """Only the channel axis stays."""
         _channels_first(site)
-        return _through(site, True)
-
-    def push(self, site: Site) -> Sequence[Step]:
-        """Averages commute."""
-        _channels_first(site)
-        return _through(site, False)
 
 
 @operator("MaxPool", "GlobalMaxPool")
-class MaxPool(Operator):
+class MaxPool(Commuting):
     """The maximum commutes with any increasing map; padding is minus infinity."""
 
     upstream = downstream = "carries where no scale is negative and the indices are not used"
 
-    def _check(self, site: Site) -> None:
+    def check(self, site: Site) -> None:
+        """Refuse what does not commute."""
         _channels_first(site)
         _not_negative(site)
         if site.index or any(o.uses() or o.is_graph_output() for o in site.node.outputs[1:]):
             raise Refused("the indices of MaxPool are used")
-
-    def pull(self, site: Site) -> Sequence[Step]:
-        """Increasing maps commute."""
-        self._check(site)
-        return _through(site, True)
-
-    def push(self, site: Site) -> Sequence[Step]:
-        """Increasing maps commute."""
-        self._check(site)
-        return _through(site, False)
 
 
 @operator("ReduceMean", "ReduceSum", "ReduceMax")
@@ -143,14 +136,15 @@ class Reduce(Operator):
 
 
 @operator("Resize", "Upsample")
-class Resize(Operator):
+class Resize(Commuting):
     """Interpolation weights sum to one; only tf_crop_and_resize writes values from outside."""
 
     upstream = downstream = (
         "carries (tf_crop_and_resize a scale only, where it fills in zeros); the channels must not be resized"
     )
 
-    def _check(self, site: Site) -> None:
+    def check(self, site: Site) -> None:
+        """Refuse what does not commute."""
         if site.text("coordinate_transformation_mode", "") == "tf_crop_and_resize" and (
             site.affine.has_shift or site.float("extrapolation_value", 0.0) != 0.0
         ):
@@ -159,13 +153,3 @@ class Resize(Operator):
         axis = site.affine.axis
         if axis >= len(before) or not isinstance(before[axis], int) or before[axis] != after[axis]:
             raise Refused(f"{site.node.op_type} may resize the channel axis")
-
-    def pull(self, site: Site) -> Sequence[Step]:
-        """Interpolation commutes."""
-        self._check(site)
-        return _through(site, True)
-
-    def push(self, site: Site) -> Sequence[Step]:
-        """Interpolation commutes."""
-        self._check(site)
-        return _through(site, False)
