@@ -26,6 +26,7 @@ def statistics(x: Array, axis: int = 1) -> tuple[Array, Array]:
     """Mean and biased variance by channel: mean = sum(x)/n, var = sum((x - mean)^2)/n."""
     rows = np.moveaxis(np.asarray(x, np.float64), axis, -1).reshape(-1, x.shape[axis])
     mean = rows[0] + (rows - rows[0]).mean(0)  # about the first value: a constant channel has variance 0 exactly
+    mean = np.where(np.isfinite(mean), mean, rows.mean(0))  # unless that is inf
     return mean, np.square(rows - mean).mean(0)
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 
+import numba
 import numpy as np
 import pytest
 
@@ -42,6 +43,7 @@ def test_moments(without_jit, rng):
     np.testing.assert_allclose(m.variance(), x.var((0, 2)), rtol=1e-12)
 
 
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="needs the kernels")
 @pytest.mark.parametrize("kind", [np.uint16, np.int16], ids=["float16", "bfloat16"])
 def test_half_types_are_decoded_and_rounded_as_the_kernels_do(kind, rng):
     """Every one of the 65536 codes, through inference with a scale that has to round."""

@@ -16,7 +16,6 @@ import fastbn
 from fastbn.cpu import launch, pool
 from tests.oracle import ALL_SHAPES, SHAPES
 
-
 if numba.config.DISABLE_JIT:
     pytest.skip("kernels exist in compiled code only", allow_module_level=True)
 
