@@ -14,7 +14,8 @@ import functools
 
 from fastbn.cuda.channel import make_affine, make_combine, make_keep, make_pivot, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.finalize import add_pair, make_again, make_resolve
+from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.meeting import make_collect, make_publish
 from fastbn.cuda.rows import TX, place
 from fastbn.cuda.simd import access, add, fma
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
@@ -22,99 +23,100 @@ from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 int32, int64 = types.int32, types.int64
 
 
-def make_publish(kind: str, W: int, threads: int):
-    """Add up the rows of the block, column by column, and write the sums where the other blocks find them."""
-    A, scatter, half = ARITHMETIC[kind], access(kind, W).scatter, threads * W
+def make_absorb(what: Variant):
+    """Sum a thread's rows and keep the first of them; returns the sums, how many rows, and where they end."""
+    kind, W, threads = what.kind, what.W, what.threads
+    io, terms = access(kind, W), make_terms(what)
+    load, splat, keep_raw, zero = io.load, io.splat, io.keep, ARITHMETIC[kind](0)
 
     @device
-    def publish(s, q, red, partial, part, P, V, tile, width, tx, ty, height):
-        if ty < height:
-            scatter(red, ty * width + tx * W, s)
-            scatter(red, half + ty * width + tx * W, q)
-        cuda.syncthreads()
+    def absorb(x, slab, m, at, step, r, end, height, kept):
+        tid, count = cuda.threadIdx.x, int32(0)
+        s = q = splat(zero)
+        while r + height < end:
+            x0, x1 = load(x, at), load(x, at + step)
+            if count < kept:
+                keep_raw(slab, 4 * (count * threads + tid), x0)
+            if count + 1 < kept:
+                keep_raw(slab, 4 * ((count + 1) * threads + tid), x1)
+            u0, t0 = terms(x0, x0, x0, m, m, m, m)
+            u1, t1 = terms(x1, x1, x1, m, m, m, m)
+            s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
+            at += 2 * step
+            r, count = int32(r + 2 * height), int32(count + 2)
+        if r < end:
+            x0 = load(x, at)
+            if count < kept:
+                keep_raw(slab, 4 * (count * threads + tid), x0)
+            u0, t0 = terms(x0, x0, x0, m, m, m, m)
+            s, q = add(s, u0), fma(u0, t0, q)
+            at += step
+            count = int32(count + 1)
+        return s, q, count, at
+
+    return absorb
+
+
+def make_settle(what: Variant):
+    """From the collected sums to the constants (m, k, b) of the tile's columns; the first part writes statistics."""
+    kind, W, threads = what.kind, what.W, what.threads
+    A, wide, resolve = ARITHMETIC[kind], TX * W, make_resolve(kind)
+    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
+    _, column = make_collect(kind, W, threads)
+
+    @device
+    def put(constants, j, c, C, found, outputs, moving, flags):
+        stats, weight, bias, running_mean, running_var = outputs
+        mean, rest, _, invstd = found
+        k, b = combine(invstd, rest, weight, bias, c, flags)
+        constants[j], constants[wide + j], constants[2 * wide + j] = mean, k, b
+        if cuda.blockIdx.y == 0:
+            keep, momentum, unbias = moving
+            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)
+
+    @device
+    def settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags):
+        first = cuda.blockIdx.x * width
         for j in range(cuda.threadIdx.x, width, threads):
-            v = tile * width + j
-            if v < V:
-                a = b = A(0)
-                for i in range(height):
-                    a += red[i * width + j]
-                    b += red[half + i * width + j]
-                partial[int64(part) * V + v] = a
-                partial[int64(P + part) * V + v] = b
-        cuda.cg.this_grid().sync()
-
-    return publish
-
-
-def make_collect(kind: str, W: int, threads: int):
-    """Behind the barrier: the sums of all parts, added slot by slot into ``red``; returns the number of slots."""
-    wide_kind = "f64" if kind == "f64" else "f32"
-    A, L, half = ARITHMETIC[kind], 2 if kind == "f64" else 4, threads * W
-    io = access(wide_kind, L)
-    recall, decode, splat, scatter = io.recall, io.decode, io.splat, io.scatter
-
-    @device
-    def collect(red, partial, P, V, tile, width):
-        groups = width // L
-        slots = threads // groups
-        slot = cuda.threadIdx.x // groups
-        at = (cuda.threadIdx.x - slot * groups) * L
-        s = q = splat(A(0))
-        if slot < slots and tile * width + at < V:
-            p = slot
-            while p < P:
-                s = add(s, decode(recall(partial, int64(p) * V + tile * width + at)))
-                q = add(q, decode(recall(partial, int64(P + p) * V + tile * width + at)))
-                p += slots
-        if slot < slots:
-            scatter(red, slot * width + at, s)
-            scatter(red, half + slot * width + at, q)
+            bad[j] = 0
+            if first + j < C:
+                sd, se, qd, qe = column(red, j, width, slots)
+                good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, A(R), eps)
+                if good:
+                    put(constants, j, first + j, C, (mean, rest, var, invstd), outputs, moving, flags)
+                else:
+                    bad[j] = 1
         cuda.syncthreads()
-        return slots
+        for j in range(width):
+            if bad[j] != 0:
+                found = again(x, first + j, R, C, 1, eps, red)
+                if cuda.threadIdx.x == 0:
+                    put(constants, j, first + j, C, found, outputs, moving, flags)
+        cuda.syncthreads()
 
-    @device
-    def column(red, j, width, slots):
-        s = se = q = qe = A(0)
-        for i in range(slots):
-            s, se = add_pair(s, se, red[i * width + j], A(0))
-            q, qe = add_pair(q, qe, red[half + i * width + j], A(0))
-        return s, se, q, qe
-
-    return collect, column
+    return settle
 
 
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
-    load, load_last, store, splat, gather = io.load, io.load_last, io.store, io.splat, io.gather
-    keep_raw, recall, pivot, resolve = io.keep, io.recall, make_pivot(kind), make_resolve(kind)
-    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
-    publish, (collect, column) = make_publish(kind, W, threads), make_collect(kind, W, threads)
+    A, io, output, pivot = ARITHMETIC[kind], access(kind, W), make_output(what), make_pivot(kind)
+    load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
+    absorb, settle = make_absorb(what), make_settle(what)
+    publish, (collect, _) = make_publish(kind, W, threads), make_collect(kind, W, threads)
     wide, three, both = TX * W, 3 * TX * W, 2 * threads * W
-
-    @device
-    def settle(constants, stats, weight, bias, running_mean, running_var, c, C, j, found, moving, flags, first):
-        mean, rest, _, invstd = found
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        constants[j], constants[wide + j], constants[2 * wide + j] = mean, k, b
-        if first:
-            keep, momentum, unbias = moving
-            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)
 
     @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, 1)
     def rows_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, C, R, P, chunk, tx_count, kept, eps, keep,
         momentum, unbias, flags,
     ):  # fmt: skip
-        slab = cuda.shared.array(0, int32)
-        constants = cuda.shared.array(three, A)
+        slab, constants = cuda.shared.array(0, int32), cuda.shared.array(three, A)
         red = cuda.shared.array(both, A)
         bad = cuda.shared.array(wide, int32)
         tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
         for j in range(tid, width, threads):
-            bad[j] = 0
             if tile * width + j < C:
                 constants[j] = pivot(x, tile * width + j, R, C, 1)
         cuda.syncthreads()
@@ -124,53 +126,11 @@ def train(what: Variant):
         s = q = splat(A(0))
         count = int32(0)
         if active:
-            m = gather(constants, tx * W)
-            while r + height < end:
-                x0, x1 = load(x, at), load(x, at + step)
-                if count < kept:
-                    keep_raw(slab, 4 * (count * threads + tid), x0)
-                if count + 1 < kept:
-                    keep_raw(slab, 4 * ((count + 1) * threads + tid), x1)
-                u0, t0 = terms(x0, x0, x0, m, m, m, m)
-                u1, t1 = terms(x1, x1, x1, m, m, m, m)
-                s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
-                at += 2 * step
-                r, count = int32(r + 2 * height), int32(count + 2)
-            if r < end:
-                x0 = load(x, at)
-                if count < kept:
-                    keep_raw(slab, 4 * (count * threads + tid), x0)
-                u0, t0 = terms(x0, x0, x0, m, m, m, m)
-                s, q = add(s, u0), fma(u0, t0, q)
-                at += step
-                count = int32(count + 1)
+            s, q, count, at = absorb(x, slab, gather(constants, tx * W), at, step, r, end, height, kept)
         publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
         slots = collect(red, partial, P, C, tile, width)
-        moving = (keep, momentum, unbias)
-        for j in range(tid, width, threads):
-            c = tile * width + j
-            if c < C:
-                sd, se, qd, qe = column(red, j, width, slots)
-                good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, A(R), eps)
-                found = (mean, rest, var, invstd)
-                if good:
-                    settle(
-                        constants, stats, weight, bias, running_mean, running_var, c, C, j, found, moving, flags,
-                        part == 0,
-                    )  # fmt: skip
-                else:
-                    bad[j] = 1
-        cuda.syncthreads()
-        for j in range(width):
-            if bad[j] != 0:
-                c = tile * width + j
-                found = again(x, c, R, C, 1, eps, red)
-                if tid == 0:
-                    settle(
-                        constants, stats, weight, bias, running_mean, running_var, c, C, j, found, moving, flags,
-                        part == 0,
-                    )  # fmt: skip
-        cuda.syncthreads()
+        outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
+        settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags)
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
             while count > 0:
@@ -185,6 +145,30 @@ def train(what: Variant):
     return rows_train
 
 
+def make_settle_gradients(what: Variant):
+    """From the collected sums to the slopes (c1, c0) of the tile's columns; the first part writes their gradients."""
+    kind, W, threads = what.kind, what.W, what.threads
+    A, wide, affine, slopes = ARITHMETIC[kind], TX * W, make_affine(kind, False), make_slopes(kind)
+    _, column = make_collect(kind, W, threads)
+
+    @device
+    def settle(constants, red, C, R, width, slots, stats, weight, bias, dweight, dbias, flags):
+        for j in range(cuda.threadIdx.x, width, threads):
+            c = cuda.blockIdx.x * width + j
+            if c < C:
+                sd, se, qd, qe = column(red, j, width, slots)
+                _, invstd, k, _, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
+                db = sd + se
+                dw = (qd + qe) - rest * invstd * db
+                c1, c0 = slopes(dw, db, invstd, k, rest, int64(R))
+                constants[4 * wide + j], constants[5 * wide + j] = c1, c0
+                if cuda.blockIdx.y == 0:
+                    dweight[c], dbias[c] = dw, db
+        cuda.syncthreads()
+
+    return settle
+
+
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
@@ -194,16 +178,15 @@ def backward(what: Variant):
     load, load_last, store, splat, gather = io.load, io.load_last, io.store, io.splat, io.gather
     keep_raw, recall, encode = io.keep, io.recall, io.encode
     kept_terms = make_terms(what._replace(relu=False, residual=False))
-    affine, slopes = make_affine(kind, False), make_slopes(kind)
-    publish, (collect, column) = make_publish(kind, W, threads), make_collect(kind, W, threads)
+    affine, settle = make_affine(kind, False), make_settle_gradients(what)
+    publish, (collect, _) = make_publish(kind, W, threads), make_collect(kind, W, threads)
     wide, six, both = TX * W, 6 * TX * W, 2 * threads * W
 
     @kernel("TTTTTAAAAAAiiiiiii", kind, threads, 1)
     def rows_backward(
         x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, C, R, P, chunk, tx_count, kept, flags
     ):
-        slab = cuda.shared.array(0, int32)
-        constants = cuda.shared.array(six, A)
+        slab, constants = cuda.shared.array(0, int32), cuda.shared.array(six, A)
         red = cuda.shared.array(both, A)
         tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
         for j in range(tid, width, threads):
@@ -237,18 +220,7 @@ def backward(what: Variant):
                 r, count = int32(r + height), int32(count + 1)
         publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
         slots = collect(red, partial, P, C, tile, width)
-        for j in range(tid, width, threads):
-            c = tile * width + j
-            if c < C:
-                sd, se, qd, qe = column(red, j, width, slots)
-                _, invstd_c, k_c, _, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
-                db = sd + se
-                dw = (qd + qe) - rest * invstd_c * db
-                c1_c, c0_c = slopes(dw, db, invstd_c, k_c, rest, int64(R))
-                constants[4 * wide + j], constants[5 * wide + j] = c1_c, c0_c
-                if part == 0:
-                    dweight[c], dbias[c] = dw, db
-        cuda.syncthreads()
+        settle(constants, red, C, R, width, slots, stats, weight, bias, dweight, dbias, flags)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)

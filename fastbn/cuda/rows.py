@@ -32,16 +32,38 @@ def place(tx_count, threads, tile, V, W):
     return int32(tx), int32(ty), int32(height), int32(column), ty < height and column < V
 
 
+def make_reduce(kind: str, W: int, threads: int):
+    """Add up the sums of a tile's rows, column by column, and write them as this part's."""
+    A, scatter, half = ARITHMETIC[kind], access(kind, W).scatter, threads * W
+
+    @device
+    def reduce(s, q, red, partial, part, P, V, tile, width, tx, ty, height):
+        if ty < height:
+            scatter(red, ty * width + tx * W, s)
+            scatter(red, half + ty * width + tx * W, q)
+        cuda.syncthreads()
+        for j in range(cuda.threadIdx.x, width, threads):
+            v = tile * width + j
+            if v < V:
+                a = b = A(0)
+                for i in range(height):
+                    a += red[i * width + j]
+                    b += red[half + i * width + j]
+                partial[int64(part) * V + v] = a
+                partial[int64(P + part) * V + v] = b
+
+    return reduce
+
+
 @functools.cache
 def sums(what: Variant):
     """Sums of u and u*t by column over one part of the rows (see ``sweep.make_terms``)."""
     kind, W, threads, backward = what.kind, what.W, what.threads, what.backward
     by_output = what.relu and what.residual
     A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
-    load, splat, gather, scatter = io.load, io.splat, io.gather, io.scatter
-    pivot, affine = make_pivot(kind), make_affine(kind, False)
-    wide, half = TX * W, threads * W
-    four, both = 4 * wide, 2 * half
+    load, splat, gather, pivot = io.load, io.splat, io.gather, make_pivot(kind)
+    affine, reduce = make_affine(kind, False), make_reduce(kind, W, threads)
+    wide, four, both = TX * W, 4 * TX * W, 2 * threads * W
 
     @kernel("TTTAAAAiiiiiiiii", kind, threads, 3 if W < 8 else 2)
     def rows_sums(x, g, y, stats, weight, bias, partial, N, C, S, R, V, P, chunk, tx_count, flags):
@@ -90,19 +112,7 @@ def sums(what: Variant):
                         y0 = load(y, at)
                 u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
                 s0, q0 = add(s0, u0), fma(u0, t0, q0)
-        if ty < height:
-            scatter(red, ty * width + tx * W, add(s0, s1))
-            scatter(red, half + ty * width + tx * W, add(q0, q1))
-        cuda.syncthreads()
-        for j in range(cuda.threadIdx.x, width, threads):
-            v = tile * width + j
-            if v < V:
-                s = q = A(0)
-                for i in range(height):
-                    s += red[i * width + j]
-                    q += red[half + i * width + j]
-                partial[int64(part) * V + v] = s
-                partial[int64(P + part) * V + v] = q
+        reduce(add(s0, s1), add(q0, q1), red, partial, part, P, V, tile, width, tx, ty, height)
 
     return rows_sums
 
