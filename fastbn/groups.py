@@ -17,6 +17,9 @@ from fastbn import arguments, dispatch, views
 
 Array = npt.NDArray[Any]
 
+PIECE = (
+    1 << 19
+)  # elements that go through all calls together: 3.0 ms instead of 4.0 for (8192, 768), and small temporaries
 LONG = 256  # elements of a channel's run from which the channels-first kernel takes it
 
 
@@ -60,8 +63,21 @@ def _spread(stats: Array, d: Groups) -> Array:
     return np.repeat(stats, d.C // d.G)
 
 
+def _pieces(d: Groups) -> list[tuple[slice, Groups]]:
+    """Cut many samples into pieces that stay in the cache from call to call; none if one will do."""
+    sample = d.C * d.S
+    per = max(1, PIECE // max(1, sample))
+    if per >= d.B:
+        return []
+    starts = range(0, d.B, per)
+    return [(slice(b * sample, (b + per) * sample), d._replace(B=min(per, d.B - b))) for b in starts]
+
+
 def forward(x: Array, out: Array, affine: tuple[Array, Array] | None, d: Groups, eps: float) -> Array:
     """Normalise flat x into flat out; ``affine`` is (weight, bias) by channel. Returns statistics by set."""
+    if affine is not None and d.S < LONG and (pieces := _pieces(d)):
+        parts = [forward(x[part], out[part], affine, piece, eps).reshape(3, -1) for part, piece in pieces]
+        return np.concatenate(parts, axis=1).reshape(-1)
     kernels, kind = dispatch.kernels(), arguments.arithmetic(x.dtype)
     raw, y = views.raw(x), views.raw(out)
     one, zero = _identity(d.B * d.G, kind)
@@ -87,6 +103,8 @@ def backward(x: Array, grad: Array, out: Array, weight: Array | None, stats: Arr
     With v = weight*u: dx = invstd*(v - mean(v) - xhat*mean(v*xhat)) over each set (Wu & He 2018, arXiv:1803.08494).
     ``weight`` None: no affine, no gradients of it.
     """
+    if weight is not None and (pieces := _pieces(d)):
+        return _backward_in_pieces(x, grad, out, weight, stats, d, pieces)
     kernels, kind = dispatch.kernels(), arguments.arithmetic(x.dtype)
     one, zero = _identity(d.B * d.G, kind)
     dweight = dbias = np.zeros(d.C)
@@ -100,6 +118,19 @@ def backward(x: Array, grad: Array, out: Array, weight: Array | None, stats: Arr
         grad = out
     raw = (views.raw(x), views.raw(grad), None, views.raw(out), None)
     kernels.backward(*raw, one, zero, stats, d.sets, False, None)
+    return dweight, dbias
+
+
+def _backward_in_pieces(
+    x: Array, grad: Array, out: Array, weight: Array, stats: Array, d: Groups, pieces: list[tuple[slice, Groups]]
+) -> tuple[Array, Array]:
+    dweight, dbias, done = np.zeros(d.C), np.zeros(d.C), 0
+    for part, piece in pieces:
+        mine = np.array(stats.reshape(3, d.B, d.G)[:, done : done + piece.B]).reshape(
+            -1
+        )  # kernels read on, not by stride
+        dw, db = backward(x[part], grad[part], out[part], weight, mine, piece)
+        dweight, dbias, done = dweight + dw, dbias + db, done + piece.B
     return dweight, dbias
 
 
