@@ -393,6 +393,17 @@ def where_positive(typingctx, z, v):
 
 
 @intrinsic
+def where_nonzero(typingctx, z, v):
+    """Keep v where z is not zero, else 0: a factor of zero then wins over NaN and inf."""
+
+    def codegen(ctx, builder, sig, args):
+        zero = ir.Constant(args[1].type, None)
+        return builder.select(builder.fcmp_ordered("==", args[0], zero), zero, args[1])
+
+    return v(z, v), codegen
+
+
+@intrinsic
 def first(typingctx, v, n):
     """Zero all lanes of v from number n on."""
 

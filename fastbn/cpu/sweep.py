@@ -12,7 +12,7 @@ Optional arrays and ``relu`` are None at compile time where they are absent: Num
 from __future__ import annotations
 
 from fastbn.cpu._jit import jit
-from fastbn.cpu.simd import blend, first, fma, lanes, load, load_n, splat, store, stream, where_positive
+from fastbn.cpu.simd import blend, first, fma, lanes, load, load_n, splat, store, stream, where_nonzero, where_positive
 
 
 @jit
@@ -149,8 +149,8 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
 
 @jit
 def gradient_value(v, u, k, c1, c0):
-    """Input gradient dx of the gradient u in front of the ReLU."""
-    return fma(c1, v, u + c0) * k
+    """Input gradient dx of the gradient u in front of the ReLU; frozen (c1 = c0 = 0) it does not see v, be it NaN."""
+    return fma(c1, where_nonzero(c1, v), u + c0) * k
 
 
 @jit
