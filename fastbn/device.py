@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastbn import arguments, layout
-from fastbn.cuda.arrays import DeviceArray, Flat, on_device, wrap
+from fastbn.cuda.arrays import DeviceArray, Flat
+from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
@@ -87,16 +88,16 @@ def _vector(name: str, value: Any, x: DeviceArray, channels: int) -> DeviceArray
 
 def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
     array = _vector(name, value, x, channels)
-    if not array.flags.writeable:
+    if not array.writeable:
         raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
-    if not array.flags.c_contiguous:
+    if not array.c_contiguous:
         raise ArgumentValueError(name, "a contiguous vector (it is updated in place)", f"strides {array.strides}")
     return array.flat()
 
 
 def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
     array = _like("out", out, x)
-    if not array.flags.writeable:
+    if not array.writeable:
         raise ArgumentValueError("out", "a writeable array", "a read-only one")
     found = layout.of(array.shape, array.strides, array.itemsize, axis)
     if not x.size:
@@ -133,11 +134,11 @@ def _in_order(x: DeviceArray, where: layout.Layout) -> DeviceArray:
     if not x.size:
         return x
     ordered = x.transpose(where.order)
-    return x if ordered.flags.c_contiguous else ordered.contiguous().transpose(_inverse(where.order))
+    return x if ordered.c_contiguous else ordered.contiguous().transpose(_inverse(where.order))
 
 
 def _empty_like(x: DeviceArray, where: layout.Layout) -> DeviceArray:
-    if x.flags.c_contiguous:
+    if x.c_contiguous:
         return x.empty(x.shape)
     return x.empty([x.shape[a] for a in where.order]).transpose(_inverse(where.order))
 
@@ -216,7 +217,7 @@ class DeviceSaved(Saved):
             target = _empty_like(x, where)
         else:
             target, found = _output(out, x, self.axis)
-            if x.size and found != where and not target.transpose(where.order).flags.c_contiguous:
+            if x.size and found != where and not target.transpose(where.order).c_contiguous:
                 raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
             _apart("x", target, x, exact_allowed=False)
             _apart("grad_output", target, grad, exact_allowed=not self.residual)

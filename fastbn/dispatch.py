@@ -38,6 +38,6 @@ def on_device(x: Any) -> bool:
     """Tell whether this is an array on a GPU; never touches CUDA itself."""
     if type(x) is np.ndarray:
         return False
-    from fastbn.cuda.arrays import on_device as found
+    from fastbn.cuda.libraries import on_device as found
 
     return found(x)

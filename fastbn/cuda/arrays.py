@@ -1,20 +1,17 @@
-"""Arrays of other libraries that live on a GPU, seen as the functions see NumPy's: shape, strides, dtype, memory.
+"""Arrays that live on a GPU, seen as the functions see NumPy's: shape, strides, dtype, memory.
 
-CUDA tensors of PyTorch (bfloat16 included, which has no ``__cuda_array_interface__``), CuPy arrays, and anything else
-with ``__cuda_array_interface__`` (Numba's arrays). Results are made by the library that x comes from, on its current
-stream; other arrays get Numba's. Needs none of these libraries itself, and no numba-cuda.
+What belongs to one library (PyTorch, CuPy, Numba) is in ``libraries``. Needs none of them itself, and no numba-cuda.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.errors import ArgumentTypeError, DeviceError
+from fastbn.errors import ArgumentTypeError
 
 INSTALL = 'install the GPU extra that fits the driver: pip install "numba-cuda[cu13]" (or [cu12])'
 ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
@@ -65,19 +62,13 @@ class _Host:
         self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": typestr, "version": 3}
 
 
-class Flags(NamedTuple):
-    """What NumPy's ``flags`` say about an array."""
-
-    c_contiguous: bool
-    writeable: bool
-
-
 def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Return the strides, in bytes, of a C-contiguous array."""
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _supported(name: str, dtype: str) -> None:
+def supported(name: str, dtype: str) -> None:
+    """Raise unless the kernels know this dtype."""
     if dtype not in _KINDS:
         raise ArgumentTypeError(name, "an array of float32, float64, float16 or bfloat16", dtype)
 
@@ -120,146 +111,44 @@ class Library:
         raise NotImplementedError
 
 
-class Torch(Library):
-    """PyTorch."""
+class Geometry(NamedTuple):
+    """Everything about an array but its memory; made once for each shape, strides and dtype that occur."""
 
-    name = "torch"
-
-    def __init__(self, torch: Any):
-        self.torch = torch
-        self.dtypes = {getattr(torch, name): name for name in _KINDS}
-
-    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
-        if value.requires_grad and self.torch.is_grad_enabled():
-            raise ArgumentTypeError(name, "a tensor outside autograd (detach(), or torch.no_grad())", "requires_grad")
-        dtype = self.dtypes.get(value.dtype) or str(value.dtype).removeprefix("torch.")
-        _supported(name, dtype)
-        itemsize = value.element_size()
-        strides = tuple(s * itemsize for s in value.stride())
-        return DeviceArray(self, value, value.data_ptr(), tuple(value.shape), strides, dtype, value.device.index)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
-
-    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=like.device)
-
-    def contiguous(self, value: Any) -> Any:  # noqa: D102
-        return value.contiguous()
-
-    def host(self, value: Any) -> Any:  # noqa: D102
-        return value.detach().cpu().numpy()
-
-    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
-        return self.torch.from_numpy(values.copy()).to(like.device)
-
-    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
-        return value.permute(order)
-
-    def stream(self, value: Any) -> int:  # noqa: D102
-        return int(self.torch.cuda.current_stream(value.device).cuda_stream)
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
+    name: str
+    kind: str
+    dtype: Any
+    itemsize: int
+    ndim: int
+    size: int
+    c_contiguous: bool
 
 
-class CuPy(Library):
-    """CuPy."""
-
-    name = "cupy"
-
-    def __init__(self, cupy: Any):
-        self.cupy = cupy
-
-    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
-        _supported(name, value.dtype.name)
-        return DeviceArray(self, value, value.data.ptr, value.shape, value.strides, value.dtype.name, value.device.id)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        with like.device:
-            return self.cupy.empty(shape, dtype_of(dtype))
-
-    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        with like.device:
-            return self.cupy.zeros(shape, dtype_of(dtype))
-
-    def contiguous(self, value: Any) -> Any:  # noqa: D102
-        return self.cupy.ascontiguousarray(value)
-
-    def host(self, value: Any) -> Any:  # noqa: D102
-        return self.cupy.asnumpy(value)
-
-    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
-        with like.device:
-            return self.cupy.array(values)
-
-    def stream(self, value: Any) -> int:  # noqa: D102
-        return int(self.cupy.cuda.get_current_stream().ptr)
-
-
-class Numba(Library):
-    """Numba's arrays, and every other array that has the interface."""
-
-    name = "numba.cuda"
-
-    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
-        interface = value.__cuda_array_interface__
-        if interface.get("mask") is not None:
-            raise ArgumentTypeError(name, "a plain array", "a masked array")
-        dtype = getattr(getattr(value, "dtype", None), "name", None) or np.dtype(interface["typestr"]).name
-        _supported(name, dtype)
-        shape = tuple(interface["shape"])
-        itemsize = np.dtype(interface["typestr"]).itemsize
-        strides = interface.get("strides")
-        address, readonly = interface["data"]
-        strides = strides_of(shape, itemsize) if strides is None else tuple(strides)
-        return DeviceArray(self, value, int(address or 0), shape, strides, dtype, None, not readonly)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
-
-        return cuda.device_array(shape, dtype_of(dtype))
-
-    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
-
-        return cuda.to_device(np.zeros(shape, dtype_of(dtype)))
-
-    def contiguous(self, value: Any) -> Any:  # noqa: D102
-        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
-
-    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
-        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
-
-    def host(self, value: Any) -> Any:  # noqa: D102
-        return value.copy_to_host()
-
-    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
-
-        return cuda.to_device(values)
-
-    def stream(self, value: Any) -> int:  # noqa: D102
-        stream = value.__cuda_array_interface__.get("stream")
-        return 0 if stream in (None, 1) else int(stream)  # 1 is the legacy default stream
+@functools.lru_cache(maxsize=4096)
+def geometry(shape: tuple[int, ...], strides: tuple[int, ...], name: str, unit: int) -> Geometry:
+    """Describe an array; strides in multiples of ``unit`` bytes."""
+    kind = _KINDS[name]
+    shape, strides, size = tuple(shape), tuple(s * unit for s in strides), math.prod(shape)
+    dense = strides_of(shape, ITEMSIZE[kind])
+    same = not size or all(n == 1 or a == b for n, a, b in zip(shape, strides, dense, strict=True))
+    return Geometry(shape, strides, name, kind, dtype_of(name), ITEMSIZE[kind], len(shape), size, same)
 
 
 class DeviceArray:
     """An array on a GPU with the attributes of NumPy's that checks and layouts look at; ``owner`` is the array."""
 
     __slots__ = (
-        "_flat", "address", "device", "dtype", "flags", "itemsize", "kind", "library", "name", "ndim", "owner", "shape",
-        "size", "strides",
+        "_flat", "address", "c_contiguous", "device", "dtype", "itemsize", "kind", "library", "name", "ndim", "owner",
+        "shape", "size", "strides", "writeable",
     )  # fmt: skip
 
     def __init__(
-        self, library: Library, owner: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], name: str,
-        device: int | None, writeable: bool = True,
-    ):  # fmt: skip
-        self.library, self.owner, self.address, self.device = library, owner, address, device
-        self.name, self.kind, self.dtype = name, _KINDS[name], dtype_of(name)
-        self.itemsize: int = ITEMSIZE[self.kind]
-        self.shape, self.strides, self.ndim, self.size = shape, strides, len(shape), math.prod(shape)
-        dense = strides_of(shape, self.itemsize)
-        same = all(n == 1 or a == b for n, a, b in zip(shape, strides, dense, strict=True)) or not self.size
-        self.flags = Flags(same, writeable)
+        self, library: Library, owner: Any, address: int, found: Geometry, device: int | None, writeable: bool = True
+    ):
+        self.library, self.owner, self.address, self.device, self.writeable = library, owner, address, device, writeable
+        self.shape, self.strides, self.name, self.kind, self.dtype = found[:5]
+        self.itemsize, self.ndim, self.size, self.c_contiguous = found[5:]
         self._flat: Flat | None = None
 
     def transpose(self, order: Any) -> DeviceArray:
@@ -271,7 +160,7 @@ class DeviceArray:
 
     def contiguous(self) -> DeviceArray:
         """Return an array with these values in C order: itself if it has."""
-        return self if self.flags.c_contiguous else self.library.wrap(self.library.contiguous(self.owner))
+        return self if self.c_contiguous else self.library.wrap(self.library.contiguous(self.owner))
 
     def empty(self, shape: Any, name: str | None = None) -> DeviceArray:
         """Return an uninitialised array of the same library, on the same device."""
@@ -311,48 +200,3 @@ class DeviceArray:
         spans = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         low = self.address + sum(s for s in spans if s < 0)
         return low, self.address + sum(s for s in spans if s > 0) + self.itemsize
-
-
-@functools.cache
-def _torch() -> Torch:
-    return Torch(sys.modules["torch"])
-
-
-@functools.cache
-def _cupy() -> CuPy:
-    return CuPy(sys.modules["cupy"])
-
-
-NUMBA = Numba()
-
-
-def on_device(value: Any) -> bool:
-    """Tell whether this is an array on a GPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return bool(getattr(value, "is_cuda", False))
-    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
-
-
-def wrap(name: str, value: Any) -> DeviceArray:
-    """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
-    try:
-        from fastbn.cuda.driver import check, current_device
-
-        check()
-    except DeviceError as error:
-        raise DeviceError(f"{name}: expected a NumPy array on this machine, got a CUDA array: {error}") from error
-    array = _library(value).wrap(value, name)
-    here = current_device()
-    if array.device is not None and array.device != here:
-        raise DeviceError(f"{name}: expected an array on the current GPU {here}, got one on GPU {array.device}")
-    return array
-
-
-def _library(value: Any) -> Library:
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _torch()
-    if cupy is not None and isinstance(value, cupy.ndarray):
-        return _cupy()
-    return NUMBA

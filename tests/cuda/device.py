@@ -8,7 +8,7 @@ import numpy as np
 
 import fastbn
 from fastbn import device
-from fastbn.cuda import arrays
+from fastbn.cuda import arrays, libraries
 
 
 class GpuArray:
@@ -45,7 +45,7 @@ class Pretended(arrays.Library):
     """A library whose arrays these are, with strides and copies; every fresh array is full of NaN."""
 
     name = "pretended"
-    wrap = arrays.Numba.wrap
+    wrap = libraries.Numba.wrap
 
     def empty(self, shape: Any, dtype: str, like: Any) -> GpuArray:
         kind = arrays.dtype_of(dtype)
@@ -139,6 +139,6 @@ def through_gpu(monkeypatch):
 
     from tests import oracle
 
-    monkeypatch.setattr(arrays, "NUMBA", Pretended())
+    monkeypatch.setattr(libraries, "NUMBA", Pretended())
     monkeypatch.setattr(oracle, "fastbn", sys.modules[__name__])
     monkeypatch.setattr(oracle, "frozen", frozen)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastbn import device
-from fastbn.cuda import arrays
+from fastbn.cuda import arrays, libraries
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from tests.cuda.device import GpuArray, through_gpu
 
@@ -27,11 +27,11 @@ def call(x=X, weight=ONE, bias=None, rm=None, rv=None, **options):
 
 
 def test_describes_memory():
-    found = arrays.wrap("x", GpuArray.of(X.astype(np.float16)))
+    found = libraries.wrap("x", GpuArray.of(X.astype(np.float16)))
     assert (found.shape, found.kind, found.itemsize, found.ndim) == ((4, 3, 2), "f16", 2, 3)
-    assert found.flags.c_contiguous and found.flags.writeable and found.address % 16 == 0
-    assert not arrays.wrap("x", GpuArray.of(X).transpose((1, 0, 2))).flags.c_contiguous
-    low, high = arrays.wrap("x", GpuArray.of(X)).bounds()
+    assert found.c_contiguous and found.writeable and found.address % 16 == 0
+    assert not libraries.wrap("x", GpuArray.of(X).transpose((1, 0, 2))).c_contiguous
+    low, high = libraries.wrap("x", GpuArray.of(X)).bounds()
     assert high - low == X.nbytes
 
 
@@ -83,7 +83,7 @@ def test_gaps_are_copied_or_refused_by_the_library():
     )
     assert np.array_equal(y.host, want.host)
     with pytest.raises(ArgumentTypeError, match="C-contiguous"):
-        arrays.Numba().contiguous(gappy)
+        libraries.Numba().contiguous(gappy)
 
 
 def test_bfloat16_without_ml_dtypes(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from bench import gpu_peers as peers
 from bench.gpu_cases import MOVED, Case
 from fastbn import device
-from fastbn.cuda import arrays
+from fastbn.cuda import libraries
 from fastbn.errors import ArgumentTypeError
 
 torch = pytest.importorskip("torch")
@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(autouse=True)
 def cpu_tensors(monkeypatch):
-    monkeypatch.setattr(arrays.Torch, "stream", lambda self, value: 0)
+    monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
     monkeypatch.setattr(device, "on_device", lambda value: isinstance(value, torch.Tensor))
-    arrays._torch.cache_clear()
+    libraries._torch.cache_clear()
     with torch.no_grad():
         yield
 

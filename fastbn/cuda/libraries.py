@@ -1,0 +1,185 @@
+"""PyTorch, CuPy, Numba: how each describes, allocates and copies its arrays on a GPU.
+
+CUDA tensors of PyTorch (bfloat16 included, which has no ``__cuda_array_interface__``), CuPy arrays, and anything else
+with ``__cuda_array_interface__`` (Numba's arrays). Results are made by the library that x comes from, on its current
+stream; other arrays get Numba's. None of them is imported here: who has an array has its library.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+
+from fastbn.cuda.arrays import DeviceArray, Library, dtype_of, geometry, strides_of, supported
+from fastbn.errors import ArgumentTypeError, DeviceError
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+class Torch(Library):
+    """PyTorch."""
+
+    name = "torch"
+
+    def __init__(self, torch: Any):
+        self.torch = torch
+        self.dtypes = {getattr(torch, name): name for name in DTYPES}
+
+    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
+        if value.requires_grad and self.torch.is_grad_enabled():
+            raise ArgumentTypeError(name, "a tensor outside autograd (detach(), or torch.no_grad())", "requires_grad")
+        dtype = self.dtypes.get(value.dtype) or str(value.dtype).removeprefix("torch.")
+        supported(name, dtype)
+        found = geometry(value.shape, value.stride(), dtype, value.element_size())
+        return DeviceArray(self, value, value.data_ptr(), found, value.device.index)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=like.device)
+
+    def contiguous(self, value: Any) -> Any:  # noqa: D102
+        return value.contiguous()
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return value.detach().cpu().numpy()
+
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        return self.torch.from_numpy(values.copy()).to(like.device)
+
+    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
+        return value.permute(order)
+
+    def stream(self, value: Any) -> int:  # noqa: D102
+        return int(self.torch.cuda.current_stream(value.device).cuda_stream)
+
+
+class CuPy(Library):
+    """CuPy."""
+
+    name = "cupy"
+
+    def __init__(self, cupy: Any):
+        self.cupy = cupy
+
+    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
+        supported(name, value.dtype.name)
+        found = geometry(value.shape, value.strides, value.dtype.name, 1)
+        return DeviceArray(self, value, value.data.ptr, found, value.device.id)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        with like.device:
+            return self.cupy.empty(shape, dtype_of(dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        with like.device:
+            return self.cupy.zeros(shape, dtype_of(dtype))
+
+    def contiguous(self, value: Any) -> Any:  # noqa: D102
+        return self.cupy.ascontiguousarray(value)
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return self.cupy.asnumpy(value)
+
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        with like.device:
+            return self.cupy.array(values)
+
+    def stream(self, value: Any) -> int:  # noqa: D102
+        return int(self.cupy.cuda.get_current_stream().ptr)
+
+
+class Numba(Library):
+    """Numba's arrays, and every other array that has the interface."""
+
+    name = "numba.cuda"
+
+    def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
+        interface = value.__cuda_array_interface__
+        if interface.get("mask") is not None:
+            raise ArgumentTypeError(name, "a plain array", "a masked array")
+        dtype = getattr(getattr(value, "dtype", None), "name", None) or np.dtype(interface["typestr"]).name
+        supported(name, dtype)
+        shape = tuple(interface["shape"])
+        itemsize = np.dtype(interface["typestr"]).itemsize
+        strides = interface.get("strides")
+        address, readonly = interface["data"]
+        strides = strides_of(shape, itemsize) if strides is None else tuple(strides)
+        return DeviceArray(self, value, int(address or 0), geometry(shape, strides, dtype, 1), None, not readonly)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        from fastbn.cuda.driver import cuda
+
+        return cuda.device_array(shape, dtype_of(dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
+        from fastbn.cuda.driver import cuda
+
+        return cuda.to_device(np.zeros(shape, dtype_of(dtype)))
+
+    def contiguous(self, value: Any) -> Any:  # noqa: D102
+        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
+
+    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
+        raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
+
+    def host(self, value: Any) -> Any:  # noqa: D102
+        return value.copy_to_host()
+
+    def put(self, values: Any, like: Any) -> Any:  # noqa: D102
+        from fastbn.cuda.driver import cuda
+
+        return cuda.to_device(values)
+
+    def stream(self, value: Any) -> int:  # noqa: D102
+        stream = value.__cuda_array_interface__.get("stream")
+        return 0 if stream in (None, 1) else int(stream)  # 1 is the legacy default stream
+
+
+@functools.cache
+def _torch() -> Torch:
+    return Torch(sys.modules["torch"])
+
+
+@functools.cache
+def _cupy() -> CuPy:
+    return CuPy(sys.modules["cupy"])
+
+
+NUMBA = Numba()
+
+
+def on_device(value: Any) -> bool:
+    """Tell whether this is an array on a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return bool(getattr(value, "is_cuda", False))
+    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
+
+
+def wrap(name: str, value: Any) -> DeviceArray:
+    """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
+    try:
+        from fastbn.cuda.driver import check, current_device
+
+        check()
+    except DeviceError as error:
+        raise DeviceError(f"{name}: expected a NumPy array on this machine, got a CUDA array: {error}") from error
+    array = _library(value).wrap(value, name)
+    here = current_device()
+    if array.device is not None and array.device != here:
+        raise DeviceError(f"{name}: expected an array on the current GPU {here}, got one on GPU {array.device}")
+    return array
+
+
+def _library(value: Any) -> Library:
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _torch()
+    if cupy is not None and isinstance(value, cupy.ndarray):
+        return _cupy()
+    return NUMBA
