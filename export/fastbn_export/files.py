@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -20,7 +20,16 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from fastbn.errors import FastbnError
 from fastbn_export.protos import tensors_of
 
-__all__ = ["ModelFileError", "atomic_path", "check_output", "disk_size", "external_files", "load_model", "save_model"]
+__all__ = [
+    "ModelFileError",
+    "atomic_path",
+    "check_output",
+    "disk_size",
+    "external_files",
+    "fill",
+    "load_model",
+    "save_model",
+]
 
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of tensors above which a model is saved with external data: protobuf ends at 2 GiB."""
@@ -59,7 +68,7 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             where = _external(file, tensor)
             if external_data:
-                _fill(tensor, *where)
+                _move_in(tensor, *where)
         elif tensor.HasField("raw_data"):
             name = f"{file}: tensor {tensor.name!r}"
             if len(tensor.raw_data) != (needed := _byte_size(tensor, name)):
@@ -143,7 +152,14 @@ def _byte_size(tensor: Any, name: str) -> int:
     return -(-int(prod(tensor.dims)) * int(per_element) // 8)
 
 
-def _fill(tensor: Any, data: Path, offset: int, length: int) -> None:
+def fill(path: str | os.PathLike[str], tensors: Iterable[Any]) -> None:
+    """Read the external ones among the tensors of the model at ``path`` into it."""
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _move_in(tensor, *_external(Path(path), tensor))
+
+
+def _move_in(tensor: Any, data: Path, offset: int, length: int) -> None:
     with data.open("rb") as stream:
         stream.seek(offset)
         tensor.raw_data = stream.read(length)

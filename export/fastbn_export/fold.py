@@ -104,6 +104,8 @@ def fold(
     ------
     TypeError
         `model` is neither a model nor a path, or `keep` is none of the above.
+    ValueError
+        The file is missing or no (binary) ONNX model, or its external data is not as it says.
     """
     kept = _keeper(keep, frozenset(skip))
     with _uncollected():

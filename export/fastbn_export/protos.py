@@ -55,7 +55,7 @@ def nodes_of(model: onnx.ModelProto) -> Iterator[Any]:
 
 
 def tensors_of(model: onnx.ModelProto) -> Iterator[Any]:
-    """Yield every constant tensor: initialisers, sparse initialisers' parts and tensor attributes."""
+    """Yield every constant tensor, the initialisers of the main graph first; sparse ones' parts and attributes too."""
     for graph in graphs_of(model):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,8 @@ import onnx_ir as ir
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 from .facts import all_graphs
+from .files import external_files, fill, load_model
+from .protos import tensors_of
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
@@ -41,26 +44,38 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     TypeError
         `model` is neither a ModelProto nor a path.
     ValueError
-        The model has no graph, or sparse initializers in a control-flow body, or its external data is missing, too
-        short, or outside the model's folder.
+        The file is no ONNX model (`files.ModelFileError`), the model has no graph, or sparse initializers in a
+        control-flow body, or its external data is missing, too short, or outside the model's folder.
     """
     if isinstance(model, onnx.ModelProto):
         proto, folder = model, ""
     elif isinstance(model, str | os.PathLike):
-        path = os.fspath(model)
-        proto, folder = onnx.load(path, load_external_data=False), os.path.dirname(os.path.abspath(path))
+        proto, folder = _read(model), os.path.dirname(os.path.abspath(model))
     else:
         raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
     if not proto.HasField("graph"):
         raise ArgumentValueError("model", "a graph", "a model without one")
+    if not folder:
+        external_files("model", proto)  # external data of a model in memory lies in the current folder; checks it
     if any(_sparse_inside(node) for node in proto.graph.node):
         raise ArgumentValueError("model", "sparse initializers in the main graph only", "one in a control-flow body")
     edited = ir.serde.deserialize_model(proto)
     edited.meta[_ORIGINAL] = proto
     for tensor in _external(edited):
-        tensor.base_dir = folder or tensor.base_dir or os.getcwd()
-        _check(tensor)
+        tensor.base_dir = folder or os.getcwd()
     return proto, edited
+
+
+def _read(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model in a file, checked; what is external stays on disk, if it is an initializer of the main graph.
+
+    The rest (tensors of Constant nodes and bodies, sparse ones) is read in: only initializers of the main graph are
+    streamed when the model is written, a reference from anywhere else would be lost in another folder.
+    """
+    proto = load_model(path, external_data=False)
+    streamed = len(proto.graph.initializer)  # tensors_of begins with these
+    fill(path, islice(tensors_of(proto), streamed, None))
+    return proto
 
 
 def _sparse_inside(node: onnx.NodeProto) -> bool:
@@ -94,20 +109,6 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                 yield value.const_value
 
 
-def _check(tensor: ir.ExternalTensor) -> None:
-    """Refuse external data that is not there or not inside the model's folder."""
-    base = os.path.realpath(tensor.base_dir)
-    path = os.path.realpath(os.path.join(base, tensor.location))
-    if os.path.isabs(tensor.location) or os.path.commonpath([base, path]) != base:
-        raise ArgumentValueError("model", "external data inside the model's folder", tensor.location)
-    try:
-        size = os.stat(path).st_size
-    except OSError:
-        raise ArgumentValueError("model", "its external data file", f"no file {tensor.location}") from None
-    if size < (tensor.offset or 0) + tensor.nbytes:
-        raise ArgumentValueError("model", f"all data of '{tensor.name}' in {tensor.location}", f"{size} bytes")
-
-
 def inline_proto(model: ir.Model) -> onnx.ModelProto:
     """The model as a self-contained proto: external weights are read in.
 
@@ -121,8 +122,7 @@ def inline_proto(model: ir.Model) -> onnx.ModelProto:
             target.raw_data = tensor.tobytes()
             value.const_value = ir.TensorProtoTensor(target)
         else:
-            ir.serde.serialize_tensor_into(target, tensor)
-            target.name = value.name or ""
+            target.CopyFrom(_whole(value, tensor))
     return proto
 
 
@@ -145,6 +145,19 @@ def _header(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
     proto = onnx.TensorProto(name=value.name or "", data_type=int(tensor.dtype), dims=list(tensor.shape.numpy()))
     if tensor.doc_string:
         proto.doc_string = tensor.doc_string
+    return proto
+
+
+def _whole(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    """A TensorProto with its data, also of an external tensor, which the serializer would leave a reference."""
+    if isinstance(tensor, ir.ExternalTensor):
+        proto = _header(value, tensor)
+        proto.raw_data = tensor.tobytes()
+        for key, text in tensor.metadata_props.items():
+            proto.metadata_props.add(key=key, value=text)
+        return proto
+    proto = ir.serde.serialize_tensor(tensor)
+    proto.name = value.name or ""
     return proto
 
 
@@ -193,9 +206,7 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
     """A TensorProto up to its raw bytes, its whole length, and the tensor whose bytes follow (None: included)."""
     if tensor.nbytes < 1024 or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
-        whole = ir.serde.serialize_tensor(tensor)
-        whole.name = value.name or ""
-        text = whole.SerializeToString()
+        text = _whole(value, tensor).SerializeToString()
         return text, len(text), None
     head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)
     return head, len(head) + tensor.nbytes, tensor
