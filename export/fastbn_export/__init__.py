@@ -2,7 +2,7 @@
 
 Requirement: ``import fastbn_export`` is instant and works without onnx; each public function loads what it needs on
 first use, and a missing extra says which install brings it. A public function and the module that defines it share a
-name; the names of this package are always the functions.
+name; the names of this package are always the functions. The layers for `build` come from `layers`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .build import build as build
     from .fold import fold as fold
+    from .layers import AveragePool as AveragePool
+    from .layers import Conv as Conv
+    from .layers import Flatten as Flatten
+    from .layers import GlobalAveragePool as GlobalAveragePool
+    from .layers import Linear as Linear
+    from .layers import MaxPool as MaxPool
+    from .layers import ReLU as ReLU
+    from .layers import Sigmoid as Sigmoid
+    from .layers import Softmax as Softmax
     from .recalibrate import recalibrate as recalibrate
     from .verify import verify as verify
 
-__all__ = ["build", "fold", "recalibrate", "verify"]
+__all__ = [
+    "AveragePool",
+    "Conv",
+    "Flatten",
+    "GlobalAveragePool",
+    "Linear",
+    "MaxPool",
+    "ReLU",
+    "Sigmoid",
+    "Softmax",
+    "build",
+    "fold",
+    "recalibrate",
+    "verify",
+]
+
+_FUNCTIONS = {"build", "fold", "recalibrate", "verify"}
 
 _EXTRA = {"onnx", "onnx_ir", "onnxruntime", "ml_dtypes", "rich"}
 
@@ -27,7 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{name if name in _FUNCTIONS else 'layers'}")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] in _EXTRA:
             raise ImportError(
@@ -42,7 +67,7 @@ class _Package(types.ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The import system binds a submodule on its package; bind the function of the same name instead.
-        if name in __all__ and isinstance(value, types.ModuleType):
+        if name in _FUNCTIONS and isinstance(value, types.ModuleType):
             value = getattr(value, name, None)
             if value is None:  # still half imported: __getattr__ will find the function later
                 return
