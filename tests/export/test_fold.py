@@ -472,7 +472,7 @@ def test_external_data_beyond_the_limit_of_one_file(tmp_path, monkeypatch):
 def test_broken_external_data(tmp_path):
     _, path = external(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match="expected [0-9]+ bytes at 0, got a file of 5 bytes"):
+    with pytest.raises(ValueError, match=r"expected [0-9]+ bytes at 0, got a file of 5 bytes"):
         fold(path)
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(ValueError, match=r"no such file: 'weights\.bin'"):
