@@ -30,7 +30,7 @@ def small(monkeypatch):
     from fastbn.cuda import plan, tuning
 
     numbers = {
-        "THREADS": 64, "BLOCKS": 6, "DEPTH": 2, "APPLY_DEPTH": 2, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
+        "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
         "PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 10**9,
     }  # fmt: skip
     for name, value in numbers.items():

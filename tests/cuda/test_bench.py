@@ -57,6 +57,7 @@ def test_its_whole_course(broken, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "launch_cost", lambda torch: {})
     monkeypatch.setattr(gpu, "sanitize", lambda: "not run")
     monkeypatch.setattr(gpu, "CHECKED", [(9, 8)])
+    monkeypatch.setattr(gpu, "DTYPES", ("float32",))
     cases = [Case("train", "NC", "float32", (64, 8)), Case("backward_fused", "NCHW", "float32", (64, 2, 2, 2))]
     monkeypatch.setattr(gpu, "cases", lambda: cases)
     monkeypatch.setattr(gpu_peers, "PEERS", gpu_peers.PEERS | {"x_compile": gpu_peers.torch_native})
