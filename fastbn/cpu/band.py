@@ -109,7 +109,7 @@ def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
 def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
     """Y = activation((x - m)*k + b + r), last row first: it is the one still cached. Floor: read and write the band."""
     W = lanes(x)
-    for row in range(r1 - 1, r0 - 1, -1):
+    for row in range(r0, r1):
         at = row * V + v0
         n = min(v1 - v0, T - at)
         off, end = v0 - o - at, at + n  # column constants of the element at position i lie at i + off
@@ -141,7 +141,7 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
 def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
     """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient``). Floor: two reads and one write of the band."""
     W = lanes(x)
-    for row in range(r1 - 1, r0 - 1, -1):
+    for row in range(r0, r1):
         at = row * V + v0
         n = min(v1 - v0, T - at)
         off, end = v0 - o - at, at + n

@@ -43,7 +43,7 @@ def plan(dims: Dims) -> Plan:
     if S >= tuning.RUN or (N < 4 and S >= 16):
         return Plan("planes", parallel)
     V = C * S
-    V *= max(1, min(N, tuning.MATRIX // V))
+    V *= max(1, min(N, (tuning.MATRIX if size <= tuning.WHOLE else tuning.BROAD) // V))
     if size <= tuning.WHOLE:
         return Plan("rows", False, V, C)
     if V == C * S and N <= tuning.TALL:

@@ -4,6 +4,7 @@ PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs m
 STREAM = 4 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
 RUN = 16  # elements of a run from which the channels-first kernel wins
 MATRIX = 256  # columns that a short matrix row is widened to
+BROAD = 1024  # the same where there are many rows: fewer ends of rows
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
 WHOLE = 1 << 18  # elements of a tensor that is one block
 TALL = 1024  # rows from which a block of columns no longer fits in the cache
