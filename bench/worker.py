@@ -59,7 +59,8 @@ def prepare(peer: str, case: Case) -> tuple[Call, float]:
         found = 0.0 if np.array_equal(data.x.view(np.uint8), data.out.view(np.uint8)) else np.inf
     else:
         found = error(data)
-    if not found <= TOLERANCE[case.dtype]:
+    # Others may be less exact than we hold ourselves to, PyTorch's channels-last gradients are; not wrong, though.
+    if not found <= TOLERANCE[case.dtype] * (1 if peer == "fastbn" else 50):
         raise ArithmeticError(f"{peer} on {case.id}: error {found:.1e}")
     return call, found
 

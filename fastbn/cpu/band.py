@@ -9,7 +9,7 @@ Four rows are added at a time: the sums of a column are then fetched from L1 onc
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper, part
 from fastbn.cpu.simd import (
     clear,
     first,
@@ -28,7 +28,7 @@ from fastbn.cpu.sweep import gradient_value, output, term, through_relu
 ROWS = 32  # rows that are summed in float32 before they join the float64 sums: 8 additions a lane
 
 
-@jit
+@part
 def _add_four(x, g, y, at, V, n, m, k, b, i, relu, s, q):
     """Add four rows of one vector of columns: u to s[i:], u*v to q[i:]; n < W lanes count at the right edge."""
     mv, kv, bv = load(m, i), load(k, i), load(b, i)
@@ -48,7 +48,7 @@ def _add_four(x, g, y, at, V, n, m, k, b, i, relu, s, q):
     store(q, i, load(q, i) + fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3))))  # one rounding at q's size, not four
 
 
-@jit
+@part
 def _add_one(x, g, y, at, n, m, k, b, i, relu, s, q):
     """Add one row of one vector of columns."""
     v = first(load_n(x, at, n) - load(m, i), n)
@@ -57,7 +57,7 @@ def _add_one(x, g, y, at, n, m, k, b, i, relu, s, q):
     store(q, i, fma(u, v, load(q, i)))
 
 
-@jit
+@part
 def _put_away(s, q, total_s, total_q, n):
     """Move the float32 sums of n columns into the float64 sums."""
     for i in range(0, n, lanes(s)):
@@ -67,7 +67,7 @@ def _put_away(s, q, total_s, total_q, n):
     clear(q, n)
 
 
-@jit
+@helper
 def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
     """Sums of u and u*v by column into total_s, total_q, index v - v0 (see ``sweep.sums``). s and q are scratch.
 
@@ -99,13 +99,13 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     _put_away(s, q, total_s, total_q, padded)
 
 
-@jit
+@part
 def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
     v = load_n(x, at, n) - load_n(m, i, n)
     store_n(y, at, output(v, load_n(r, at, n), load_n(k, i, n), load_n(b, i, n), relu), n)
 
 
-@jit
+@helper
 def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
     """Y = activation((x - m)*k + b + r), last row first: it is the one still cached. Floor: read and write the band."""
     W = lanes(x)
@@ -129,7 +129,7 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
             _normalise_n(x, r, y, i, end - i, m, k, b, i + off, relu)
 
 
-@jit
+@part
 def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
     v = load_n(x, at, n) - load_n(m, i, n)
     u = through_relu(load_n(g, at, n), v, load_n(y, at, n), load_n(k, i, n), load_n(b, i, n), relu)
@@ -137,7 +137,7 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
     store_n(dx, at, gradient_value(v, u, load_n(k, i, n), load_n(c1, i, n), load_n(c0, i, n)), n)
 
 
-@jit
+@helper
 def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
     """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient``). Floor: two reads and one write of the band."""
     W = lanes(x)

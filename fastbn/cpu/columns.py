@@ -7,12 +7,12 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper
 from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
 from fastbn.cpu.simd import get, lanes, load_n, put, rounded, splat, store_n
 
 
-@jit
+@helper
 def _fill(values, number, c, S, period, width):
     """Give every column of one channel (counted from the block's first) the same number."""
     for run in range(c * S, width, period * S):
@@ -20,7 +20,7 @@ def _fill(values, number, c, S, period, width):
             put(values, j, number)
 
 
-@jit
+@helper
 def _gather(sums, c, S, period, width):
     """Add the columns of one channel, in order."""
     s = 0.0
@@ -30,7 +30,7 @@ def _gather(sums, c, S, period, width):
     return s
 
 
-@jit
+@helper
 def _row_pivots(x, N, C, c0, c1, m):
     """Set m to the mean of eight rows, added so that equal numbers give exactly themselves."""
     W, step = lanes(x), N // 8 * C
@@ -44,7 +44,7 @@ def _row_pivots(x, N, C, c0, c1, m):
         store_n(m, c - c0, ((a + b) + (d + e)) * eighth, n)
 
 
-@jit
+@helper
 def _run_pivot(x, N, C, S, c):
     """Mean of the first elements of eight runs of channel c, added as in ``_row_pivots``."""
     at, step = c * S, N // 8 * C * S
@@ -55,7 +55,7 @@ def _run_pivot(x, N, C, S, c):
     return rounded(x, ((a + b) + (d + e)) * 0.125)
 
 
-@jit
+@helper
 def spread_pivots(x, dims, block, m):
     """Set m to the pivot of each column's channel: a number near its mean, exactly its value if it is constant."""
     N, C, S = dims
@@ -69,7 +69,7 @@ def spread_pivots(x, dims, block, m):
         put(m, j, get(m, j - (c1 - c0)))
 
 
-@jit
+@helper
 def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
     """(m, k, b) = the affine map of each column's channel (see ``finalize.affine``)."""
     _, C, S = dims
@@ -81,7 +81,7 @@ def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
         _fill(b, bc, c - c0, S, c1 - c0, width)
 
 
-@jit
+@helper
 def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tracked, eps, momentum):
     """Statistics of the block's channels from their columns' sums about m."""
     N, C, S = dims
@@ -94,7 +94,7 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
         keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
 
 
-@jit
+@helper
 def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0):
     """Parameter gradients of the block's channels from their columns' sums, and the column constants c1, c0 of dx."""
     N, C, S = dims

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper
 from fastbn.cpu.simd import get, put, rounded
 
 FAR = 4.0  # squared distance of pivot and mean, in variances, that float32 sums still bear: their error grows with it
 TINY = 1e-30  # below this variance float32 squares may have underflowed
 
 
-@jit
+@helper
 def wide_sums(x, N, C, S, c):
     """Mean and variance of channel c in float64, in two passes and a correction; for the channels that need it."""
     n, start = N * S, get(x, c * S)
@@ -39,7 +39,7 @@ def wide_sums(x, N, C, S, c):
     return mean + s / n, max((q - s * s / n) / n, 0.0)
 
 
-@jit
+@helper
 def wide_sum(x, N, C, S, c):
     """Plain sum of channel c: inf where its values add up to that."""
     total = 0.0
@@ -49,7 +49,7 @@ def wide_sum(x, N, C, S, c):
     return total
 
 
-@jit
+@helper
 def resolve(x, N, C, S, c, start, s, q, eps):
     """Mean and biased variance of channel c from its sums about ``start``."""
     n = N * S
@@ -60,7 +60,7 @@ def resolve(x, N, C, S, c, start, s, q, eps):
     return wide_sums(x, N, C, S, c)
 
 
-@jit
+@helper
 def keep(stats, running_mean, running_var, tracked, C, c, mean, var, n, eps, momentum):
     """Save mean, invstd and variance of channel c, at [c], [C + c] and [2*C + c]; move its running statistics."""
     put(stats, c, mean)
@@ -71,7 +71,7 @@ def keep(stats, running_mean, running_var, tracked, C, c, mean, var, n, eps, mom
         put(running_var, c, (1.0 - momentum) * get(running_var, c) + momentum * (var * (n / (n - 1.0))))
 
 
-@jit
+@helper
 def affine(stats, weight, bias, C, c, like):
     """Split y = (x - mean)*invstd*weight + bias of channel c into (m, k, b): y = (x - m)*k + b.
 
@@ -84,7 +84,7 @@ def affine(stats, weight, bias, C, c, like):
     return m, k, get(bias, c) - (mean - m) * k
 
 
-@jit
+@helper
 def wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu):
     """Sums of u and u*(x - m) of channel c in float64, for channels whose products left float32's range."""
     s = q = 0.0
@@ -100,7 +100,7 @@ def wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu):
     return s, q
 
 
-@jit
+@helper
 def trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu):
     """Return the sums (s, q) of channel c, taken again in float64 where they are not finite."""
     if math.isfinite(s) and math.isfinite(q):
@@ -109,7 +109,7 @@ def trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu):
     return s if math.isfinite(s) else wide_s, q if math.isfinite(q) else wide_q
 
 
-@jit
+@helper
 def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
     """From s = sum(u), q = sum(u*(x - m)) to (c1, c0) of dx = k*(u + c1*(x - m) + c0); writes dweight and dbias.
 

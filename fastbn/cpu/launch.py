@@ -50,8 +50,14 @@ def plan(dims: Dims) -> Plan:
         per = max(1, tuning.WIDTH // S)
         return Plan("rows", parallel, V, min(C, per - per % 16 if per >= 16 else per))
     width = V if V <= 2 * tuning.WIDTH else tuning.WIDTH
-    height = max(4, tuning.BAND // width // 4 * 4)
+    height = _height(size, width)
     return Plan("swept", parallel, V, C, height, width)
+
+
+def _height(size: int, width: int) -> int:
+    """Rows of a band: a sixteenth of the tensor, within BAND."""
+    least, most = tuning.BAND
+    return max(4, min(most, max(least, size // 16)) // width // 4 * 4)
 
 
 def _streams(out: Array) -> bool:
@@ -118,15 +124,15 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     if p.kind == "planes":
         pool.run(planes.moments, x, stats, none, N, C, S, eps, units=C, parallel=p.parallel)
     else:
-        _swept_moments(x, stats, weight, none, none, dims, _as_swept(p), eps, 0.0)
+        _swept_moments(x, stats, weight, none, none, dims, _as_swept(p, x.size), eps, 0.0)
     return stats
 
 
-def _as_swept(p: Plan) -> Plan:
+def _as_swept(p: Plan, size: int) -> Plan:
     if p.kind == "swept":
         return p
     width = min(p.V, tuning.WIDTH)
-    return p._replace(kind="swept", width=width, height=max(4, tuning.BAND // width // 4 * 4))
+    return p._replace(kind="swept", width=width, height=_height(size, width))
 
 
 def infer(
@@ -140,7 +146,7 @@ def infer(
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
         pool.run(planes.infer, *work, units=N * C, parallel=p.parallel)
         return
-    p = _as_swept(p)
+    p = _as_swept(p, x.size)
     columns = _columns(weight, p, 3)
     rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
     _swept_normalise(x, residual, out, columns, p, relu, _streams(out))

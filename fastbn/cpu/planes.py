@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
 from fastbn.cpu.simd import (
     base,
@@ -48,16 +48,16 @@ from fastbn.cpu.sweep import (
 BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
 SLAB = 1_600_000  # elements of a block: longer runs read faster (C*S apart), up to what the shared cache holds twice
 SHORT = 512  # elements of a run below which longer stretches count for more than the cache next to the core
-RUN = 1024  # elements of a channel that are summed in float32: 32 additions a lane
+RUN = 4096  # elements of a channel that are summed in float32: 64 additions a lane
 
 
-@jit
+@helper
 def block_channels(N, C, S):
     """Channels of a block, from the shape alone: an eighth of all, but within BLOCK and SLAB."""
     return max(1, min(SLAB, max(BLOCK, N * S * (C // 8))) // (N * S))
 
 
-@jit
+@helper
 def _pivot(x, N, C, S, c):
     """Mean of two vectors of channel c, added so that equal numbers give exactly themselves. Needs S >= W."""
     W = lanes(x)
@@ -65,7 +65,7 @@ def _pivot(x, N, C, S, c):
     return rounded(x, 0.5 * (total(load(x, a)) / W) + 0.5 * (total(load(x, b)) / W))
 
 
-@jit
+@part
 def _put_away(short, long, count):
     """Add ``count`` float32 vectors to the float64 ones and clear them."""
     W = lanes(short)
@@ -74,7 +74,7 @@ def _put_away(short, long, count):
     clear(short, count * W)
 
 
-@jit
+@helper
 def _total(long, vector, W):
     """Sum of the lanes of one float64 vector."""
     s = 0.0
@@ -83,7 +83,7 @@ def _total(long, vector, W):
     return s
 
 
-@jit
+@part
 def _sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
     """Add a run to the sums of the block's channel j; RUN elements at a time."""
     W = lanes(x)
@@ -96,7 +96,7 @@ def _sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
             _put_away(short + s_at, long + s_at, 2)
 
 
-@jit
+@helper
 def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi, eps, momentum):
     """Statistics of a block's channels from its sums; stats[2*C + c] holds the pivots until then."""
     W = lanes(x)
@@ -106,7 +106,7 @@ def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi,
         keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
 
 
-@jit
+@helper
 def _begin(x, stats, N, C, S, lo, hi, short, long):
     """Pivots of a block's channels into stats[2*C + c]; sums to zero."""
     W = lanes(x)
@@ -139,7 +139,7 @@ def moments(x, stats, kind, N, C, S, eps, claim):
     return scratch.size + sums.size  # keeps the scratch alive: Numba frees an array after its last use
 
 
-@jit
+@part
 def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short, long, j, S):
     """Write the run at ``at`` from i on and add the one ahead to the sums of the block's channel j; returns i."""
     W = lanes(x)
@@ -155,7 +155,7 @@ def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short
     return i
 
 
-@jit
+@helper
 def _train_row(x, residual, y, weight, bias, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long):
     """Row r: write the channels old..old_hi - 1, one stretch, while summing lo..hi - 1."""
     at = (r * C + old) * S
@@ -247,7 +247,7 @@ def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
         lo = fetch_add(claim, 0, per)
 
 
-@jit
+@helper
 def _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, hi, frozen, relu):
     """Parameter gradients of a block's channels from its sums; c1 and c0 take the place of the sums."""
     W = lanes(x)
@@ -261,14 +261,14 @@ def _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, 
         put(long, (2 * j + 1) * W, c0)
 
 
-@jit
+@part
 def _constants(x, stats, weight, bias, long, C, c, j):
     """(m, k, b, c1, c0) of channel c, the block's channel j."""
     m, k, b = affine(stats, weight, bias, C, c, x)
     return m, k, b, get(long, 2 * j * lanes(x)), get(long, (2 * j + 1) * lanes(x))
 
 
-@jit
+@helper
 def _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, relu, streamed):
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch."""
     W, at = lanes(x), (r * C + lo) * S

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.simd import base, fence, fetch_add
@@ -21,7 +21,7 @@ from fastbn.cpu.simd import base, fence, fetch_add
 PAD = 16  # column arrays end with this many spare elements: whole vectors are read and written
 
 
-@jit
+@helper
 def _block(lo, per, dims, V):
     """Channels and columns of the block that begins with channel lo: (hi, v0, v1)."""
     hi = min(lo + per, dims[1])

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.rows import PAD
 from fastbn.cpu.simd import base, fence, fetch_add, get, put
 
 
-@jit
+@helper
 def _band(number, T, V, height, width):
     """Rows and columns of a band: (index of its row of bands, r0, r1, v0, v1)."""
     across = (V + width - 1) // width
@@ -29,7 +29,7 @@ def _band(number, T, V, height, width):
     return row, row * height, min(R, (row + 1) * height), column * width, min(V, (column + 1) * width)
 
 
-@jit
+@helper
 def _count(T, V, height, width):
     R = (T + V - 1) // V
     return ((R + height - 1) // height) * ((V + width - 1) // width)
@@ -67,7 +67,7 @@ def sums(x, g, y, columns, part, V, height, width, relu, claim):
     return scratch.size
 
 
-@jit
+@helper
 def _add_bands(part, V, count):
     """Add the sums of all bands into those of the first, in order."""
     wide = V + PAD

@@ -11,11 +11,11 @@ Optional arrays and ``relu`` are None at compile time where they are absent: Num
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import jit
+from fastbn.cpu._jit import part
 from fastbn.cpu.simd import blend, first, fma, lanes, load, load_n, splat, store, stream, where_nonzero, where_positive
 
 
-@jit
+@part
 def output(v, r, k, b, relu):
     """activation(v*k + b + r) with v = x - m."""
     z = fma(v, k, b)
@@ -26,7 +26,7 @@ def output(v, r, k, b, relu):
     return z
 
 
-@jit
+@part
 def through_relu(g, v, y, k, b, relu):
     """Gradient in front of the ReLU: g where its input was positive. Known from y if given, else from v*k + b."""
     if y is not None:
@@ -36,7 +36,7 @@ def through_relu(g, v, y, k, b, relu):
     return g
 
 
-@jit
+@part
 def term(g, v, y, k, b, relu):
     """First factor of the sums: the centred value itself (forward) or the gradient (backward)."""
     if g is None:
@@ -44,7 +44,7 @@ def term(g, v, y, k, b, relu):
     return through_relu(g, v, y, k, b, relu)
 
 
-@jit
+@part
 def write(y, i, z, streamed):
     """Store one whole vector; a streamed one must lie on a line."""
     if streamed:
@@ -53,7 +53,7 @@ def write(y, i, z, streamed):
         store(y, i, z)
 
 
-@jit
+@part
 def sum_part(x, g, y, i, n, m, k, b, relu, s, q):
     """Add the terms of n < W elements to the vectors s and q (see ``sum_run``)."""
     v = first(load_n(x, i, n) - m, n)
@@ -61,40 +61,45 @@ def sum_part(x, g, y, i, n, m, k, b, relu, s, q):
     return s + u, fma(u, v, q)
 
 
-@jit
+@part
 def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
     """Add u and u*v of n elements to the vectors s and q. Floor: n reads a tensor.
 
     v = x - m; u = v without g, else the gradient in front of the ReLU. ``normalise_and_sum_run`` must add in the same
-    order, or the result would depend on which thread sums a run: pairs of vectors to two sums, the odd one to one,
-    the tail to the other.
+    order, or the result would depend on which thread sums a run: four vectors at a time to four sums, which hides the
+    latency of the additions, then one by one to the first, the tail to the second.
     """
     W = lanes(x)
-    m, k, b, s1, q1 = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0), splat(x, 0.0)
+    m, k, b, zero = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0)
+    s1 = s2 = s3 = q1 = q2 = q3 = zero
     i, end = at, at + n
-    while i + 2 * W <= end:
+    while i + 4 * W <= end:
         v0, v1 = load(x, i) - m, load(x, i + W) - m
+        v2, v3 = load(x, i + 2 * W) - m, load(x, i + 3 * W) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
         u1 = term(load(g, i + W), v1, load(y, i + W), k, b, relu)
-        s, s1, q, q1 = s + u0, s1 + u1, fma(u0, v0, q), fma(u1, v1, q1)
-        i += 2 * W
-    if i + W <= end:
+        u2 = term(load(g, i + 2 * W), v2, load(y, i + 2 * W), k, b, relu)
+        u3 = term(load(g, i + 3 * W), v3, load(y, i + 3 * W), k, b, relu)
+        s, s1, s2, s3 = s + u0, s1 + u1, s2 + u2, s3 + u3
+        q, q1, q2, q3 = fma(u0, v0, q), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
+        i += 4 * W
+    while i + W <= end:
         v0 = load(x, i) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
         s, q = s + u0, fma(u0, v0, q)
         i += W
     if i < end:
         s1, q1 = sum_part(x, g, y, i, end - i, m, k, b, relu, s1, q1)
-    return s + s1, q + q1
+    return (s + s1) + (s2 + s3), (q + q1) + (q2 + q3)
 
 
-@jit
+@part
 def normalise_part(x, r, y, i, n, c, relu):
     """activation((x - m)*k + b + r) of n < W elements, c = (m, k, b)."""
     return output(load_n(x, i, n) - splat(x, c[0]), load_n(r, i, n), splat(x, c[1]), splat(x, c[2]), relu)
 
 
-@jit
+@part
 def normalise_run(x, r, y, i, end, c, relu, streamed):
     """Write the whole vectors from i on that end by ``end``; returns where they end. Floor: a read and a write."""
     W = lanes(x)
@@ -105,7 +110,7 @@ def normalise_run(x, r, y, i, end, c, relu, streamed):
     return i
 
 
-@jit
+@part
 def normalise_seam(x, r, y, i, n, c, d, relu, streamed):
     """Write the vector whose first n lanes belong to the channel with constants c, the others to the one with d."""
     m = blend(n, splat(x, c[0]), splat(x, d[0]))
@@ -114,7 +119,7 @@ def normalise_seam(x, r, y, i, n, c, d, relu, streamed):
     write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
 
 
-@jit
+@part
 def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q):
     """``normalise_run`` from i to end, and ``sum_run`` of n elements from ``at`` about ``start``; both about as long.
 
@@ -122,38 +127,45 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
     the other they take 0.80 + 0.80 of a streaming copy (N = 32, S = 3136), together 1.20.
     """
     W, stop = lanes(x), at + n
-    m, k, b, start = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, start)
-    s1, q1 = splat(x, 0.0), splat(x, 0.0)
-    while at + 2 * W <= stop and i + 2 * W <= end:
+    m, k, b, start, zero = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, start), splat(x, 0.0)
+    s1 = s2 = s3 = q1 = q2 = q3 = zero
+    while at + 4 * W <= stop and i + 4 * W <= end:
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         s, s1, q, q1 = s + v0, s1 + v1, fma(v0, v0, q), fma(v1, v1, q1)
         write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
         write(y, i + W, output(load(x, i + W) - m, load(r, i + W), k, b, relu), streamed)
-        at += 2 * W
         i += 2 * W
+        v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
+        s2, s3, q2, q3 = s2 + v2, s3 + v3, fma(v2, v2, q2), fma(v3, v3, q3)
+        write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
+        write(y, i + W, output(load(x, i + W) - m, load(r, i + W), k, b, relu), streamed)
+        i += 2 * W
+        at += 4 * W
     while i + W <= end:
         write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
         i += W
-    while at + 2 * W <= stop:
+    if at + 4 * W <= stop:
         v0, v1 = load(x, at) - start, load(x, at + W) - start
-        s, s1, q, q1 = s + v0, s1 + v1, fma(v0, v0, q), fma(v1, v1, q1)
-        at += 2 * W
-    if at + W <= stop:
+        v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
+        s, s1, s2, s3 = s + v0, s1 + v1, s2 + v2, s3 + v3
+        q, q1, q2, q3 = fma(v0, v0, q), fma(v1, v1, q1), fma(v2, v2, q2), fma(v3, v3, q3)
+        at += 4 * W
+    while at + W <= stop:
         v0 = load(x, at) - start
         s, q = s + v0, fma(v0, v0, q)
         at += W
     if at < stop:
         s1, q1 = sum_part(x, None, None, at, stop - at, start, start, start, None, s1, q1)
-    return i, s + s1, q + q1
+    return i, (s + s1) + (s2 + s3), (q + q1) + (q2 + q3)
 
 
-@jit
+@part
 def gradient_value(v, u, k, c1, c0):
     """Input gradient dx of the gradient u in front of the ReLU; frozen (c1 = c0 = 0) it does not see v, be it NaN."""
     return fma(c1, where_nonzero(c1, v), u + c0) * k
 
 
-@jit
+@part
 def gradient_part(x, g, y, i, n, c, relu):
     """Return dx and u of n < W elements, c = (m, k, b, c1, c0): dx = k*(u + c1*(x - m) + c0)."""
     v, k = load_n(x, i, n) - splat(x, c[0]), splat(x, c[1])
@@ -161,7 +173,7 @@ def gradient_part(x, g, y, i, n, c, relu):
     return gradient_value(v, u, k, splat(x, c[3]), splat(x, c[4])), u
 
 
-@jit
+@part
 def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed):
     """Write dx and dr = u of the whole vectors from i on that end by ``end``. Floor: two reads and one write."""
     W = lanes(x)
@@ -175,7 +187,7 @@ def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed):
     return i
 
 
-@jit
+@part
 def gradient_seam(x, g, y, dx, dr, i, n, c, d, relu, streamed):
     """As ``normalise_seam`` for dx and dr."""
     m, k = blend(n, splat(x, c[0]), splat(x, d[0])), blend(n, splat(x, c[1]), splat(x, d[1]))

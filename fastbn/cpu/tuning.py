@@ -2,10 +2,10 @@
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
 STREAM = 4 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
-RUN = 16  # elements of a run from which the channels-first kernel wins
+RUN = 16  # elements of a run: from one vector on the channels-first kernel is as fast as any
 MATRIX = 256  # columns that a short matrix row is widened to
 BROAD = 1024  # the same where there are many rows: fewer ends of rows
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
 WHOLE = 1 << 18  # elements of a tensor that is one block
 TALL = 1024  # rows from which a block of columns no longer fits in the cache
-BAND = 1 << 17  # elements of a band of rows
+BAND = (1 << 15, 1 << 20)  # elements of a band of rows: small ones cost 1.3x, a large one is what a thread may wait for
