@@ -20,13 +20,17 @@ class Worker:
 
     def __init__(self, peer: str, threads: int):
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "FASTBN_NUM_THREADS")
-        env = os.environ | dict.fromkeys(names, str(threads))
+        self.env = os.environ | dict.fromkeys(names, str(threads))
         if threads == 1:
-            env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+            self.env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         self.peer = peer
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; also after a library has ended it."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", peer], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=env,
+            [sys.executable, "-m", "bench.worker", self.peer], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=self.env,
         )  # fmt: skip
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -38,7 +42,12 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer: dict[str, Any] = json.loads(line) if line else {"failed": "the process died"}
+        if not line:
+            self.process.wait()
+            code = self.process.returncode
+            self.start()
+            return {"failed": f"the process ended with {code}"}
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:

@@ -166,7 +166,7 @@ def onnxruntime(data: Data) -> Call:
     binding.bind_output("y", "cpu", 0, d.dtype, d.shape, d.out.ctypes.data)
     for o in outputs[1:]:
         binding.bind_output(o)
-    return lambda: session.run_with_iobinding(binding)
+    return lambda: (session.run_with_iobinding(binding), d)  # d: the binding holds addresses only
 
 
 def jax(data: Data) -> Call:

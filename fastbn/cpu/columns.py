@@ -31,27 +31,36 @@ def _gather(sums, c, S, period, width):
 
 
 @helper
+def _spread(N):
+    """Eight of N rows, unevenly spread: even steps would meet data with a period in one phase."""
+    return (
+        N * 37 >> 10, N * 161 >> 10, N * 290 >> 10, N * 413 >> 10,
+        N * 542 >> 10, N * 671 >> 10, N * 799 >> 10, N * 926 >> 10,
+    )  # fmt: skip
+
+
+@helper
 def _row_pivots(x, N, C, c0, c1, m):
     """Set m to the mean of eight rows, added so that equal numbers give exactly themselves."""
-    W, step = lanes(x), N // 8 * C
+    W, r = lanes(x), _spread(N)
     eighth = splat(x, 0.125)
     for c in range(c0, c1, W):
         n = min(W, c1 - c)
-        a = load_n(x, c, n) + load_n(x, c + step, n)
-        b = load_n(x, c + 2 * step, n) + load_n(x, c + 3 * step, n)
-        d = load_n(x, c + 4 * step, n) + load_n(x, c + 5 * step, n)
-        e = load_n(x, c + 6 * step, n) + load_n(x, c + 7 * step, n)
+        a = load_n(x, r[0] * C + c, n) + load_n(x, r[1] * C + c, n)
+        b = load_n(x, r[2] * C + c, n) + load_n(x, r[3] * C + c, n)
+        d = load_n(x, r[4] * C + c, n) + load_n(x, r[5] * C + c, n)
+        e = load_n(x, r[6] * C + c, n) + load_n(x, r[7] * C + c, n)
         store_n(m, c - c0, ((a + b) + (d + e)) * eighth, n)
 
 
 @helper
 def _run_pivot(x, N, C, S, c):
-    """Mean of the first elements of eight runs of channel c, added as in ``_row_pivots``."""
-    at, step = c * S, N // 8 * C * S
-    a = get(x, at) + get(x, at + step + S - 1)
-    b = get(x, at + 2 * step) + get(x, at + 3 * step + S - 1)
-    d = get(x, at + 4 * step) + get(x, at + 5 * step + S - 1)
-    e = get(x, at + 6 * step) + get(x, at + 7 * step + S - 1)
+    """Mean of the first or last elements of eight runs of channel c, added as in ``_row_pivots``."""
+    r, first, last = _spread(N), c * S, c * S + S - 1
+    a = get(x, r[0] * C * S + first) + get(x, r[1] * C * S + last)
+    b = get(x, r[2] * C * S + first) + get(x, r[3] * C * S + last)
+    d = get(x, r[4] * C * S + first) + get(x, r[5] * C * S + last)
+    e = get(x, r[6] * C * S + first) + get(x, r[7] * C * S + last)
     return rounded(x, ((a + b) + (d + e)) * 0.125)
 
 
