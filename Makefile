@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 STAMPS  = $(VENV)/.stamp
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test bench bench-full gpu gpu-sim lint types torch-test wheel-test clean
+.PHONY: demo test bench bench-full bench-fold gpu gpu-sim gpu-compile lint types torch-test wheel-test clean
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit("fastbn needs Python >= 3.11, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -56,6 +56,16 @@ bench: $(STAMPS)/test
 
 bench-full: $(STAMPS)/torch
 	$(BIN)/python -m bench --full
+
+# The exporter's speed, memory and benefit, beside the peers that are installed.
+bench-fold: $(STAMPS)/test
+	$(BIN)/python -m bench.fold
+
+# Every GPU kernel compiled for sm_80 and sm_90 and compared with the committed table: needs no GPU, but 866 MB.
+gpu-compile: $(STAMPS)/cuda
+	$(PIP) "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*" "nvidia-nvjitlink==13.0.*" \
+	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python -m bench.gpu_compile --check
 
 # Kernels in the simulator: numba-cuda brings it, no CUDA packages and no GPU are needed.
 $(STAMPS)/cuda: $(STAMPS)/test
