@@ -214,6 +214,8 @@ def store_n(typingctx, y, i, v, n):
 @intrinsic
 def stream(typingctx, y, i, v):
     """y[i:i+W] = v past the caches; y + i must be aligned to the vector (see ``head``). End with ``fence``."""
+    if isinstance(y, types.NoneType):
+        return types.void(y, types.intp, v), _nothing
 
     def codegen(ctx, builder, sig, args):
         vec, size = _memory_vector(sig.args[0])
@@ -239,7 +241,9 @@ def fence(typingctx):
 
 @intrinsic
 def head(typingctx, y, i):
-    """Return how many elements lie between y + i and the next address that ``stream`` may write to."""
+    """Return how many elements lie between y + i and the next address that ``stream`` may write to; 0 for None."""
+    if isinstance(y, types.NoneType):
+        return types.intp(y, types.intp), lambda ctx, builder, sig, args: ir.Constant(I64, 0)
 
     def codegen(ctx, builder, sig, args):
         vec, size = _memory_vector(sig.args[0])

@@ -12,7 +12,20 @@ Optional arrays and ``relu`` are None at compile time where they are absent: Num
 from __future__ import annotations
 
 from fastbn.cpu._jit import part
-from fastbn.cpu.simd import blend, first, fma, lanes, load, load_n, splat, store, stream, where_nonzero, where_positive
+from fastbn.cpu.simd import (
+    blend,
+    first,
+    fma,
+    head,
+    lanes,
+    load,
+    load_n,
+    splat,
+    store,
+    stream,
+    where_nonzero,
+    where_positive,
+)
 
 
 @part
@@ -178,10 +191,11 @@ def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed):
     """Write dx and dr = u of the whole vectors from i on that end by ``end``. Floor: two reads and one write."""
     W = lanes(x)
     m, k, b, c1, c0 = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, c[3]), splat(x, c[4])
+    aligned = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
     while i + W <= end:
         v = load(x, i) - m
         u = through_relu(load(g, i), v, load(y, i), k, b, relu)
-        store(dr, i, u)
+        write(dr, i, u, aligned)
         write(dx, i, gradient_value(v, u, k, c1, c0), streamed)
         i += W
     return i
@@ -195,5 +209,5 @@ def gradient_seam(x, g, y, dx, dr, i, n, c, d, relu, streamed):
     c1, c0 = blend(n, splat(x, c[3]), splat(x, d[3])), blend(n, splat(x, c[4]), splat(x, d[4]))
     v = load(x, i) - m
     u = through_relu(load(g, i), v, load(y, i), k, b, relu)
-    store(dr, i, u)
+    write(dr, i, u, streamed and head(dr, i) == 0)
     write(dx, i, gradient_value(v, u, k, c1, c0), streamed)
