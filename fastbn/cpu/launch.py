@@ -40,7 +40,7 @@ def plan(dims: Dims) -> Plan:
     N, C, S = dims
     size = N * C * S
     parallel = size >= tuning.PARALLEL
-    if S >= tuning.RUN or (N < 4 and S >= 16):
+    if S >= tuning.RUN:
         return Plan("planes", parallel)
     V = C * S
     V *= max(1, min(N, (tuning.MATRIX if size <= tuning.WHOLE else tuning.BROAD) // V))
@@ -49,15 +49,17 @@ def plan(dims: Dims) -> Plan:
     if V == C * S and N <= tuning.TALL:
         per = max(1, tuning.WIDTH // S)
         return Plan("rows", parallel, V, min(C, per - per % 16 if per >= 16 else per))
-    width = V if V <= 2 * tuning.WIDTH else tuning.WIDTH
-    height = _height(size, width)
-    return Plan("swept", parallel, V, C, height, width)
+    return _swept(Plan("rows", parallel, V, C), size)
 
 
-def _height(size: int, width: int) -> int:
-    """Rows of a band: a sixteenth of the tensor, within BAND."""
+def _swept(p: Plan, size: int) -> Plan:
+    """Return the plan that sweeps the same matrix in bands: a sixteenth of the tensor each, within BAND."""
+    if p.kind == "swept":
+        return p
+    width = p.V if p.V <= 2 * tuning.WIDTH else tuning.WIDTH
     least, most = tuning.BAND
-    return max(4, min(most, max(least, size // 16)) // width // 4 * 4)
+    height = max(4, min(most, max(least, size // 16)) // width // 4 * 4)
+    return p._replace(kind="swept", height=height, width=width)
 
 
 def _streams(out: Array) -> bool:
@@ -124,15 +126,8 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     if p.kind == "planes":
         pool.run(planes.moments, x, stats, none, N, C, S, eps, units=C, parallel=p.parallel)
     else:
-        _swept_moments(x, stats, weight, none, none, dims, _as_swept(p, x.size), eps, 0.0)
+        _swept_moments(x, stats, weight, none, none, dims, _swept(p, x.size), eps, 0.0)
     return stats
-
-
-def _as_swept(p: Plan, size: int) -> Plan:
-    if p.kind == "swept":
-        return p
-    width = min(p.V, tuning.WIDTH)
-    return p._replace(kind="swept", width=width, height=_height(size, width))
 
 
 def infer(
@@ -146,7 +141,7 @@ def infer(
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
         pool.run(planes.infer, *work, units=N * C, parallel=p.parallel)
         return
-    p = _as_swept(p, x.size)
+    p = _swept(p, x.size)
     columns = _columns(weight, p, 3)
     rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
     _swept_normalise(x, residual, out, columns, p, relu, _streams(out))
