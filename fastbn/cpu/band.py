@@ -4,7 +4,7 @@ The matrix is a flat array of T elements cut into rows of V; the last row may be
 (v // S) % C. A band is rows r0 <= r < r1 and columns v0 <= v < v1. Per-column constants (``m``, ``k``, ``b``, ...) are
 arrays indexed by v - o, in the arithmetic type of the vectors.
 
-Four rows are added at a time: the sums of a column are then fetched from L1 once for four elements.
+Several rows are added at a time: the sums of a column are then fetched from L1 once for all of them.
 """
 
 from __future__ import annotations
@@ -25,36 +25,65 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.sweep import gradient_value, output, term, through_relu
 
-ROWS = 32  # rows that are summed in float32 before they join the float64 sums: 8 additions a lane
+ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 8 or 16 additions a lane
 
 
 @part
-def _add_four(x, g, y, at, V, n, m, k, b, i, relu, s, q):
-    """Add four rows of one vector of columns: u to s[i:], u*v to q[i:]; n < W lanes count at the right edge."""
-    mv, kv, bv = load(m, i), load(k, i), load(b, i)
+def _four(x, g, y, at, V, m, k, b, relu):
+    """Sums of u and u*v over four rows of one whole vector of columns."""
     at1, at2, at3 = at + V, at + 2 * V, at + 3 * V
-    if n >= lanes(x):
-        v0, v1, v2, v3 = load(x, at) - mv, load(x, at1) - mv, load(x, at2) - mv, load(x, at3) - mv
-        u0, u1 = term(load(g, at), v0, load(y, at), kv, bv, relu), term(load(g, at1), v1, load(y, at1), kv, bv, relu)
-        u2, u3 = term(load(g, at2), v2, load(y, at2), kv, bv, relu), term(load(g, at3), v3, load(y, at3), kv, bv, relu)
-    else:
-        v0, v1 = first(load_n(x, at, n) - mv, n), first(load_n(x, at1, n) - mv, n)
-        v2, v3 = first(load_n(x, at2, n) - mv, n), first(load_n(x, at3, n) - mv, n)
-        u0 = first(term(load_n(g, at, n), v0, load_n(y, at, n), kv, bv, relu), n)
-        u1 = first(term(load_n(g, at1, n), v1, load_n(y, at1, n), kv, bv, relu), n)
-        u2 = first(term(load_n(g, at2, n), v2, load_n(y, at2, n), kv, bv, relu), n)
-        u3 = first(term(load_n(g, at3, n), v3, load_n(y, at3, n), kv, bv, relu), n)
-    store(s, i, load(s, i) + ((u0 + u1) + (u2 + u3)))
-    store(q, i, load(q, i) + fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3))))  # one rounding at q's size, not four
+    v0, v1, v2, v3 = load(x, at) - m, load(x, at1) - m, load(x, at2) - m, load(x, at3) - m
+    u0, u1 = term(load(g, at), v0, load(y, at), k, b, relu), term(load(g, at1), v1, load(y, at1), k, b, relu)
+    u2, u3 = term(load(g, at2), v2, load(y, at2), k, b, relu), term(load(g, at3), v3, load(y, at3), k, b, relu)
+    return (u0 + u1) + (u2 + u3), fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3)))
 
 
 @part
-def _add_one(x, g, y, at, n, m, k, b, i, relu, s, q):
-    """Add one row of one vector of columns."""
-    v = first(load_n(x, at, n) - load(m, i), n)
-    u = first(term(load_n(g, at, n), v, load_n(y, at, n), load(k, i), load(b, i), relu), n)
-    store(s, i, load(s, i) + u)
-    store(q, i, fma(u, v, load(q, i)))
+def _one_edge(x, g, y, at, n, m, k, b, relu):
+    v = first(load_n(x, at, n) - m, n)
+    return first(term(load_n(g, at, n), v, load_n(y, at, n), k, b, relu), n), v
+
+
+@part
+def _four_edge(x, g, y, at, V, end, n, m, k, b, relu):
+    """As ``_four`` where only n lanes count, and of those only what lies before ``end``."""
+    at1, at2, at3 = at + V, at + 2 * V, at + 3 * V
+    u0, v0 = _one_edge(x, g, y, at, min(n, max(0, end - at)), m, k, b, relu)
+    u1, v1 = _one_edge(x, g, y, at1, min(n, max(0, end - at1)), m, k, b, relu)
+    u2, v2 = _one_edge(x, g, y, at2, min(n, max(0, end - at2)), m, k, b, relu)
+    u3, v3 = _one_edge(x, g, y, at3, min(n, max(0, end - at3)), m, k, b, relu)
+    return (u0 + u1) + (u2 + u3), fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3)))
+
+
+@part
+def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q):
+    """Add eight rows (forward) or four (backward) of all whole vectors to the sums s and q; returns where they end."""
+    i, W = 0, lanes(x)
+    while i + W <= width:
+        mv, kv, bv = load(m, i), load(k, i), load(b, i)
+        sv, qv = _four(x, g, y, at + i, V, mv, kv, bv, relu)
+        if g is None:
+            s2, q2 = _four(x, g, y, at + i + 4 * V, V, mv, kv, bv, relu)
+            sv, qv = sv + s2, qv + q2
+        store(s, i, load(s, i) + sv)
+        store(q, i, load(q, i) + qv)  # one rounding at q's size, not eight
+        i += W
+    return i
+
+
+@part
+def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
+    """As ``_add_whole`` from column i on, where columns or rows are missing: nothing at or past ``end`` counts."""
+    W = lanes(x)
+    while i < width:
+        n, mv, kv, bv = min(W, width - i), load(m, i), load(k, i), load(b, i)
+        sv, qv = _four_edge(x, g, y, at + i, V, end, n, mv, kv, bv, relu)
+        if g is None:
+            s2, q2 = _four_edge(x, g, y, at + i + 4 * V, V, end, n, mv, kv, bv, relu)
+            sv, qv = sv + s2, qv + q2
+        store(s, i, load(s, i) + sv)
+        store(q, i, load(q, i) + qv)
+        i += W
 
 
 @part
@@ -80,22 +109,16 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     clear(total_s, padded)
     clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
-    r, since, whole = r0, 0, min(r1, T // V)
-    while r + 4 <= whole:
-        at = r * V + v0
-        for i in range(0, width, W):
-            _add_four(x, g, y, at + i, V, width - i, m, k, b, i, relu, s, q)
-        r += 4
-        since += 4
-        if since >= ROWS:
+    step = 8 if g is None else 4  # as many streams as the memory likes: 8 rows forward are 1.15x as fast as 4
+    whole = min(r1, T // V)
+    for r in range(r0, r1, step):
+        at, i = r * V + v0, 0
+        if r + step <= whole:
+            i = _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q)
+        if i < width:
+            _add_edge(x, g, y, at, V, min(T, (r1 - 1) * V + v1), i, width, m, k, b, relu, s, q)
+        if (r - r0) % ROWS == ROWS - step:
             _put_away(s, q, total_s, total_q, padded)
-            since = 0
-    while r < r1:
-        at = r * V + v0
-        length = min(width, T - at)
-        for i in range(0, length, W):
-            _add_one(x, g, y, at + i, min(W, length - i), m, k, b, i, relu, s, q)
-        r += 1
     _put_away(s, q, total_s, total_q, padded)
 
 

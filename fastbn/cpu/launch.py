@@ -7,6 +7,7 @@ parameters in the arithmetic type. Returned ``stats`` is float64 of 3*C: mean, i
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,13 @@ class Plan(NamedTuple):
         return -(-matrix_rows // self.height), -(-self.V // self.width)
 
 
+def _side_by_side(V: int, N: int, most: int) -> int:
+    """How many of N rows of V columns to lay side by side: whole vectors if that fits within ``most`` columns."""
+    count = max(1, min(N, most // V))
+    step = 16 // math.gcd(V, 16)
+    return count - count % step if count >= step else count
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(dims: Dims) -> Plan:
     """Choose the kernel for a shape."""
@@ -43,7 +51,7 @@ def plan(dims: Dims) -> Plan:
     if S >= tuning.RUN:
         return Plan("planes", parallel)
     V = C * S
-    V *= max(1, min(N, (tuning.MATRIX if size <= tuning.WHOLE else tuning.BROAD) // V))
+    V *= _side_by_side(V, N, tuning.MATRIX)
     if size <= tuning.WHOLE:
         return Plan("rows", False, V, C)
     if V == C * S and N <= tuning.TALL:
@@ -67,11 +75,11 @@ def _streams(out: Array) -> bool:
 
 
 def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
-    return np.zeros(arrays * (chosen.V + rows.PAD), weight.dtype)
+    return np.zeros(arrays * rows.stride(chosen.V) + rows.PAD, weight.dtype)
 
 
 def _part(chosen: Plan, down: int) -> Array:
-    return np.empty(down * 2 * (chosen.V + rows.PAD), np.float64)
+    return np.empty(down * 2 * rows.stride(chosen.V) + rows.PAD, np.float64)
 
 
 def train(

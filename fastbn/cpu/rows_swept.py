@@ -6,7 +6,7 @@ where it fits in the last-level cache.
 
 Bands are numbered by the shape alone; ``part`` keeps the sums of each and they are added in the order of their numbers,
 so any number of threads gives the same bits. A band has ``height`` rows and at most ``width`` columns; ``part`` is
-float64 of bands * 2 * (V + PAD). ``columns`` holds m, k, b, c1, c0 of V + PAD elements each, in the arithmetic type.
+float64 of bands * 2 * stride(V) + PAD. ``columns`` holds m, k, b, c1, c0 at that stride, in the arithmetic type.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
-from fastbn.cpu.rows import PAD
-from fastbn.cpu.simd import base, fence, fetch_add, get, put
+from fastbn.cpu.rows import PAD, column_stride
+from fastbn.cpu.simd import aligned, base, fence, fetch_add, get, put
 
 
 @helper
@@ -38,23 +38,23 @@ def _count(T, V, height, width):
 @jit
 def pivots(x, columns, dims, V):
     """First step forward: the pivots into m."""
-    spread_pivots(base(x), dims, (0, dims[1], V), base(columns))
+    spread_pivots(base(x), dims, (0, dims[1], V), aligned(columns))
 
 
 @jit
 def affines(x, stats, weight, bias, columns, dims, V):
     """Column constants m, k, b: for the output, and as the first step backward."""
-    m, wide = base(columns), V + PAD
+    m, wide = aligned(columns), column_stride(V)
     spread_affine(base(x), base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
 
 
 @jit
 def sums(x, g, y, columns, part, V, height, width, relu, claim):
     """Sums of u and u*v of every band (see ``sweep.sums``)."""
-    T, wide = x.size, V + PAD
-    scratch = np.empty(2 * (width + PAD), columns.dtype)
-    x, g, y, m, part, claim, s = base(x), base(g), base(y), base(columns), base(part), base(claim), base(scratch)
-    q, k, b = s + (width + PAD), m + wide, m + 2 * wide
+    T, wide = x.size, column_stride(V)
+    scratch = np.empty(2 * column_stride(width) + PAD, columns.dtype)
+    x, g, y, m, part, claim, s = base(x), base(g), base(y), aligned(columns), aligned(part), base(claim), aligned(scratch)
+    q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
@@ -70,7 +70,7 @@ def sums(x, g, y, columns, part, V, height, width, relu, claim):
 @helper
 def _add_bands(part, V, count):
     """Add the sums of all bands into those of the first, in order."""
-    wide = V + PAD
+    wide = column_stride(V)
     for row in range(1, count):
         for j in range(2 * wide):
             put(part, j, get(part, j) + get(part, 2 * row * wide + j))
@@ -80,10 +80,10 @@ def _add_bands(part, V, count):
 def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, count, eps, momentum):
     """Statistics of all channels from the sums of ``count`` rows of bands."""
     tracked = running_mean.size > 0
-    s = base(part)
+    s = aligned(part)
     _add_bands(s, V, count)
     settle_moments(
-        base(x), dims, (0, dims[1], V), base(columns), s, s + (V + PAD),
+        base(x), dims, (0, dims[1], V), aligned(columns), s, s + column_stride(V),
         base(stats), base(running_mean), base(running_var), tracked, eps, momentum,
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, co
 @jit
 def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu):
     """Parameter gradients of all channels, and the column constants c1 and c0."""
-    s, m, wide = base(part), base(columns), V + PAD
+    s, m, wide = aligned(part), aligned(columns), column_stride(V)
     _add_bands(s, V, count)
     settle_gradients(
         base(x), base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
@@ -102,8 +102,8 @@ def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias,
 @jit
 def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
     """Output of every band, last band first."""
-    T, wide = x.size, V + PAD
-    x, residual, y, m, claim = base(x), base(residual), base(y), base(columns), base(claim)
+    T, wide = x.size, column_stride(V)
+    x, residual, y, m, claim = base(x), base(residual), base(y), aligned(columns), base(claim)
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
@@ -117,8 +117,8 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
 @jit
 def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     """Input gradient of every band, last band first."""
-    T, wide = x.size, V + PAD
-    x, g, y, dx, dr, m, claim = base(x), base(g), base(y), base(dx), base(dr), base(columns), base(claim)
+    T, wide = x.size, column_stride(V)
+    x, g, y, dx, dr, m, claim = base(x), base(g), base(y), base(dx), base(dr), aligned(columns), base(claim)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

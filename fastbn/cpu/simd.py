@@ -24,6 +24,8 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, overload, register_model
 
+from fastbn.cpu._jit import part
+
 I32, I64 = ir.IntType(32), ir.IntType(64)
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
@@ -317,6 +319,16 @@ def put(typingctx, y, i, value):
         return ctx.get_dummy_value()
 
     return types.void(y, types.intp, value), codegen
+
+
+@part
+def aligned(array):
+    """Address of the first element of a contiguous scratch array that begins a vector; up to W - 1 lie before it.
+
+    Column constants at other addresses cost two cache lines a load: 1.4x on a whole normalisation.
+    """
+    p = base(array)
+    return p + head(p, 0)
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------
