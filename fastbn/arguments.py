@@ -20,7 +20,7 @@ _NAMES = "float32, float64, float16 or bfloat16"
 
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of parameters and statistics for tensors of this dtype: float32 for half types."""
-    return F64 if dtype == F64 else F32
+    return F32 if dtype is F32 or dtype != F64 else F64
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -33,7 +33,7 @@ def tensor(name: str, x: Any) -> Array:
     if type(x) is not np.ndarray:
         x = _host(name, x)
     dtype = x.dtype
-    if not ((dtype in (F32, F64, F16) or is_bfloat16(dtype)) and dtype.isnative):
+    if dtype is not F32 and not ((dtype in (F32, F64, F16) or is_bfloat16(dtype)) and dtype.isnative):
         raise ArgumentTypeError(name, f"an array of {_NAMES}", dtype)
     if x.ndim < 2:
         raise ArgumentValueError(name, "an array of rank >= 2", f"shape {x.shape}")
@@ -59,10 +59,12 @@ def _is_tensor(x: Any) -> bool:
 
 def same_kind(name: str, value: Any, x: Array, of: str = "x") -> Array:
     """Check an array with the shape and dtype of x."""
+    if type(value) is np.ndarray and value.dtype is x.dtype and value.shape == x.shape:
+        return value
     array = tensor(name, value)
     if array.shape != x.shape:
         raise ArgumentValueError(name, f"the shape of {of}, {x.shape}", array.shape)
-    if array.dtype != x.dtype:
+    if array.dtype is not x.dtype and array.dtype != x.dtype:
         raise ArgumentTypeError(name, f"the dtype of {of}, {x.dtype}", array.dtype)
     return array
 
@@ -75,7 +77,7 @@ def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Arr
     array: Array = value if type(value) is np.ndarray else _vector(name, value)
     if array.shape != (channels,):
         raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
-    if array.dtype != dtype:
+    if array.dtype is not dtype and array.dtype != dtype:
         raise ArgumentTypeError(name, f"{dtype} (parameters of half types are float32)", array.dtype)
     return array if array.flags.carray else np.array(array, order="C")
 
@@ -93,14 +95,15 @@ def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array
     """Check a running statistic that will be updated in place."""
     if not isinstance(value, np.ndarray):
         raise ArgumentTypeError(name, "a NumPy array (it is updated in place)", type(value).__name__)
-    parameter(name, value, channels, dtype)
-    if not value.flags.writeable:
+    if parameter(name, value, channels, dtype) is not value and not value.flags.writeable:
         raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
     return value
 
 
 def number(name: str, value: Any) -> float:
     """Check a finite real number."""
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.floating | np.integer):
         raise ArgumentTypeError(name, "a number", type(value).__name__)
     if not math.isfinite(value):
@@ -130,9 +133,10 @@ def output(out: Any, x: Array, axis: int) -> layout.Layout:
     if type(out) is not np.ndarray:
         raise ArgumentTypeError("out", "a NumPy array", type(out).__name__)
     same_kind("out", out, x)
-    if not out.flags.writeable:
+    flags = out.flags
+    if not flags.writeable:
         raise ArgumentValueError("out", "a writeable array", "a read-only one")
-    if not out.flags.aligned:  # a streaming store to such an address ends the process
+    if not flags.aligned:  # a streaming store to such an address ends the process
         raise ArgumentValueError("out", f"an array aligned to its {out.itemsize}-byte elements", "an unaligned one")
     found = layout.of(out.shape, out.strides, out.itemsize, axis)
     if found is None:

@@ -31,11 +31,17 @@ class Forward:
     ):
         x = arguments.tensor("x", x)
         self.axis = axis = layout.normalise_axis(axis, x.ndim)
-        self.dtype = arguments.arithmetic(x.dtype)
+        self.dtype = dtype = arguments.arithmetic(x.dtype)
         channels = x.shape[axis]
         self.affine = (weight is not None, bias is not None)
-        self.weight = self._parameter("weight", weight, channels, 1.0)
-        self.bias = self._parameter("bias", bias, channels, 0.0)
+        if weight is None:
+            self.weight = views.constant(1.0, channels, dtype)
+        else:
+            self.weight = arguments.parameter("weight", weight, channels, dtype)
+        if bias is None:
+            self.bias = views.constant(0.0, channels, dtype)
+        else:
+            self.bias = arguments.parameter("bias", bias, channels, dtype)
         self.relu = arguments.activation(activation)
         if residual is not None:
             residual = arguments.same_kind("residual", residual, x)
@@ -47,13 +53,9 @@ class Forward:
             arguments.apart("x", out, x, exact_allowed=in_place)
             if residual is not None:
                 arguments.apart("residual", out, residual, exact_allowed=True)
-            self.x, self.out = layout.like(x, self.layout), out
+            self.out = out
+            self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
         self.residual = None if residual is None else layout.like(residual, self.layout)
-
-    def _parameter(self, name: str, value: Any, channels: int, default: float) -> Array:
-        if value is None:
-            return views.constant(default, channels, self.dtype)
-        return arguments.parameter(name, value, channels, self.dtype)
 
     @property
     def count(self) -> int:
@@ -94,14 +96,25 @@ def train(
 
 def run(f: Forward, rm: Array, rv: Array, momentum: float, eps: float) -> BatchSaved:
     """Normalise checked arguments by the batch and move checked running statistics, if they have elements."""
-    moved = (np.ascontiguousarray(rm), np.ascontiguousarray(rv))  # the arrays themselves, but for odd strides
+    mean = rm if rm.flags.carray else np.array(rm, order="C")
+    var = rv if rv.flags.carray else np.array(rv, order="C")
     stats = dispatch.kernels().train(
-        f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, *moved, f.layout.dims, eps, momentum, f.relu
+        f.flat(f.x),
+        f.flat(f.residual),
+        f.flat(f.out),
+        f.weight,
+        f.bias,
+        mean,
+        var,
+        f.layout.dims,
+        eps,
+        momentum,
+        f.relu,
     )
-    if moved[0] is not rm:
-        rm[:] = moved[0]
-    if moved[1] is not rv:
-        rv[:] = moved[1]
+    if mean is not rm:
+        rm[:] = mean
+    if var is not rv:
+        rv[:] = var
     return f.saved(stats, frozen=False, updated=int(rm.size > 0))
 
 

@@ -6,6 +6,7 @@ With ``NUMBA_DISABLE_JIT=1`` the kernels' vector instructions do not exist and e
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,12 @@ from fastbn.errors import DeviceError
 
 def kernels() -> ModuleType:
     """Return the module with ``train``, ``infer``, ``backward`` and ``moments`` for host arrays."""
-    if numba.config.DISABLE_JIT:
+    return _kernels(bool(numba.config.DISABLE_JIT))
+
+
+@functools.cache  # an import statement costs half a microsecond even where it finds its module
+def _kernels(interpreted: bool) -> ModuleType:
+    if interpreted:
         from fastbn.cpu import fallback
 
         return fallback

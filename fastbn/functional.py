@@ -96,7 +96,7 @@ def batch_norm_train(
     An empty batch gives an empty y and leaves the running statistics alone, a batch without valid values gives zeros
     and does the same. NaN and inf stay in their channel.
     """
-    if dispatch.on_device(x):
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
 
         device.refuse(mask=mask, lengths=lengths, ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)

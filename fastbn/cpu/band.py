@@ -136,7 +136,7 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
         at = row * V + v0
         n = min(v1 - v0, T - at)
         off, end = v0 - o - at, at + n  # column constants of the element at position i lie at i + off
-        h = min(head(y, at), n)
+        h = min(head(y, at), n) if streamed else 0
         if h > 0:
             _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
         i = at + h
@@ -168,7 +168,7 @@ def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, rel
         at = row * V + v0
         n = min(v1 - v0, T - at)
         off, end = v0 - o - at, at + n
-        h = min(head(dx, at), n)
+        h = min(head(dx, at), n) if streamed else 0
         if h > 0:
             _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
         i = at + h

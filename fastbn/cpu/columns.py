@@ -7,27 +7,52 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import helper
-from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
-from fastbn.cpu.simd import get, lanes, load_n, put, rounded, splat, store_n
+from fastbn.cpu._jit import helper, part
+from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
+from fastbn.cpu.simd import get, lanes, load_n, put, rounded, splat, store, store_n
 
 
-@helper
-def _fill(values, number, c, S, period, width):
-    """Give every column of one channel (counted from the block's first) the same number."""
-    for run in range(c * S, width, period * S):
-        for j in range(run, run + S):
-            put(values, j, number)
+@part
+def _fill(values, c, S, number):
+    """Give the first S columns of channel c (counted from the block's first) one number; ascending c only.
+
+    Whole vectors: what they write past these columns belongs to the next channels or is spare.
+    """
+    if S == 1:
+        put(values, c, number)
+    else:
+        for j in range(c * S, c * S + S, lanes(values)):
+            store(values, j, splat(values, number))
 
 
-@helper
-def _gather(sums, c, S, period, width):
-    """Add the columns of one channel, in order."""
-    s = 0.0
-    for run in range(c * S, width, period * S):
-        for j in range(run, run + S):
+@part
+def _repeat(values, period, width):
+    """Copy the first ``period`` columns over those behind them."""
+    W = lanes(values)
+    for start in range(period, width, period):
+        for i in range(0, min(period, width - start), W):
+            n = min(W, period - i, width - start - i)
+            store_n(values, start + i, load_n(values, i, n), n)
+
+
+@part
+def _fold(sums, period, width):
+    """Add all columns to the first ``period`` ones, in order."""
+    W = lanes(sums)
+    for start in range(period, width, period):
+        for i in range(0, min(period, width - start), W):
+            n = min(W, period - i, width - start - i)
+            store_n(sums, i, load_n(sums, i, n) + load_n(sums, start + i, n), n)
+
+
+@part
+def _gather(sums, count, S):
+    """Put the sum of each channel's S columns into sums[:count]."""
+    for c in range(count):
+        s = get(sums, c * S)
+        for j in range(c * S + 1, c * S + S):
             s += get(sums, j)
-    return s
+        put(sums, c, s)
 
 
 @helper
@@ -71,11 +96,10 @@ def spread_pivots(x, dims, block, m):
     c0, c1, width = block
     if S > 1:
         for c in range(c0, c1):
-            _fill(m, _run_pivot(x, N, C, S, c), c - c0, S, c1 - c0, width)
-        return
-    _row_pivots(x, N, C, c0, c1, m)
-    for j in range(c1 - c0, width):
-        put(m, j, get(m, j - (c1 - c0)))
+            _fill(m, c - c0, S, _run_pivot(x, N, C, S, c))
+    else:
+        _row_pivots(x, N, C, c0, c1, m)
+    _repeat(m, (c1 - c0) * S, width)
 
 
 @helper
@@ -85,9 +109,13 @@ def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
     c0, c1, width = block
     for c in range(c0, c1):
         mc, kc, bc = affine(stats, weight, bias, C, c, x)
-        _fill(m, mc, c - c0, S, c1 - c0, width)
-        _fill(k, kc, c - c0, S, c1 - c0, width)
-        _fill(b, bc, c - c0, S, c1 - c0, width)
+        _fill(m, c - c0, S, mc)
+        _fill(k, c - c0, S, kc)
+        _fill(b, c - c0, S, bc)
+    period = (c1 - c0) * S
+    _repeat(m, period, width)
+    _repeat(k, period, width)
+    _repeat(b, period, width)
 
 
 @helper
@@ -95,11 +123,25 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
     """Statistics of the block's channels from their columns' sums about m."""
     N, C, S = dims
     c0, c1, width = block
+    _fold(s, (c1 - c0) * S, width)
+    _fold(q, (c1 - c0) * S, width)
+    if S > 1:
+        _gather(s, c1 - c0, S)
+        _gather(q, c1 - c0, S)
+    far = 0
+    for j in range(c1 - c0):  # no calls in here: LLVM makes vectors of it, 3x over channel by channel
+        mean, var, fine = near(get(m, j * S), get(s, j), get(q, j), N * S, eps)
+        put(stats, c0 + j, mean)
+        put(stats, 2 * C + c0 + j, var)
+        far += not fine
+    if far > 0:
+        for c in range(c0, c1):
+            j = c - c0
+            mean, var = resolve(x, N, C, S, c, get(m, j * S), get(s, j), get(q, j), eps)
+            put(stats, c, mean)
+            put(stats, 2 * C + c, var)
     for c in range(c0, c1):
-        j = c - c0
-        total_s = _gather(s, j, S, c1 - c0, width)
-        total_q = _gather(q, j, S, c1 - c0, width)
-        mean, var = resolve(x, N, C, S, c, get(m, j * S), total_s, total_q, eps)
+        mean, var = get(stats, c), get(stats, 2 * C + c)
         keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
 
 
@@ -108,12 +150,18 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
     """Parameter gradients of the block's channels from their columns' sums, and the column constants c1, c0 of dx."""
     N, C, S = dims
     first, end, width = block
+    period = (end - first) * S
+    _fold(s, period, width)
+    _fold(q, period, width)
+    if S > 1:
+        _gather(s, end - first, S)
+        _gather(q, end - first, S)
     for c in range(first, end):
         j = c - first
-        total_s = _gather(s, j, S, end - first, width)
-        total_q = _gather(q, j, S, end - first, width)
         mc, k, b = affine(stats, weight, bias, C, c, x)
-        total_s, total_q = trusted(total_s, total_q, x, g, y, N, C, S, c, mc, k, b, relu)
+        total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, c, mc, k, b, relu)
         a1, a0 = gradients(stats, weight, dweight, dbias, C, c, N * S, mc, total_s, total_q, frozen)
-        _fill(c1, a1, j, S, end - first, width)
-        _fill(c0, a0, j, S, end - first, width)
+        _fill(c1, j, S, a1)
+        _fill(c0, j, S, a0)
+    _repeat(c1, period, width)
+    _repeat(c0, period, width)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from fastbn.cpu._jit import helper
+from fastbn.cpu._jit import helper, part
 from fastbn.cpu.simd import get, put, rounded
 
 FAR = 4.0  # squared distance of pivot and mean, in variances, that float32 sums still bear: their error grows with it
@@ -49,18 +49,24 @@ def wide_sum(x, N, C, S, c):
     return total
 
 
+@part
+def near(start, s, q, n, eps):
+    """Mean and biased variance from sums about ``start``, and whether these can be trusted."""
+    shift = s / n
+    var = max((q - s * shift) / n, 0.0)
+    return start + shift, var, shift * shift <= FAR * var and q < 1e38 and var + eps > TINY
+
+
 @helper
 def resolve(x, N, C, S, c, start, s, q, eps):
     """Mean and biased variance of channel c from its sums about ``start``."""
-    n = N * S
-    shift = s / n
-    var = max((q - s * shift) / n, 0.0)
-    if shift * shift <= FAR * var and q < 1e38 and var + eps > TINY:
-        return start + shift, var
+    mean, var, fine = near(start, s, q, N * S, eps)
+    if fine:
+        return mean, var
     return wide_sums(x, N, C, S, c)
 
 
-@helper
+@part
 def keep(stats, running_mean, running_var, tracked, C, c, mean, var, n, eps, momentum):
     """Save mean, invstd and variance of channel c, at [c], [C + c] and [2*C + c]; move its running statistics."""
     put(stats, c, mean)

@@ -36,10 +36,12 @@ class Plan(NamedTuple):
 
 
 def _side_by_side(V: int, N: int, most: int) -> int:
-    """How many of N rows of V columns to lay side by side: whole vectors if that fits within ``most`` columns."""
+    """Rows of V columns to lay side by side: ``most`` columns, or up to four times that for whole vectors."""
     count = max(1, min(N, most // V))
     step = 16 // math.gcd(V, 16)
-    return count - count % step if count >= step else count
+    if count >= step:
+        return count - count % step
+    return step if step <= N and step * V <= 4 * most else count
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,10 +96,10 @@ def train(
     streamed = _streams(out)
     if p.kind == "planes":
         work = (x, residual, out, *params, N, C, S, eps, momentum, relu, streamed)
-        pool.run(planes.train, *work, units=C, parallel=p.parallel)
+        pool.run(planes.train, work, C, p.parallel)
     elif p.kind == "rows":
         matrix = (x, residual, out, *params, dims, p.V, p.per, eps, momentum, relu, streamed)
-        pool.run(rows.train, *matrix, units=C, parallel=p.parallel)
+        pool.run(rows.train, matrix, C, p.parallel)
     else:
         columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
         rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
@@ -113,7 +115,7 @@ def _swept_moments(
     columns, part = _columns(weight, p, 3), _part(p, down)
     rows_swept.pivots(x, columns, dims, p.V)
     sums = (x, None, None, columns, part, p.V, p.height, p.width, None)
-    pool.run(rows_swept.sums, *sums, units=down * across, parallel=p.parallel)
+    pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum)
     return columns
 
@@ -123,7 +125,7 @@ def _swept_normalise(
 ) -> None:
     down, across = p.bands(x.size)
     work = (x, residual, out, columns, p.V, p.height, p.width, relu, streamed)
-    pool.run(rows_swept.normalise, *work, units=down * across, parallel=p.parallel)
+    pool.run(rows_swept.normalise, work, down * across, p.parallel)
 
 
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
@@ -132,7 +134,7 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     N, C, S = dims
     stats, none = np.empty(3 * C), weight[:0]
     if p.kind == "planes":
-        pool.run(planes.moments, x, stats, none, N, C, S, eps, units=C, parallel=p.parallel)
+        pool.run(planes.moments, (x, stats, none, N, C, S, eps), C, p.parallel)
     else:
         _swept_moments(x, stats, weight, none, none, dims, _swept(p, x.size), eps, 0.0)
     return stats
@@ -147,7 +149,7 @@ def infer(
     N, C, S = dims
     if p.kind == "planes":
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
-        pool.run(planes.infer, *work, units=N * C, parallel=p.parallel)
+        pool.run(planes.infer, work, N * C, p.parallel)
         return
     p = _swept(p, x.size)
     columns = _columns(weight, p, 3)
@@ -168,18 +170,18 @@ def backward(
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
         work = (*tensors, *params, N, C, S, frozen, relu, streamed)
-        pool.run(planes.backward, *work, units=C, parallel=p.parallel)
+        pool.run(planes.backward, work, C, p.parallel)
     elif p.kind == "rows":
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
-        pool.run(rows.backward, *matrix, units=C, parallel=p.parallel)
+        pool.run(rows.backward, matrix, C, p.parallel)
     else:
         down, across = p.bands(x.size)
         columns, part = _columns(weight, p, 5), _part(p, down)
         bands = (p.V, p.height, p.width, relu)
         rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
-        pool.run(rows_swept.sums, x, grad, y, columns, part, *bands, units=down * across, parallel=p.parallel)
+        pool.run(rows_swept.sums, (x, grad, y, columns, part, *bands), down * across, p.parallel)
         rows_swept.settle_backward(
             x, grad, y, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu
         )
-        pool.run(rows_swept.gradient, *tensors, columns, *bands, streamed, units=down * across, parallel=p.parallel)
+        pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
     return dweight, dbias

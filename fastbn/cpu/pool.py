@@ -120,11 +120,10 @@ def _stop(claim: np.ndarray[Any, Any], working: list[None]) -> None:
             time.sleep(5e-5)
 
 
-def run(kernel: Callable[..., Any], *args: Any, units: int, parallel: bool) -> None:
+def run(kernel: Callable[..., Any], args: tuple[Any, ...], units: int, parallel: bool) -> None:
     """Call ``kernel(*args, claim)`` here, and in helpers too if ``parallel``, until all ``units`` are done."""
     claim = np.zeros(2, np.int64)
-    threads = get_num_threads() if parallel else 1
-    if threads == 1 or not _busy.acquire(blocking=False):
+    if not parallel or (threads := get_num_threads()) == 1 or not _busy.acquire(blocking=False):
         kernel(*args, claim)
         return
     working: list[None] = []

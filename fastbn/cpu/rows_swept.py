@@ -53,7 +53,15 @@ def sums(x, g, y, columns, part, V, height, width, relu, claim):
     """Sums of u and u*v of every band (see ``sweep.sums``)."""
     T, wide = x.size, column_stride(V)
     scratch = np.empty(2 * column_stride(width) + PAD, columns.dtype)
-    x, g, y, m, part, claim, s = base(x), base(g), base(y), aligned(columns), aligned(part), base(claim), aligned(scratch)
+    x, g, y, m, part, claim, s = (
+        base(x),
+        base(g),
+        base(y),
+        aligned(columns),
+        aligned(part),
+        base(claim),
+        aligned(scratch),
+    )
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

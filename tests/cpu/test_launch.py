@@ -89,7 +89,7 @@ def ends_only(monkeypatch):
             time.sleep(0)
         claim[0] = 1 << 62
 
-    def run(kernel, *args, units, parallel):
+    def run(kernel, args, units, parallel):
         claim = np.zeros(2, np.int64)
         watch = threading.Thread(target=stop, args=(claim,))
         watch.start()

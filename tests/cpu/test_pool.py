@@ -218,17 +218,17 @@ def test_every_unit_is_done_once(threads):
     threads(3)
     for units in (0, 1, 2, 50):
         record = []
-        pool.run(count(units, lambda: None), record, units=units, parallel=True)
+        pool.run(count(units, lambda: None), (record,), units=units, parallel=True)
         assert sorted(n for n, _ in record) == list(range(units))
 
 
 def test_helpers_take_part_and_serial_work_stays_here(threads):
     threads(2)
     record, met = [], threading.Barrier(2, timeout=20)
-    pool.run(count(2, met.wait), record, units=2, parallel=True)
+    pool.run(count(2, met.wait), (record,), units=2, parallel=True)
     assert len({name for _, name in record}) == 2, "two threads met inside of one call"
     record = []
-    pool.run(count(5, lambda: None), record, units=5, parallel=False)
+    pool.run(count(5, lambda: None), (record,), units=5, parallel=False)
     assert {name for _, name in record} == {threading.current_thread().name}
 
 
@@ -237,7 +237,7 @@ def test_a_second_caller_runs_alone(threads):
     record = []
     assert pool._busy.acquire(timeout=10)
     try:
-        pool.run(count(5, lambda: None), record, units=5, parallel=True)
+        pool.run(count(5, lambda: None), (record,), units=5, parallel=True)
     finally:
         pool._busy.release()
     assert {name for _, name in record} == {threading.current_thread().name}
@@ -251,10 +251,10 @@ def test_a_failing_kernel_fails_here_and_the_pool_goes_on(threads):
 
     for _ in range(3):
         with pytest.raises(MemoryError, match="no scratch"):
-            pool.run(kernel, units=4, parallel=True)
+            pool.run(kernel, (), units=4, parallel=True)
     assert not pool._busy.locked()
     record, met = [], threading.Barrier(2, timeout=20)
-    pool.run(count(2, met.wait), record, units=2, parallel=True)
+    pool.run(count(2, met.wait), (record,), units=2, parallel=True)
     assert len({name for _, name in record}) == 2, "the helper still works"
 
 
@@ -275,7 +275,7 @@ def test_an_interrupted_call_waits_for_its_helpers(threads):
         claim[1] += 1
 
     with pytest.raises(KeyboardInterrupt):
-        pool.run(kernel, units=1, parallel=True)
+        pool.run(kernel, (), units=1, parallel=True)
     assert finished == [True] and not pool._busy.locked()
 
 
