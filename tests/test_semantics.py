@@ -30,10 +30,10 @@ def table():
 class Fastbn:
     """(x, start) -> (y, mean, var) in training and in evaluation, by one framework with its own defaults."""
 
-    def __call__(self, x, mean, var, training=True, **options):
+    def __call__(self, x, mean, var, training=True, mask=None, **options):
         layer = fastbn.BatchNorm(x.shape[1], **options).train(training)
         layer.running_mean[:], layer.running_var[:] = mean, var
-        return layer(x), layer.running_mean, layer.running_var
+        return layer(x, mask=mask), layer.running_mean, layer.running_var
 
     eps = staticmethod(lambda value: {"eps": value})
     masks = "mask" in inspect.signature(fastbn.BatchNorm.__call__).parameters
@@ -44,7 +44,7 @@ class PyTorch:
         self.torch = pytest.importorskip("torch")
         self.masks = "mask" in inspect.signature(self.torch.nn.BatchNorm1d.forward).parameters
 
-    def __call__(self, x, mean, var, training=True, **options):
+    def __call__(self, x, mean, var, training=True, mask=None, **options):
         layer = self.torch.nn.BatchNorm1d(x.shape[1], **options).train(training)
         layer.running_mean[:], layer.running_var[:] = self.torch.tensor(mean), self.torch.tensor(var)
         y = layer(self.torch.tensor(x)).detach().numpy()
@@ -58,11 +58,11 @@ class Keras:
         self.keras = import_keras()
         self.masks = "mask" in inspect.signature(self.keras.layers.BatchNormalization.call).parameters
 
-    def __call__(self, x, mean, var, training=True, **options):
+    def __call__(self, x, mean, var, training=True, mask=None, **options):
         layer = self.keras.layers.BatchNormalization(**options)
         layer.build(x.shape)
-        layer.set_weights([np.ones_like(mean), np.zeros_like(mean), mean, var])
-        y = layer(x, training=training)
+        layer.set_weights([np.ones_like(mean), np.zeros_like(mean), mean, var, *layer.get_weights()[4:]])
+        y = layer(x, training=training, mask=mask)
         return tuple(np.asarray(v) for v in (y, layer.moving_mean, layer.moving_variance))
 
     eps = staticmethod(lambda value: {"epsilon": value})
@@ -73,13 +73,13 @@ class Flax:
         self.linen = pytest.importorskip("flax.linen")
         self.masks = "mask" in inspect.signature(self.linen.BatchNorm.__call__).parameters
 
-    def __call__(self, x, mean, var, training=True, **options):
+    def __call__(self, x, mean, var, training=True, mask=None, **options):
         state = {
             "params": {"scale": np.ones_like(mean), "bias": np.zeros_like(mean)},
             "batch_stats": {"mean": mean, "var": var},
         }
         layer = self.linen.BatchNorm(use_running_average=not training, **options)
-        y, moved = layer.apply(state, x, mutable=["batch_stats"])
+        y, moved = layer.apply(state, x, mutable=["batch_stats"], mask=None if mask is None else mask[:, None])
         moved = moved["batch_stats"] if training else state["batch_stats"]
         return tuple(np.asarray(v) for v in (y, moved["mean"], moved["var"]))
 
@@ -92,7 +92,7 @@ class Onnx:
     def __init__(self):
         self.onnx, self.runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
-    def __call__(self, x, mean, var, training=True, **options):
+    def __call__(self, x, mean, var, training=True, mask=None, **options):
         h, kind = self.onnx.helper, self.onnx.TensorProto.FLOAT
         names, results = ["X", "scale", "B", "mean", "var"], ["Y", "new_mean", "new_var"][: 3 if training else 1]
         node = h.make_node("BatchNormalization", names, results, training_mode=int(training), **options)
@@ -210,6 +210,24 @@ def test_eps_of_zero(column):
 def test_masks(column):
     run, cells = column
     assert run.masks == ("`mask=`" in cells["mask"])
+    if run.masks:  # the statistics are those of the valid rows; what becomes of the others is each one's own affair
+        mask = np.arange(6) % 3 > 0
+        want, got = run(X[mask], *start()), run(X, *start(), mask=mask)
+        np.testing.assert_allclose(got[0][mask], want[0], rtol=1e-4, atol=1e-5)
+        for mine, theirs in zip(got[1:], want[1:], strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif("Keras 3" not in INSTALLED, reason="Keras is not installed")
+@pytest.mark.parametrize(("rmax", "dmax"), [(1.0, 0.0), (1.5, 0.4), (3.0, 5.0)])
+def test_renormalisation_is_that_of_keras(rmax, dmax):
+    if "renorm" not in inspect.signature(import_keras().layers.BatchNormalization).parameters:
+        pytest.skip("a Keras without renormalisation")
+    clipping = {"rmin": 1 / rmax, "rmax": rmax, "dmax": dmax}
+    want, *_ = Keras()(X, *start(), renorm=True, renorm_clipping=clipping)
+    moving = start(var=1 - 1e-3)  # Keras renormalises towards a deviation of its own, 1 at the start
+    got, _ = fastbn.batch_norm_train(X, None, None, *moving, eps=1e-3, renorm=(rmax, dmax))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_accuracy_of_fastbn():
