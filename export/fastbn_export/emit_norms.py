@@ -5,7 +5,8 @@
 - LayerNorm is LayerNormalization (opset 17).
 - GroupNorm is GroupNormalization (opset 21, the first with one scale per channel; those of opset 18 are per group and
   deprecated). Its statistics are asked for in float64 (``stash_type``): the operator is defined by the mean of squares
-  minus the squared mean, which in float32 loses all digits of the variance where the mean is large.
+  minus the squared mean, which in float32 is off by 0.16 at mean 1e3 and NaN at 1e4, standard deviation 1, in
+  onnxruntime. float64 costs 8.6 ms there instead of 2.4, (8, 64, 56, 56), one thread.
 - InstanceNorm is InstanceNormalization; in float64, for which onnxruntime has no kernel, GroupNormalization with one
   channel per group.
 
