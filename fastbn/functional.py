@@ -62,8 +62,8 @@ def batch_norm_train(
         Instead of a mask, for x of shape (N, C, T) or (N, T, C): the first lengths[n] steps of sample n count.
     ghost : int, optional
         Take statistics over N // ghost batches of this many samples (along the first axis), as if each had been
-        passed on its own, in order; the last one takes the remainder too. Not together with a mask or renorm.
-        Hoffer et al. 2017 (arXiv:1705.08741), algorithm 1.
+        passed on its own, in order; the last one takes the remainder too. Renormalised ones all go towards the
+        running statistics before the call. Hoffer et al. 2017 (arXiv:1705.08741), algorithm 1.
     renorm : (rmax, dmax), optional
         Batch renormalisation towards the running statistics, which must be given: y = weight*(xhat*r + d) + bias,
         r and d constants in backward. Ioffe 2017 (arXiv:1702.03275); ``renorm_bounds`` is its schedule.

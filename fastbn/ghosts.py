@@ -3,22 +3,30 @@
 Hoffer et al. 2017 (arXiv:1705.08741), algorithm 1: running statistics move once per ghost batch, in order. A batch of
 N samples makes N // size ghosts; the last takes the remainder too, because a remainder of its own would be normalised
 by the noisiest statistics of all, and a remainder of one value per channel by none.
+
+Ghosts under a mask have other counts each, renormalised ones another affine each: they are worked off one by one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastbn import arguments
 from fastbn.blocks import BlockForward, Blocks, Piece
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Gradients, Saved, output
 
 Array = npt.NDArray[Any]
+
+# (samples, their x, their residual) -> (y, saved): how one ghost is normalised
+Turn = Callable[[slice, Array, Any], tuple[Array, Saved]]
 
 
 def check(size: Any) -> None:
@@ -29,26 +37,97 @@ def check(size: Any) -> None:
         raise ArgumentValueError("ghost", "an integer >= 1", size)
 
 
-class GhostSaved(Saved):
+class Ghosts(Saved):
     """What ghost batches save; mean, invstd and variance have shape (ghosts, C)."""
 
-    __slots__ = ("f", "ghosts", "pieces")
+    __slots__ = ("ghosts",)
 
-    f: BlockForward
-    pieces: list[Piece]
     ghosts: list[Moments]
-
-    def _row(self, i: int) -> Array:
-        return np.concatenate([stats.reshape(3, d.B, d.C)[i] for _, d, stats in self.pieces])
 
     @property
     def moments(self) -> Moments:
         """The statistics of the whole batch."""
         return functools.reduce(Moments.merge, self.ghosts)
 
+
+class GhostSaved(Ghosts):
+    """What ghosts save that go through the kernels together."""
+
+    __slots__ = ("f", "pieces")
+
+    f: BlockForward
+    pieces: list[Piece]
+
+    def _row(self, i: int) -> Array:
+        return np.concatenate([stats.reshape(3, d.B, d.C)[i] for _, d, stats in self.pieces])
+
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
         return self.f.gradients(self.pieces, grad_output, out)
+
+
+class TurnSaved(Ghosts):
+    """What ghosts save that are worked off one by one."""
+
+    __slots__ = ("axis", "bounds", "parts", "x")
+
+    x: Array
+    axis: int
+    bounds: list[tuple[int, int]]  # first sample of each ghost, and the one behind its last
+    parts: list[Saved]
+
+    def _row(self, i: int) -> Array:
+        return np.stack([part._row(i) for part in self.parts])
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        grad = arguments.same_kind("grad_output", grad_output, self.x)
+        target = _target(out, self.x, self.axis)
+        if out is not None:
+            arguments.apart("grad_output", out, grad, exact_allowed=True)
+        each = [part.gradients(grad[a:b], None) for (a, b), part in zip(self.bounds, self.parts, strict=True)]
+        kept = each[0].residual is not None
+        residual = np.concatenate([g.residual for g in each if g.residual is not None]) if kept else None
+        np.concatenate([g.input for g in each], out=target)
+        totals = [None if v is None else v.astype(np.float64) for v in each[0][1:3]]
+        for g in each[1:]:
+            totals = [None if v is None or t is None else t + v for t, v in zip(totals, g[1:3], strict=True)]
+        kind = arguments.arithmetic(grad.dtype)
+        dweight, dbias = (None if total is None else total.astype(kind) for total in totals)
+        return Gradients(target, dweight, dbias, residual)
+
+
+def _target(out: Any, x: Array, axis: int) -> Array:
+    """Return the checked output, or a new array like x."""
+    if out is None:
+        return np.empty_like(x)
+    output(out, x, axis)
+    arguments.apart("x", out, x, exact_allowed=False)
+    target: Array = out
+    return target
+
+
+def bounds(samples: int, size: int) -> list[tuple[int, int]]:
+    """Return where ghosts of ``size`` samples begin and end; the last takes the remainder."""
+    edges = [i * size for i in range(max(1, samples // size))]
+    return list(itertools.pairwise([*edges, samples]))
+
+
+def in_turn(step: Turn, x: Array, axis: int, residual: Any, out: Any, size: int) -> tuple[Array, TurnSaved]:
+    """Normalise every ghost by a call of its own. Nothing is written to ``out`` before all have gone well."""
+    if axis == 0:
+        raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
+    target = _target(out, x, axis)
+    if residual is not None:
+        residual = arguments.same_kind("residual", residual, x)
+        arguments.apart("residual", target, residual, exact_allowed=True)
+    saved = TurnSaved()
+    saved.x, saved.axis, saved.bounds = x, axis, bounds(x.shape[0], size)
+    done = [step(slice(a, b), x[a:b], None if residual is None else residual[a:b]) for a, b in saved.bounds]
+    saved.parts = [part for _, part in done]
+    saved.count, saved.updated = sum(part.count for part in saved.parts), 0
+    saved.ghosts = [part.moments for part in saved.parts]
+    return np.concatenate([y for y, _ in done], out=target), saved
 
 
 def cut(samples: int, size: int, one: Blocks) -> list[tuple[slice, Blocks]]:

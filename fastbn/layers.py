@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, functional, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
-from fastbn.ghosts import GhostSaved
+from fastbn.ghosts import Ghosts
 from fastbn.moments import Moments
 from fastbn.state import Layer, axis_number, integer, parameter_dtype
 
@@ -134,9 +134,10 @@ class BatchNorm(Layer):
             renorm=self.renorm if self.training else None, on_single=self.on_single, nonfinite=self.nonfinite,
             update_stats=not tracked or (update and not each), unbiased=self.unbiased,
         )  # fmt: skip
-        if each and isinstance(saved[1], GhostSaved):
+        if each and isinstance(saved[1], Ghosts):
             for ghost in saved[1].ghosts:
-                self.update(ghost)
+                if ghost.count > 1:  # one value was normalised by the running statistics (``on_single``)
+                    self.update(ghost)
         elif update:
             self.num_batches_tracked += saved[1].updated if saved[1].count else 1
         return y

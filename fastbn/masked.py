@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, layout
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 
 Array = npt.NDArray[Any]
@@ -73,6 +74,10 @@ class MaskedSaved(Saved):
     axis: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def moments(self) -> Moments:  # noqa: D102
+        return self.inner.moments
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

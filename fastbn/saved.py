@@ -42,7 +42,8 @@ class Saved:
     count : int
         Values per set.
     moments : Moments
-        The same statistics as a mergeable value.
+        The batch's statistics as a mergeable value: those it was normalised with, but where it was normalised with
+        running ones (frozen, evaluation, ``on_single="running"``) its own, from x.
     updated : int
         How often the call moved running statistics: 0 or 1, or the number of ghost batches.
     """
@@ -101,6 +102,16 @@ class BatchSaved(Saved):
     relu: bool | None
     residual: bool
     frozen: bool
+
+    @property
+    def moments(self) -> Moments:  # noqa: D102
+        if not self.frozen:
+            return Moments(self.count, self._row(0), self._row(2) * self.count)
+        if self.x.size == 0:
+            return Moments(0, np.zeros(self.weight.size), np.zeros(self.weight.size))
+        x = views.raw(layout.flat(self.x, self.layout))
+        mean, _, var = dispatch.kernels().moments(x, self.weight, self.layout.dims, 0.0).reshape(3, -1)
+        return Moments(self.count, mean, var * self.count)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, core, dispatch, ghosts, masked, renorm, running
+from fastbn import arguments, core, dispatch, ghosts, layout, masked, renorm, running
 from fastbn.blocks import BlockForward
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
@@ -47,8 +47,6 @@ def check(o: Options) -> Options:
             raise ArgumentTypeError(name, "True or False", flag)
     if o.ghost is not None:
         ghosts.check(o.ghost)
-        if o.renorm is not None:
-            raise ArgumentValueError("renorm", "None together with ghost", o.renorm)
     return o._replace(
         eps=arguments.epsilon(o.eps, positive=True),
         momentum=arguments.number("momentum", o.momentum),
@@ -62,14 +60,14 @@ def train(
 ) -> tuple[Array, Saved]:  # fmt: skip
     """See ``fastbn.batch_norm_train``."""
     o = check(o)
+    if o.ghost is not None and not (mask is None and lengths is None and o.renorm is None):
+        return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, mask, lengths, out)
 
     def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
         return _train(x, weight, bias, running_mean, running_var, o, axis, residual, out)
 
     if mask is None and lengths is None:
         return step(x, axis, residual, out)
-    if o.ghost is not None:
-        raise ArgumentValueError("ghost", "None together with a mask", o.ghost)
     return masked.normalise(step, x, axis, residual, mask, lengths, out)
 
 
@@ -105,6 +103,31 @@ def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tup
         refuse_nonfinite(Moments(f.count, mean, var * f.count), f.dtype)
     y, saved = ghosts.train(f, size, o.eps)
     saved.updated = _move(rm, rv, saved.ghosts, f.dtype, o)
+    return y, saved
+
+
+def _ghosts_in_turn(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, o: Options,
+    axis: Any, residual: Any, mask: Any, lengths: Any, out: Any,
+) -> tuple[Array, Saved]:  # fmt: skip
+    """Ghosts under a mask or renormalised: all by the running statistics before the call, which move at the end."""
+    x = arguments.tensor("x", x)
+    axis = layout.normalise_axis(axis, x.ndim)
+    rm, rv = running.pair(running_mean, running_var, x.shape[axis], arguments.arithmetic(x.dtype))
+    valid = None if mask is None and lengths is None else masked.valid(mask, lengths, x, axis)
+    alone = o._replace(ghost=None, update_stats=False)
+
+    def plain(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
+        return _train(x, weight, bias, running_mean, running_var, alone, axis, residual, out)
+
+    def turn(samples: slice, x: Array, residual: Any) -> tuple[Array, Saved]:
+        if valid is None:
+            return plain(x, axis, residual, None)
+        return masked.normalise(plain, x, axis, residual, valid[samples], None, None)
+
+    assert o.ghost is not None
+    y, saved = ghosts.in_turn(turn, x, axis, residual, out, o.ghost)
+    saved.updated = _move(rm, rv, [g for g in saved.ghosts if g.count > 1], rm.dtype, o)
     return y, saved
 
 

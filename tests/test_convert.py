@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from tests.test_semantics import import_keras
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_onnx_operator(rng, arrays, training):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras with NumPy 2
 def test_keras_itself(rng, arrays):
-    keras = pytest.importorskip("keras")
+    keras = import_keras()
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
     layer = keras.layers.BatchNormalization(momentum=0.8, epsilon=0.01)
     layer.build(x.shape)

@@ -116,6 +116,94 @@ def test_cumulative_average_counts_ghosts(rng):
     np.testing.assert_allclose(one.running_var, each.running_var, rtol=1e-12)
 
 
+TURNS = [((11, 5, 7), 1), ((11, 7, 5), -1), ((11, 6), 1), ((9, 1, 6), 1), ((8, 3, 4, 5), 1)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize(("masks", "renorm"), [("mask", None), (None, (1.5, 0.4)), ("lengths", (1.5, 0.4))], ids=str)
+@pytest.mark.parametrize(("shape", "axis"), TURNS, ids=str)
+def test_masked_and_renormalised_ghosts_are_calls_of_their_own(rng, shape, axis, masks, renorm, dtype):
+    C, p = shape[axis], np.float64 if dtype == np.float64 else np.float32
+    if masks == "lengths" and len(shape) != 3:
+        masks = "mask"
+    x, g, residual = rng.standard_normal((3, *shape)).astype(dtype)
+    weight, bias = rng.uniform(0.5, 2, (2, C)).astype(p)
+    mask = np.ones(np.moveaxis(x, axis, -1).shape[:-1], bool)
+    if masks == "mask":
+        mask = rng.random(mask.shape) < 0.7
+        mask[3:6] = False  # a ghost without a valid value
+        mask[0], mask[6] = True, True
+    lengths = rng.integers(1, mask.shape[1] + 1, shape[0]) if masks == "lengths" else None
+    given = {"mask": mask, "lengths": lengths, None: None}[masks]
+    start = [rng.standard_normal(C).astype(p), rng.uniform(0.5, 2, C).astype(p)]
+    moved = [s.copy() for s in start]
+    common = {"axis": axis, "activation": "relu", "renorm": renorm, "on_single": "running"}
+    out = np.empty_like(x)
+    y, saved = fastbn.batch_norm_train(
+        x, weight, bias, *moved, residual=residual, ghost=3, out=out, **common, **({masks: given} if masks else {})
+    )
+    assert y is out
+    grads, wants, each = fastbn.backward(g, saved), [], []
+    for a, b in itertools.pairwise(bounds(shape[0], 3)):
+        part = {masks: given[a:b]} if masks else {}
+        own = [s.copy() for s in start]
+        want, one = fastbn.batch_norm_train(x[a:b], weight, bias, *own, residual=residual[a:b], **common, **part)
+        assert np.array_equal(y[a:b], want)
+        wants.append(fastbn.backward(g[a:b], one))
+        assert np.array_equal(grads.input[a:b], wants[-1].input)
+        assert np.array_equal(grads.residual[a:b], wants[-1].residual)
+        each.append(one)
+    for k in (1, 2):
+        np.testing.assert_allclose(grads[k], np.sum([w[k] for w in wants], 0), rtol=1e-5, atol=1e-6)
+    for one in each:
+        if one.count > 1:
+            fastbn.update_running(*start, one.moments)
+    assert saved.updated == sum(one.count > 1 for one in each)
+    np.testing.assert_allclose(moved, start, rtol=1e-6)
+    assert saved.count == sum(one.count for one in each) and saved.mean.shape == (len(each), C)
+
+
+def test_a_mask_of_all_changes_nothing(rng):
+    x, g = rng.standard_normal((2, 7, 3, 4)).astype(np.float32)
+    want, saved = fastbn.batch_norm_train(x, ghost=2)
+    got, own = fastbn.batch_norm_train(x, ghost=2, mask=np.ones((7, 4), bool))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(fastbn.backward(g, own).input, fastbn.backward(g, saved).input, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(own.moments.m2, saved.moments.m2)
+    to = np.empty_like(g)
+    assert fastbn.backward(g, own, out=to).input is to
+
+
+def test_masked_ghosts_go_all_or_none(rng):
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    out, before = np.full_like(x, 7), [np.zeros(3, np.float32), np.ones(3, np.float32)]
+    one = np.array([True, True, True, True, True, False])
+    with pytest.raises(ValueError, match=r"^x: expected more than 1 value"):
+        fastbn.batch_norm_train(x, None, None, *before, ghost=2, mask=one, out=out)
+    x[5] = np.inf
+    with pytest.raises(ValueError, match=r"^x: expected finite"):
+        options = {"ghost": 2, "renorm": (2, 1), "nonfinite": "raise", "out": out}
+        fastbn.batch_norm_train(x, None, None, *before, **options)
+    assert (out == 7).all() and not before[0].any() and (before[1] == 1).all()
+    y, saved = fastbn.batch_norm_train(x, None, None, *before, ghost=2, mask=one, on_single="running", out=out)
+    assert saved.updated == 2 and np.isfinite(y).all()
+    assert saved.moments.count == 5
+    np.testing.assert_allclose(saved.moments.variance(), x[:5].var(0), rtol=1e-5)
+
+
+def test_cumulative_average_of_masked_ghosts(rng):
+    x = rng.standard_normal((7, 3, 4))
+    mask = np.ones((7, 4), bool)
+    mask[0, 2:], mask[2:4] = False, False
+    mask[2, 0] = True  # one value: normalised by the running statistics, which it does not move
+    one, each = (fastbn.BatchNorm(3, momentum=None, ghost=g, on_single="running", dtype=np.float64) for g in (2, None))
+    one(x, mask=mask)
+    for part in (slice(2), slice(4, 7)):
+        each(x[part], mask=mask[part])
+    assert one.num_batches_tracked == each.num_batches_tracked == 2
+    np.testing.assert_allclose(one.running_var, each.running_var, rtol=1e-12)
+
+
 def test_bad_ghosts_do_not_move_the_statistics(rng):
     x = rng.standard_normal((8, 3)).astype(np.float32)
     x[2] = np.nan
@@ -142,7 +230,11 @@ def test_empty_and_single(rng):
         ({"ghost": True}, TypeError, "ghost"),
         ({"ghost": 1}, ValueError, "ghost"),
         ({"ghost": 2, "axis": 0}, ValueError, "axis"),
-        ({"ghost": 2, "renorm": (1, 0)}, ValueError, "renorm"),
+        ({"ghost": 2, "renorm": (1, 0)}, ValueError, "renorm"),  # no running statistics
+        ({"ghost": 2, "axis": 0, "mask": True}, ValueError, "axis"),
+        ({"ghost": 2, "mask": np.ones(3, bool)}, ValueError, "mask"),
+        ({"ghost": 2, "mask": True, "residual": np.zeros((4, 2), np.float32)}, ValueError, "residual"),
+        ({"ghost": 2, "mask": True, "out": np.zeros((4, 2), np.float32)}, ValueError, "out"),
     ],
 )
 def test_errors_name_the_argument(options, error, named):

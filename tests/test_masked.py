@@ -184,7 +184,7 @@ M[0] = False
         (lambda: fastbn.batch_norm_train(X, lengths=[1] * 4, axis=0), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X[0], lengths=[1] * 3), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1, 0, 0, 0]), ValueError, "x"),
-        (lambda: fastbn.batch_norm_train(X, mask=M, ghost=2), ValueError, "ghost"),
+        (lambda: fastbn.batch_norm_train(X, mask=M, ghost=0), ValueError, "ghost"),
         (lambda: fastbn.batch_norm_train(X, mask=M, out=X), ValueError, "out"),
         (lambda: fastbn.batch_norm_train(X, mask=M, residual=X[:2]), ValueError, "residual"),
         (lambda: fastbn.backward(X[:2], fastbn.batch_norm_train(X, mask=M)[1]), ValueError, "grad_output"),

@@ -153,3 +153,29 @@ def test_frozen_layers_stay_frozen(x):
 def test_errors_name_the_argument(x, options, error, named):
     with pytest.raises(error, match=rf"^{named}: expected"):
         fastbn.batch_norm_train(x, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (6, 3), (4, 3, 5), (0, 3)], ids=str)
+def test_moments_are_the_batchs_own_where_it_was_normalised_by_others(rng, shape):
+    x = (rng.standard_normal(shape) + 7).astype(np.float32)
+    mask = np.ones((shape[0], *shape[2:]), bool)
+    mask[1:2] = False
+    frozen = fastbn.BatchNorm(3).freeze()
+    for given in ({}, {"mask": mask}):
+        frozen(x, **given)
+        want, got = fastbn.Moments.of(x, **given), frozen.saved.moments
+        assert got.count == want.count
+        assert np.array_equal(got.mean, want.mean) and np.array_equal(got.m2, want.m2)
+
+
+def test_a_single_value_can_be_a_micro_batch(rng):
+    x = rng.standard_normal((7, 3))
+    whole, parts = (fastbn.BatchNorm(3, on_single="running", dtype=np.float64) for _ in range(2))
+    whole(x)
+    total = fastbn.Moments(0, np.zeros(3), np.zeros(3))
+    for part in np.split(x, [3, 4]):
+        parts(part, update_stats=False)
+        total = total.merge(parts.saved.moments)
+    parts.update(total)
+    np.testing.assert_allclose(parts.running_mean, whole.running_mean, rtol=1e-12)
+    np.testing.assert_allclose(parts.running_var, whole.running_var, rtol=1e-12)

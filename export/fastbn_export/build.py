@@ -13,26 +13,34 @@ import onnx
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn_export import layers as L
-from fastbn_export.emit import Dim, Graph, Shape, emitter, is_norm
+from fastbn_export.emit import emitter
+from fastbn_export.emit_norms import norm_dtype
+from fastbn_export.graph import OLDEST, Dim, Graph, Shape
 
 __all__ = ["build"]
 
 _FLOATS = ("float16", "float32", "float64")
 
 
-def build(layers: Sequence[L.Layer], input_shape: Sequence[int | str | None], *, fold: bool = True) -> onnx.ModelProto:
+def build(
+    layers: Sequence[L.Layer], input_shape: Sequence[int | str | None], *, fold: bool = True, opset: int | None = None
+) -> onnx.ModelProto:
     """Build an ONNX model from a sequence of layers.
 
     Parameters
     ----------
     layers : sequence
-        `fastbn.BatchNorm` objects, exported with their running statistics, and the plain layers of
-        `fastbn_export.layers`. Linear and Conv weights share one dtype: float16, float32 or float64. BatchNorm
-        parameters stay float32 in a float16 model.
+        `fastbn.BatchNorm`, exported with its running statistics, `LayerNorm`, `InstanceNorm`, `GroupNorm`, and the
+        plain layers of `fastbn_export.layers`. Linear and Conv weights share one dtype: float16, float32 or float64;
+        without any, that of the first normalization. BatchNorm parameters stay float32 in a float16 model, where the
+        operators of the other normalizations want float16.
     input_shape : sequence of int, str or None
         The shape of the input; a name, None or -1 for a size that is known at run time only.
     fold : bool
         Fold the batch normalizations away (`fastbn_export.fold`); where one has no exact fold it stays.
+    opset : int, optional
+        Version of the operators to declare, 15 or later. Default: 17, or what the layers need: 21 for GroupNorm, and
+        for InstanceNorm in float64.
 
     Returns
     -------
@@ -42,12 +50,12 @@ def build(layers: Sequence[L.Layer], input_shape: Sequence[int | str | None], *,
     Raises
     ------
     ArgumentValueError, ArgumentTypeError
-        A layer that does not fit its input or is of no known kind; the error names it.
+        A layer that does not fit its input, needs a later opset, or is of no known kind; the error names it.
     """
     layers = list(layers)
     if not layers:
         raise ArgumentValueError("layers", "at least one layer", "none")
-    graph = Graph(_dtype_of(layers), _input_shape(input_shape))
+    graph = Graph(_dtype_of(layers), _input_shape(input_shape), _opset(opset))
     for index, layer in enumerate(layers):
         graph.at = f"layers[{index}]"
         emitter(layer, graph.at)(graph, layer)
@@ -58,6 +66,17 @@ def build(layers: Sequence[L.Layer], input_shape: Sequence[int | str | None], *,
     from fastbn_export.fold import fold as fold_model
 
     return fold_model(model).model
+
+
+def _opset(opset: int | None) -> int | None:
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None:
+        return None
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise ArgumentTypeError("opset", "an integer", type(opset).__name__)
+    if not OLDEST <= opset <= newest:
+        raise ArgumentValueError("opset", f"{OLDEST} to {newest}, the newest that onnx knows", opset)
+    return opset
 
 
 def _input_shape(shape: Sequence[int | str | None]) -> Shape:
@@ -77,7 +96,7 @@ def _input_shape(shape: Sequence[int | str | None]) -> Shape:
 
 
 def _dtype_of(layers: list[L.Layer]) -> np.dtype[Any]:
-    """Return the one dtype of all weights; of the first BatchNorm where there are no others, or float32."""
+    """Return the one dtype of all weights; of the first normalization where there are none, or float32."""
     found: dict[str, str] = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, (L.Linear, L.Conv)):
@@ -87,6 +106,6 @@ def _dtype_of(layers: list[L.Layer]) -> np.dtype[Any]:
             found.setdefault(dtype.name, f"layers[{index}]")
     if len(found) > 1:
         raise ArgumentTypeError("layers", "weights of one dtype", ", ".join(f"{d} in {at}" for d, at in found.items()))
-    norms = [np.asarray(layer.running_var).dtype.name for layer in layers if is_norm(layer)]
+    norms = [own.name for layer in layers if (own := norm_dtype(layer)) is not None]
     name = next(iter([*found, *norms, "float32"]))
     return np.dtype(name if name in _FLOATS else "float32")

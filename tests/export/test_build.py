@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from fastbn_export.build import build
 from fastbn_export.layers import (
@@ -24,16 +23,14 @@ from numpy.testing import assert_allclose
 
 import fastbn
 
+from . import folding
 from .plain_fold import norm
 
 RNG = np.random.default_rng(0)
 
 
 def run(model, x):
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"input": x})[0]
+    return folding.run(model, {"input": x})[0]
 
 
 def data(*shape, dtype=np.float32):
