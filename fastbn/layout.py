@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastbn import recycled
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 Array = npt.NDArray[Any]
@@ -76,8 +77,8 @@ def settle(x: Array, axis: int) -> tuple[Array, Layout]:
 def empty_like(x: Array, layout: Layout) -> Array:
     """Return an uninitialised array with the shape, dtype and memory order of x."""
     if x.flags.c_contiguous:
-        return np.empty(x.shape, x.dtype)
-    memory = np.empty([x.shape[a] for a in layout.order], x.dtype)
+        return recycled.empty(x.shape, x.dtype)
+    memory = recycled.empty([x.shape[a] for a in layout.order], x.dtype)
     return memory.transpose(np.argsort(layout.order))
 
 
