@@ -24,6 +24,8 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
+from fastbn.cpu._parts import OPTIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -93,11 +95,11 @@ def jit(function: F) -> F:
 
 def part(function: F) -> F:
     """Compile as a part of kernels, inlined into each: a call would pass vectors through memory (1.3x on the sums)."""
-    compiled = numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+    compiled = numba.njit(nogil=True, error_model="numpy", forceinline=True, **OPTIONS)(function)
     return compiled  # type: ignore[no-any-return]
 
 
 def helper(function: F) -> F:
     """Compile as a part of kernels that may stay a function; nothing of its own on disk."""
-    compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    compiled = numba.njit(nogil=True, error_model="numpy", **OPTIONS)(function)
     return compiled  # type: ignore[no-any-return]
