@@ -74,6 +74,18 @@ def quick() -> list[Case]:
     return cases
 
 
+def growth() -> list[Case]:
+    """Return tensors from 8 KB to 1 GB in both layouts, and the extremes: one channel, one sample, one million."""
+    cases = []
+    for power in (11, 13, 15, 17, 18, 20, 22, 24, 26, 28):
+        side = (power - 7) // 2
+        planes, rows = (8, 16, 1 << side, 1 << (power - 7 - side)), (1 << (power - 6), 64)
+        cases += [Case(op, shape) for op in ("train", "infer") for shape in (planes, rows)]
+    for shape in ((256, 1, 256, 256), (1, 256, 256, 256), (1 << 24, 1), (16, 1 << 20)):
+        cases += [Case(op, shape) for op in ("train", "backward", "infer")]
+    return cases
+
+
 def full() -> list[Case]:
     """Return everything; tens of minutes."""
     cases = quick()
@@ -87,4 +99,4 @@ def full() -> list[Case]:
         cases += [Case(op, shape, "channels_last") for op in READS_WRITES]
     for dtype in ("float16", "bfloat16", "float64"):
         cases += [Case(op, RESNET50[i], dtype=dtype) for op in ("train", "backward", "infer") for i in (1, 2, 3)]
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(cases + growth()))

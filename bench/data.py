@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,10 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class Data:
-    """x, gradient, residual, output and parameters of a case; ``shape`` is the memory's, channels along ``axis``."""
+    """x, gradient, residual, output and parameters of a case; ``shape`` is the memory's, channels along ``axis``.
+
+    Large arrays exist once they are asked for: a case of 1 GB must fit in three processes.
+    """
 
     def __init__(self, case: Case):
         self.case, self.dtype = case, dtype_of(case.dtype)
@@ -42,15 +46,36 @@ class Data:
         self.shape = memory
         self.axis = len(memory) - 1 if case.rows else 1
         rng = np.random.default_rng(len(memory) + memory[0])
-        self.x, self.grad, self.residual = (self._random(rng) for _ in range(3))
-        self.out, self.out2 = empty(memory, self.dtype), empty(memory, self.dtype)
         channels = memory[self.axis]
         kind = np.float64 if case.dtype == "float64" else np.float32
         self.weight, self.bias, self.mean = (rng.standard_normal(channels).astype(kind) for _ in range(3))
         self.var = rng.uniform(0.5, 2.0, channels).astype(kind)
 
-    def _random(self, rng: np.random.Generator) -> Array:
-        block = rng.standard_normal(min(self.case.elements, 1 << 20), dtype=np.float32)
+    def _random(self, seed: int) -> Array:
+        rng = np.random.default_rng([seed, *self.shape])
+        block = (rng.standard_normal(min(self.case.elements, 1 << 20), dtype=np.float32) + 1).astype(self.dtype)
         x = empty(self.shape, self.dtype)
-        x.reshape(-1)[:] = np.resize(block, x.size).astype(self.dtype) + 1
+        flat = x.reshape(-1)
+        for start in range(0, x.size, block.size):
+            flat[start : start + block.size] = block[: x.size - start]
         return x
+
+    @functools.cached_property
+    def x(self) -> Array:
+        return self._random(0)
+
+    @functools.cached_property
+    def grad(self) -> Array:
+        return self._random(1)
+
+    @functools.cached_property
+    def residual(self) -> Array:
+        return self._random(2)
+
+    @functools.cached_property
+    def out(self) -> Array:
+        return empty(self.shape, self.dtype)
+
+    @functools.cached_property
+    def out2(self) -> Array:
+        return empty(self.shape, self.dtype)

@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench import cases
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmark table: written by python -m bench -->", "<!-- end of benchmark table -->"
 LIBRARIES = {
@@ -27,6 +29,9 @@ README_CASES = [
     ("inference, 32x256x56x56", "infer-32x256x56x56-channels_first-float32"),
     ("training, 64x100", "train-64x100-channels_first-float32"),
 ]
+
+OP_NAMES = {"train": "training", "infer": "inference"}
+GROWING = 40  # of the growth cases, the rest are the extremes
 
 Cases = dict[str, dict[str, dict[str, Any]]]
 
@@ -84,6 +89,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     found = {c: rows for c, rows in by_case(result).items() if "fastbn" in rows and "copy" in rows}
     found = {c: rows for c, rows in found.items() if rows["fastbn"]["copy_s"] > 1e-4}  # memory-bound ones
+    growing = {c.id for c in cases.growth()}
+    found = {c: rows for c, rows in found.items() if c not in growing}
+    if not found:
+        return
     names = ["fastbn", *(lib for lib in LIBRARIES if any(lib in rows for rows in found.values()))]
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * max(4, len(found)) + 1.2))
     height = 0.8 / len(names)
@@ -107,6 +116,43 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_growth(result: dict[str, Any], path: Path) -> None:
+    """Draw the time per element against the tensor's size: training and inference, runs of a channel and rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = by_case(result)
+    sizes = {c.id: c for c in cases.growth()[:GROWING] if "fastbn" in found.get(c.id, {})}
+    if not sizes:
+        return
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for panel, rows in zip(panels, (False, True), strict=True):
+        for op, style in (("train", "-"), ("infer", "--")):
+            chosen = [c for c in sizes.values() if c.op == op and c.rows is rows]
+            for library, color in (("fastbn", "C0"), ("torch", "C1"), ("copy", "0.6")):
+                points = [
+                    (c.nbytes, found[c.id][library]["min"] / c.elements * 1e9) for c in chosen if library in found[c.id]
+                ]
+                if points and not (library == "copy" and op == "train"):
+                    label = "copy" if library == "copy" else f"{LIBRARIES.get(library, library)}, {OP_NAMES[op]}"
+                    panel.plot(*zip(*points, strict=True), style, color=color, marker=".", label=label)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(
+            [1 << p for p in (13, 17, 20, 23, 26, 30)], ["8 KB", "128 KB", "1 MB", "8 MB", "64 MB", "1 GB"]
+        )
+        panel.set_title("(N, 64): rows" if rows else "(8, 16, H, W): runs")
+        panel.set_xlabel("tensor")
+    panels[0].set_ylabel("ns per element")
+    panels[0].legend(fontsize=7)
+    figure.suptitle(f"{result['machine']}, float32, one thread")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def geometric_mean(values: list[float]) -> float:
     """Return the geometric mean; NaN of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
@@ -123,6 +169,7 @@ def write(result: dict[str, Any]) -> None:
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
     plot(result, ROOT / "bench" / "results" / "floor.png")
+    plot_growth(result, ROOT / "bench" / "results" / "growth.png")
 
 
 if __name__ == "__main__":

@@ -21,32 +21,35 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1
 
 
 def result(data: Data) -> Any:
-    """Return the output as a NumPy float64 array in the memory order of the data."""
+    """Return the output as a NumPy array in the memory order of the data."""
     fresh = getattr(data, "fresh", None)
     if fresh is None:
-        return data.out.astype(np.float64)
+        return data.out
     if hasattr(fresh, "to_dense"):
         fresh = (fresh.to_dense() if fresh.is_mkldnn else fresh).float().detach()
         fresh = fresh.movedim(1, -1) if data.axis != 1 and fresh.ndim > 2 else fresh
         fresh = fresh.numpy()
-    return np.asarray(fresh).astype(np.float64)
+    return np.asarray(fresh)
 
 
 def error(data: Data) -> float:
     """Compare a sample of the channels with the float64 reference."""
     d, op = data, data.case.op
     channels = np.unique(np.linspace(0, d.weight.size - 1, 3).astype(int))
-    take = [np.take(a, channels, axis=d.axis).astype(np.float64) for a in (d.x, d.grad, d.residual)]
-    x, grad, residual = take
+
+    def take(a: Any) -> Any:
+        return np.take(a, channels, axis=d.axis).astype(np.float64)
+
+    x = take(d.x)
     w, b, m, v = (a[channels] for a in (d.weight, d.bias, d.mean, d.var))
-    extra: dict[str, Any] = {"activation": "relu", "residual": residual} if op.endswith("_fused") else {}
+    extra: dict[str, Any] = {"activation": "relu", "residual": take(d.residual)} if op.endswith("_fused") else {}
     if op != "infer":
         m, v = reference.statistics(x, d.axis)
     if op.startswith("backward"):
-        expected = reference.backward(grad, x, m, v, w, b, axis=d.axis, **extra)[0]
+        expected = reference.backward(take(d.grad), x, m, v, w, b, axis=d.axis, **extra)[0]
     else:
         expected = reference.apply(x, m, v, w, b, axis=d.axis, **extra)
-    found = np.take(result(d), channels, axis=d.axis)
+    found = take(result(d))
     return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 

@@ -135,9 +135,9 @@ def infer(
     dims = f.layout.dims
     eps = arguments.epsilon(eps, positive=False)
     mean = arguments.parameter("running_mean", mean, dims[1], f.dtype)
-    var = arguments.parameter("running_var", var, dims[1], f.dtype).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a negative variance gives NaN, as in PyTorch
-        stats = np.concatenate([mean, 1.0 / np.sqrt(var + eps), var])
+    var = arguments.parameter("running_var", var, dims[1], f.dtype)
+    kernels = dispatch.kernels()
+    stats = kernels.given(mean, var, eps)
     if f.x.size:
-        dispatch.kernels().infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
+        kernels.infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
     return f.out, f, stats

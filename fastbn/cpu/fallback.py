@@ -47,6 +47,13 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
 
 
 @_quiet
+def given(mean: Array, var: Array, eps: float) -> Array:
+    """See ``launch.given``."""
+    wide = var.astype(np.float64)
+    return np.concatenate([mean, 1.0 / np.sqrt(wide + eps), wide])
+
+
+@_quiet
 def train(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array,
     dims: Dims, eps: float, momentum: float, relu: bool | None,

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 
-from fastbn.cpu._jit import helper, part
-from fastbn.cpu.simd import get, put, rounded
+from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.simd import base, get, put, rounded
 
 FAR = 4.0  # squared distance of pivot and mean, in variances, that float32 sums still bear: their error grows with it
 TINY = 1e-30  # below this variance float32 squares may have underflowed
@@ -47,6 +47,16 @@ def wide_sum(x, N, C, S, c):
         for i in range((r * C + c) * S, (r * C + c + 1) * S):
             total += get(x, i)
     return total
+
+
+@jit
+def given(mean, var, stats, eps):
+    """Statistics from a mean and a variance that were not taken here; a negative variance gives NaN, as in PyTorch."""
+    C, mean, var, stats = mean.size, base(mean), base(var), base(stats)
+    for c in range(C):
+        put(stats, c, get(mean, c))
+        put(stats, C + c, 1.0 / math.sqrt(get(var, c) + eps))
+        put(stats, 2 * C + c, get(var, c))
 
 
 @part

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import planes, pool, rows, rows_swept, tuning
+from fastbn.cpu import finalize, planes, pool, rows, rows_swept, tuning
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
@@ -137,6 +137,13 @@ def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
         pool.run(planes.moments, (x, stats, none, N, C, S, eps), C, p.parallel)
     else:
         _swept_moments(x, stats, weight, none, none, dims, _swept(p, x.size), eps, 0.0)
+    return stats
+
+
+def given(mean: Array, var: Array, eps: float) -> Array:
+    """Statistics that were taken elsewhere, as ``infer`` takes them."""
+    stats = np.empty(3 * mean.size)
+    finalize.given(mean, var, stats, eps)
     return stats
 
 
