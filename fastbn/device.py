@@ -42,7 +42,7 @@ def refuse(**options: Any) -> None:
 
 def follow(layer: Any, x: Any) -> None:
     """Move the arrays of a layer to where x is: to its GPU and library, or back to the host."""
-    like = _tensor("x", x) if on_device(x) else None
+    like = tensor("x", x) if on_device(x) else None
     for name in layer.arrays:
         value = getattr(layer, name)
         if value is None or on_device(value) == (like is not None):
@@ -61,15 +61,17 @@ def _array(name: str, value: Any) -> DeviceArray:
     return wrap(name, value)
 
 
-def _tensor(name: str, value: Any) -> DeviceArray:
+def tensor(name: str, value: Any) -> DeviceArray:
+    """Check a tensor."""
     array = _array(name, value)
     if array.ndim < 2:
         raise ArgumentValueError(name, "an array of rank >= 2", f"shape {array.shape}")
     return array
 
 
-def _like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
-    array = _tensor(name, value)
+def like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
+    """Check an array with the shape and dtype of x."""
+    array = tensor(name, value)
     if array.shape != x.shape:
         raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
     if array.kind != x.kind:
@@ -77,17 +79,20 @@ def _like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
     return array
 
 
-def _vector(name: str, value: Any, x: DeviceArray, channels: int) -> DeviceArray:
+def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
+    """Check a parameter: its shape, and the arithmetic dtype."""
     array = _array(name, value)
-    if array.shape != (channels,):
-        raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
+    if array.shape != shape:
+        expected = f"one number per channel, shape {shape}" if len(shape) == 1 else f"shape {shape}"
+        raise ArgumentValueError(name, expected, f"shape {array.shape}")
     if array.name != x.arithmetic:
         raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
     return array
 
 
-def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
-    array = _vector(name, value, x, channels)
+def running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
+    """Check a running statistic, which is updated in place."""
+    array = parameter(name, value, x, (channels,))
     if not array.writeable:
         raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
     if not array.c_contiguous:
@@ -95,8 +100,9 @@ def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
     return array.flat()
 
 
-def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
-    array = _like("out", out, x)
+def output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
+    """Check an output array, which may be empty; return its layout."""
+    array = like("out", out, x)
     if not array.writeable:
         raise ArgumentValueError("out", "a writeable array", "a read-only one")
     found = layout.of(array.shape, array.strides, array.itemsize, axis)
@@ -109,7 +115,8 @@ def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.La
     return array, found
 
 
-def _apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
+def apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
+    """Raise if out overlaps another array, unless it is the very same memory and that is allowed."""
     (low, high), (start, end) = out.bounds(), other.bounds()
     if not out.size or high <= start or end <= low:
         return
@@ -151,21 +158,21 @@ class _Call:
     def __init__(
         self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
     ):
-        given = _tensor("x", x)
+        given = tensor("x", x)
         self.axis = axis = layout.normalise_axis(axis, given.ndim)
         channels = given.shape[axis]
-        self.weight = None if weight is None else _vector("weight", weight, given, channels).contiguous().flat()
-        self.bias = None if bias is None else _vector("bias", bias, given, channels).contiguous().flat()
+        self.weight = None if weight is None else parameter("weight", weight, given, (channels,)).contiguous().flat()
+        self.bias = None if bias is None else parameter("bias", bias, given, (channels,)).contiguous().flat()
         self.relu = arguments.activation(activation)
-        added = None if residual is None else _like("residual", residual, given)
+        added = None if residual is None else like("residual", residual, given)
         if out is None:
             self.x, self.layout = _settle(given, axis)
             self.out = _empty_like(self.x, self.layout)
         else:
-            self.out, self.layout = _output(out, given, axis)
-            _apart("x", self.out, given, exact_allowed=in_place)
+            self.out, self.layout = output(out, given, axis)
+            apart("x", self.out, given, exact_allowed=in_place)
             if added is not None:
-                _apart("residual", self.out, added, exact_allowed=True)
+                apart("residual", self.out, added, exact_allowed=True)
             self.x = _in_order(given, self.layout)
         self.residual = None if added is None else _in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
@@ -205,24 +212,24 @@ class DeviceSaved(Saved):
     @property
     def moments(self) -> Moments:
         """The statistics as a mergeable value, on the host: waits for the GPU."""
-        return _to_moments(self.vectors, self.count)
+        return to_moments(self.vectors, self.count)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
         from fastbn.cuda import launch
 
         x, where = self.x, self.layout
-        grad = _like("grad_output", grad_output, x)
+        grad = like("grad_output", grad_output, x)
         if out is None:
             target = _empty_like(x, where)
         else:
-            target, found = _output(out, x, self.axis)
+            target, found = output(out, x, self.axis)
             if x.size and found != where and not target.transpose(where.order).c_contiguous:
                 raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
-            _apart("x", target, x, exact_allowed=False)
-            _apart("grad_output", target, grad, exact_allowed=not self.residual)
+            apart("x", target, x, exact_allowed=False)
+            apart("grad_output", target, grad, exact_allowed=not self.residual)
             if self.y is not None:
-                _apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
+                apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
         gated = _empty_like(x, where) if self.residual and self.relu else None
         if x.size:
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
@@ -241,7 +248,8 @@ class DeviceSaved(Saved):
         )
 
 
-def _to_moments(vectors: Flat, count: int) -> Moments:
+def to_moments(vectors: Flat, count: int) -> Moments:
+    """Bring statistics to the host; waits for the GPU."""
     mean, _, var, rest = np.asarray(vectors.owner.host(), np.float64).reshape(4, -1)
     return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
 
@@ -260,7 +268,7 @@ def train(
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
     moved: tuple[Flat | None, Flat | None] = (None, None)
     if running_mean is not None:
-        moved = (_running("running_mean", running_mean, f.x, C), _running("running_var", running_var, f.x, C))
+        moved = (running("running_mean", running_mean, f.x, C), running("running_var", running_var, f.x, C))
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -287,8 +295,8 @@ def train(
 
 def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
     return (
-        _vector("running_mean", mean, x, channels).contiguous().flat(),
-        _vector("running_var", var, x, channels).contiguous().flat(),
+        parameter("running_mean", mean, x, (channels,)).contiguous().flat(),
+        parameter("running_var", var, x, (channels,)).contiguous().flat(),
     )
 
 
@@ -323,7 +331,7 @@ def frozen(
 
 def moments_of(x: Any, axis: Any) -> Moments:
     """Statistics of the channels, on the host; see ``Moments.of``."""
-    array = _tensor("x", x)
+    array = tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     channels = array.shape[axis]
     if array.size == 0:
@@ -332,4 +340,4 @@ def moments_of(x: Any, axis: Any) -> Moments:
 
     array, where = _settle(array, axis)
     N, _, S = where.dims
-    return _to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))
+    return to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))

@@ -291,6 +291,17 @@ def gate(typingctx, z, u):
 
 
 @intrinsic
+def join(typingctx, a, b):
+    """The lanes of a, then those of b."""
+
+    def emit(context, builder, sig, args):
+        lanes = cgutils.unpack_tuple(builder, args[0]) + cgutils.unpack_tuple(builder, args[1])
+        return context.make_tuple(builder, sig.return_type, lanes)
+
+    return types.UniTuple(a.dtype, a.count + b.count)(a, b), emit
+
+
+@intrinsic
 def total(typingctx, a):
     """Sum of the lanes, in pairs."""
 

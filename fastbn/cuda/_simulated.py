@@ -108,6 +108,11 @@ def gate(z: Any, u: Any) -> Any:
     return np.where(z <= 0, np.zeros_like(u), u)
 
 
+def join(a: Array, b: Array) -> Array:
+    """The lanes of a, then those of b."""
+    return np.concatenate([a, b])
+
+
 def total(a: Array) -> Any:
     """Sum of the lanes, in pairs."""
     while a.size > 1:

@@ -11,7 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.cuda.library import Library
 from fastbn.errors import ArgumentTypeError
+
+__all__ = [
+    "INSTALL",
+    "ITEMSIZE",
+    "DeviceArray",
+    "Flat",
+    "Geometry",
+    "Library",
+    "dtype_of",
+    "geometry",
+    "strides_of",
+    "supported",
+]
 
 INSTALL = 'install the GPU extra that fits the driver: pip install "numba-cuda[cu13]" (or [cu12])'
 ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
@@ -56,6 +70,10 @@ class Flat:
             self._array = np.asarray(_Host(self.address, self.size, memory))
         return self._array
 
+    def part(self, start: int, size: int) -> Flat:
+        """View some of the elements."""
+        return Flat(self.address + start * ITEMSIZE[self.kind], size, self.kind, self.owner)
+
 
 class _Host:
     def __init__(self, address: int, size: int, typestr: str):
@@ -71,44 +89,6 @@ def supported(name: str, dtype: str) -> None:
     """Raise unless the kernels know this dtype."""
     if dtype not in _KINDS:
         raise ArgumentTypeError(name, "an array of float32, float64, float16 or bfloat16", dtype)
-
-
-class Library:
-    """What one library does its own way. ``name`` is for messages."""
-
-    name = "CUDA"
-
-    def wrap(self, value: Any, name: str = "x") -> DeviceArray:
-        """See an array of this library."""
-        raise NotImplementedError
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """Return an uninitialised C-contiguous array on the device of ``like``."""
-        raise NotImplementedError
-
-    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """Return an array of zeros on the device of ``like``."""
-        raise NotImplementedError
-
-    def contiguous(self, value: Any) -> Any:
-        """Return the values in C order."""
-        raise NotImplementedError
-
-    def host(self, value: Any) -> Any:
-        """Return the values as a NumPy array; waits for the GPU."""
-        raise NotImplementedError
-
-    def put(self, values: Any, like: Any) -> Any:
-        """Copy a NumPy array to the device of ``like``."""
-        raise NotImplementedError
-
-    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
-        """Return a view with the axes in another order."""
-        return value.transpose(order)
-
-    def stream(self, value: Any) -> int:
-        """Return the handle of the stream that the caller works on."""
-        raise NotImplementedError
 
 
 class Geometry(NamedTuple):

@@ -106,6 +106,23 @@ def make_block_sum(kind: str, threads: int):
     return block_sum
 
 
+def make_team_sum(kind: str, threads: int, team: int):
+    """Sum two numbers over a team: a whole block, or a warp of a block, which then waits for no other warp."""
+    if team == threads:
+        return make_block_sum(kind, threads)
+
+    @device
+    def warp_sum(s, q, scratch):
+        step = 16
+        while step > 0:
+            s += cuda.shfl_xor_sync(WARP, s, step)
+            q += cuda.shfl_xor_sync(WARP, q, step)
+            step >>= 1
+        return s, q
+
+    return warp_sum
+
+
 def make_combine(kind: str):
     """(m, invstd, k, b) of a channel whose statistics were worked out here; see ``make_affine``."""
     A = ARITHMETIC[kind]

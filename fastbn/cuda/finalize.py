@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_block_sum, make_keep, make_pivot
+from fastbn.cuda.channel import WARP, make_keep, make_pivot, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
 
@@ -87,17 +87,19 @@ def make_resolve(kind: str):
     return resolve
 
 
-def make_block_max(kind: str, threads: int):
-    """Largest number of the block, in every thread."""
-    A, warps = ARITHMETIC[kind], threads // 32
+def make_team_max(kind: str, threads: int, team: int):
+    """Largest number of a team (a block or a warp), in every thread."""
+    A, warps, alone = ARITHMETIC[kind], threads // 32, team < threads
 
     @device
-    def block_max(a, scratch):
+    def team_max(a, scratch):
         tid = cuda.threadIdx.x
         step = 16
         while step > 0:
             a = max(a, cuda.shfl_xor_sync(WARP, a, step))
             step >>= 1
+        if alone:
+            return a
         cuda.syncthreads()
         if tid & 31 == 0:
             scratch[tid >> 5] = a
@@ -107,28 +109,30 @@ def make_block_max(kind: str, threads: int):
             a = max(a, scratch[w])
         return a
 
-    return block_max
+    return team_max
 
 
-def make_again(kind: str, threads: int):
-    """Sum a channel again, by a whole block: about its mean, scaled by its largest deviation, errors kept."""
+def make_again(kind: str, threads: int, team: int = 0):
+    """Sum a channel again, by a block or a warp: about its mean, scaled by its largest deviation, errors kept."""
+    team = team or threads
+    alone = team < threads
     A, one = ARITHMETIC[kind], access(kind, 1)
     load, decode = one.load, one.decode
-    block_sum, block_max = make_block_sum(kind, threads), make_block_max(kind, threads)
+    team_sum, team_max = make_team_sum(kind, threads, team), make_team_max(kind, threads, team)
     smallest = 1e-37 if kind != "f64" else 1e-300
 
     @device
     def sums_about(x, c, N, C, S, m, scale, inverse):
         s = se = q = qe = A(0)
         top = A(0)
-        e = int64(cuda.threadIdx.x)
+        e = int64(cuda.threadIdx.x & 31) if alone else int64(cuda.threadIdx.x)
         while e < int64(N) * S:
             n = e // S
             d = (decode(load(x, (n * C + c) * S + (e - n * S)))[0] - m) / scale * inverse
             s, se = add_pair(s, se, d, A(0))
             q, qe = add_pair(q, qe, d * d, A(0))
             top = max(top, abs(d))
-            e += threads
+            e += team
         if finite(s):  # the error of an infinite sum is NaN
             s += se
         return s, q + qe, top
@@ -137,15 +141,15 @@ def make_again(kind: str, threads: int):
     def again(x, c, N, C, S, eps, scratch):
         n = A(int64(N) * S)
         s, _, _ = sums_about(x, c, N, C, S, A(0), A(1), A(1) / n)
-        mean, _ = block_sum(s, s, scratch)
+        mean, _ = team_sum(s, s, scratch)
         rest = A(0)
         if not finite(mean):
             nan = mean - mean
             return mean, rest, nan, nan
         _, _, top = sums_about(x, c, N, C, S, mean, A(1), A(1))
-        scale = max(block_max(top, scratch), A(smallest))
+        scale = max(team_max(top, scratch), A(smallest))
         s, q, _ = sums_about(x, c, N, C, S, mean, scale, A(1))
-        s, q = block_sum(s, q, scratch)
+        s, q = team_sum(s, q, scratch)
         shift = s / n
         unit = max((q - s * shift) / n, A(0))  # variance over scale squared
         mean, rest = two_sum(mean, shift * scale)

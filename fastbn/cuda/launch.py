@@ -27,11 +27,13 @@ class Given(NamedTuple):
     eps: float
 
 
-def _aligned(*tensors: Flat | None) -> bool:
+def aligned(*tensors: Flat | None) -> bool:
+    """Tell whether 128-bit accesses are allowed."""
     return not any(t.address & 15 for t in tensors if t is not None)
 
 
-def _flags(weight: Flat | None, bias: Flat | None) -> int:
+def flags_of(weight: Flat | None, bias: Flat | None) -> int:
+    """Say to a kernel which parameters there are."""
     return (weight is not None) | (bias is not None) << 1
 
 
@@ -57,11 +59,11 @@ def _sums(
     p: Plan, what: Variant, tensors: tuple[Any, ...], stats: Any, params: tuple[Any, Any], partial: Flat, dims: Dims,
     stream: int,
 ) -> None:  # fmt: skip
-    args = (*tensors, stats, *params, partial, *_shape(p, dims), p.parts, p.chunk, *_tail(p), _flags(*params))
+    args = (*tensors, stats, *params, partial, *_shape(p, dims), p.parts, p.chunk, *_tail(p), flags_of(*params))
     run(_stage(p).sums(what), (p.across, p.parts), stream, args)
 
 
-def _moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
+def moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
     """The numbers with which statistics are taken and running ones move, as the kernels take them."""
     n = dims[0] * dims[2]
     unbias = 1.0 if not unbiased else n / (n - 1.0) if n > 1 else math.nan
@@ -82,16 +84,19 @@ def _normalise(
 ) -> None:  # fmt: skip
     shape = _shape(p, dims)
     shape = shape[1:] if p.rows else shape
-    args = (*tensors, stats, more, *params, eps, *shape, p.apply_chunk, *_tail(p), _flags(*params))
+    args = (*tensors, stats, more, *params, eps, *shape, p.apply_chunk, *_tail(p), flags_of(*params))
     run(_stage(p).normalise(what), (p.across, p.apply_parts), stream, args)
 
 
-def _moments(x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, moving: tuple[float, ...], stream: int) -> Flat:
+def statistics_of(
+    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...], stream: int
+) -> Flat:
+    """Return ``stats`` of the channels; moves running statistics unless they are None."""
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
     stats: Flat = x.owner.vector(4 * dims[1])
     what = Variant(x.kind, p.W, tuning.THREADS)
     _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream)
-    _settle(x, p, partial, stats, moved, dims, moving, stream)
+    _settle(x, p, partial, stats, moved, dims, numbers, stream)
     return stats
 
 
@@ -101,25 +106,25 @@ def train(
 ) -> Flat:  # fmt: skip
     """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
     check()
-    stream, aligned, moved = x.owner.stream(), _aligned(x, residual, out), (running_mean, running_var)
-    moving, params, tensors = _moving(dims, eps, momentum, unbiased), (weight, bias), (x, residual, out)
-    flags = _flags(weight, bias) | _moves(moved)
+    stream, whole, moved = x.owner.stream(), aligned(x, residual, out), (running_mean, running_var)
+    numbers, params, tensors = moving(dims, eps, momentum, unbiased), (weight, bias), (x, residual, out)
+    flags = flags_of(weight, bias) | _moves(moved)
     what = Variant(x.kind, 16 // ITEMSIZE[x.kind], 0, relu=bool(relu), residual=residual is not None)
-    threads, shared = slab_plan(dims, x.kind, aligned, 1, device_properties()[1])
+    threads, shared = slab_plan(dims, x.kind, whole, 1, device_properties()[1])
     if threads:
         stats: Flat = x.owner.vector(4 * dims[1])
-        args: Any = (*tensors, stats, *params, *moved, *dims, *moving, flags)
+        args: Any = (*tensors, stats, *params, *moved, *dims, *numbers, flags)
         run(slab.train(what._replace(threads=threads)), (dims[1],), stream, args, shared)
         return stats
-    one = persistent_plan(dims, x.kind, aligned, 1, *device_properties())
+    one = persistent_plan(dims, x.kind, whole, 1, *device_properties())
     if one.threads:
         stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
-        args = (*tensors, stats, *params, *moved, partial, *_cut(one, dims), *moving, flags)
+        args = (*tensors, stats, *params, *moved, partial, *_cut(one, dims), *numbers, flags)
         kernel = persistent.train(what._replace(threads=one.threads))
         run(kernel, (one.across, one.parts), stream, args, one.shared)
         return stats
-    p = plan(dims, x.kind, aligned)
-    stats = _moments(x, p, moved, dims, moving, stream)
+    p = plan(dims, x.kind, whole)
+    stats = statistics_of(x, p, moved, dims, numbers, stream)
     _normalise(p, what._replace(W=p.W, threads=tuning.THREADS), tensors, stats, None, params, 0.0, dims, stream)
     return stats
 
@@ -131,8 +136,8 @@ def _cut(one: Persistent, dims: Dims) -> tuple[int, ...]:
 def moments(x: Flat, dims: Dims, eps: float) -> Flat:
     """Statistics alone."""
     check()
-    p = plan(dims, x.kind, _aligned(x))
-    return _moments(x, p, (None, None), dims, _moving(dims, eps, 0.0), x.owner.stream())
+    p = plan(dims, x.kind, aligned(x))
+    return statistics_of(x, p, (None, None), dims, moving(dims, eps, 0.0), x.owner.stream())
 
 
 def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
@@ -151,7 +156,7 @@ def infer(
 ) -> None:  # fmt: skip
     """Inference into ``out``, by ``stats`` or by running statistics as they are (one launch)."""
     check()
-    p = plan(dims, x.kind, _aligned(x, residual, out))
+    p = plan(dims, x.kind, aligned(x, residual, out))
     given = isinstance(stats, Given)
     what = Variant(
         x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given
@@ -166,15 +171,15 @@ def backward(
 ) -> tuple[Flat, Flat]:  # fmt: skip
     """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
     check()
-    C, stream, aligned = dims[1], x.owner.stream(), _aligned(x, grad, y, out, grad_residual)
-    threads, shared = slab_plan(dims, x.kind, aligned, 2, device_properties()[1])
+    C, stream, whole = dims[1], x.owner.stream(), aligned(x, grad, y, out, grad_residual)
+    threads, shared = slab_plan(dims, x.kind, whole, 2, device_properties()[1])
     what = Variant(x.kind, 16 // ITEMSIZE[x.kind], threads, True, bool(relu), y is not None, frozen)
     if threads:
         dweight, dbias = x.owner.vector(C), x.owner.vector(C)
-        args: Any = (x, grad, y, out, grad_residual, stats, weight, bias, dweight, dbias, *dims, _flags(weight, bias))
+        args: Any = (x, grad, y, out, grad_residual, stats, weight, bias, dweight, dbias, *dims, flags_of(weight, bias))
         run(slab.backward(what), (C,), stream, args, shared)
         return dweight, dbias
-    one = persistent_plan(dims, x.kind, aligned, 2, *device_properties())
+    one = persistent_plan(dims, x.kind, whole, 2, *device_properties())
     if one.threads:
         dweight, dbias = x.owner.vector(C), x.owner.vector(C)
         partial = x.owner.scratch(2 * one.parts * C)
@@ -184,11 +189,11 @@ def backward(
             kernel,
             (one.across, one.parts),
             stream,
-            (*tensors, *vectors, *_cut(one, dims), _flags(weight, bias)),
+            (*tensors, *vectors, *_cut(one, dims), flags_of(weight, bias)),
             one.shared,
         )
         return dweight, dbias
-    p = plan(dims, x.kind, aligned)
+    p = plan(dims, x.kind, whole)
     what = what._replace(W=p.W, threads=tuning.THREADS)
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else C))
     dweight, dbias = x.owner.vector(C), x.owner.vector(C)
@@ -198,6 +203,6 @@ def backward(
     settled = (partial, stats, dweight, dbias, C, p.depth, p.columns, p.group)
     run(settle, (-(-C // p.group),), stream, settled)
     tensors, grads = (x, grad, y, out, grad_residual), (dweight, dbias)
-    args = (*tensors, stats, *params, *grads, *_shape(p, dims), p.apply_chunk, *_tail(p), _flags(*params))
+    args = (*tensors, stats, *params, *grads, *_shape(p, dims), p.apply_chunk, *_tail(p), flags_of(*params))
     run(_stage(p).gradient(what), (p.across, p.apply_parts), stream, args)
     return dweight, dbias

@@ -45,6 +45,9 @@ class Torch(Library):
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         return value.contiguous()
 
+    def assign(self, target: Any, source: Any) -> None:  # noqa: D102
+        target.copy_(source)
+
     def host(self, value: Any) -> Any:  # noqa: D102
         return value.detach().cpu().numpy()
 
@@ -81,6 +84,9 @@ class CuPy(Library):
 
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         return self.cupy.ascontiguousarray(value)
+
+    def assign(self, target: Any, source: Any) -> None:  # noqa: D102
+        target[...] = source
 
     def host(self, value: Any) -> Any:  # noqa: D102
         return self.cupy.asnumpy(value)
@@ -126,6 +132,9 @@ class Numba(Library):
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
+
+    def assign(self, target: Any, source: Any) -> None:  # noqa: D102
+        raise ArgumentTypeError("out", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
 
     def host(self, value: Any) -> Any:  # noqa: D102
         return value.copy_to_host()

@@ -59,12 +59,13 @@ def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
         raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
     whole = aligned and S % lanes == 0
     if S >= tuning.RUN and (whole or N < tuning.RUNS):
-        return _planes(dims, lanes if whole else 1)
+        return planes(dims, lanes if whole else 1)
     times = _widen(N, C, S, lanes) if aligned else 0
-    return _rows(dims, lanes if times else 1, times or 1)
+    return rows(dims, lanes if times else 1, times or 1)
 
 
-def _planes(dims: Dims, W: int) -> Plan:
+def planes(dims: Dims, W: int) -> Plan:
+    """Cut channels-first arrays."""
     N, C, S = dims
     vectors = N * (S // W)
     parts, chunk = _cut(vectors, tuning.THREADS, C, tuning.DEPTH)
@@ -72,7 +73,8 @@ def _planes(dims: Dims, W: int) -> Plan:
     return Plan(False, W, N, S, C, 1, parts, chunk, apply_parts, apply_chunk, parts, 1, min(32, tuning.THREADS))
 
 
-def _rows(dims: Dims, W: int, times: int) -> Plan:
+def rows(dims: Dims, W: int, times: int) -> Plan:
+    """Cut rows, ``times`` of them side by side."""
     N, C, S = dims
     R, V = N // times, C * S * times
     vectors = V // W

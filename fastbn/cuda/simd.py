@@ -35,8 +35,8 @@ class Access(NamedTuple):
 
 
 if SIMULATED:
-    from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, mul, sqrt, sub, total
+    from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, join, mul, sqrt, sub, total
 else:
-    from fastbn.cuda._lowered import access, add, finite, fma, gate, invsqrt, mul, sqrt, sub, total
+    from fastbn.cuda._lowered import access, add, finite, fma, gate, invsqrt, join, mul, sqrt, sub, total
 
-__all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "mul", "sqrt", "sub", "total"]
+__all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "join", "mul", "sqrt", "sub", "total"]
