@@ -1,8 +1,7 @@
 """The one place that imports ``numba.cuda``: what is missing, the current device, launches with raw pointers.
 
 numba-cuda is in maintenance mode; its successor (numba-cuda-mlir) keeps the API, so that a change of engine is a change
-of this file. A kernel is launched with device addresses instead of array objects: an eager signature with raw pointers
-costs 7 us of host time for nine arguments, strided views 42 us, DLPack objects 100 us.
+of this file and ``launcher``. Kernels take device addresses instead of array objects.
 
 In the simulator (``NUMBA_ENABLE_CUDASIM=1``) an address is one of host memory and a ``Flat`` becomes a NumPy array.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +100,7 @@ class Kernel:
         self.threads, self.blocks = threads, blocks
         self._compiled: Any = None
         self._large: set[int] = set()
+        self._launchers: dict[Any, Any] = {}
 
     @property
     def signature(self) -> Any:
@@ -122,6 +121,17 @@ class Kernel:
             else:
                 self._compiled = cuda.jit(self.signature, **self.options)(self.function)
         return self._compiled
+
+    def launcher(self, grid: tuple[int, ...], shared: int) -> Any:
+        """Return what launches this kernel on the current device: ``(stream handle, numbers) -> None``."""
+        key = (grid, shared, current_device())
+        found = self._launchers.get(key)
+        if found is None:
+            from fastbn.cuda import launcher
+
+            self.allow_shared(shared)
+            found = self._launchers[key] = launcher.make(self, grid, shared)
+        return found
 
     def allow_shared(self, size: int) -> None:
         """Opt in to more than 48 KB of shared memory, static and dynamic; numba-cuda does not do so by itself."""
@@ -152,27 +162,13 @@ def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[
     return decorate
 
 
-@functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    return cuda.external_stream(handle) if handle and not SIMULATED else 0
-
-
-@functools.lru_cache(maxsize=4096)
-def _configured(what: Kernel, grid: tuple[int, ...], stream: int, shared: int) -> Any:
-    what.allow_shared(shared)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Numba finds small grids worth a warning
-        return what.compiled[grid, what.threads, _stream(stream), shared]
-
-
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)
     else:
-        launch = _configured(what, grid, stream, shared)
-        launch(*[a.address if type(a) is Flat else 0 if a is None else a for a in args])
+        what.launcher(grid, shared)(stream, [a.address if type(a) is Flat else 0 if a is None else a for a in args])
 
 
 class Memory:

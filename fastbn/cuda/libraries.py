@@ -26,6 +26,7 @@ class Torch(Library):
 
     def __init__(self, torch: Any):
         self.torch = torch
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.2 us instead of 1.5
         self.dtypes = {getattr(torch, name): name for name in DTYPES}
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
@@ -58,6 +59,8 @@ class Torch(Library):
         return value.permute(order)
 
     def stream(self, value: Any) -> int:  # noqa: D102
+        if self._raw_stream is not None:
+            return int(self._raw_stream(value.device.index))
         return int(self.torch.cuda.current_stream(value.device).cuda_stream)
 
 
