@@ -23,8 +23,6 @@ __all__ = ["DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on
 
 # Options that the GPU kernels do not have yet, and what they must be.
 _DEFAULTS = {
-    "mask": None,
-    "lengths": None,
     "ghost": None,
     "renorm": None,
     "on_single": "error",
@@ -177,24 +175,36 @@ class _Call:
         self.residual = None if added is None else _in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
 
-    def saved(self, stats: Flat, frozen: bool, updated: int = 0) -> DeviceSaved:
+    def mask(self, mask: Any, lengths: Any, train: bool = False) -> Any:
+        """Return the mask that the arguments mean, None for none."""
+        if mask is None and lengths is None:
+            return None
+        from fastbn import device_mask
+
+        found = device_mask.find(mask, lengths, self.x, self.axis, self.layout, train=train)
+        return None if found.valid is None else found
+
+    def saved(self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None) -> DeviceSaved:
         """Return what backward needs."""
-        saved = DeviceSaved()
+        saved = DeviceSaved() if mask is None else MaskedDeviceSaved()
+        saved.mask = mask
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
         saved.residual, saved.updated = self.residual is not None, updated
         saved.y = self.out if self.relu and saved.residual else None
         N, _, S = self.layout.dims
-        saved.count = N * S
+        if mask is None:
+            saved.count = N * S
         return saved
 
 
 class DeviceSaved(Saved):
     """What a forward pass on the GPU saves: as ``BatchSaved``, with arrays of the library that x comes from."""
 
-    __slots__ = ("axis", "bias", "frozen", "layout", "relu", "residual", "vectors", "weight", "x", "y")
+    __slots__ = ("axis", "bias", "frozen", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
 
     x: DeviceArray
+    mask: Any  # launch.Mask, or None
     y: DeviceArray | None
     axis: int
     layout: layout.Layout
@@ -235,17 +245,41 @@ class DeviceSaved(Saved):
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
             dweight, dbias = launch.backward(
                 x.flat(), _in_order(grad, where).flat(), y, target.flat(), dr, self.weight, self.bias, self.vectors,
-                where.dims, self.frozen, self.relu,
+                where.dims, self.frozen, self.relu, launch.ALL if self.mask is None else self.mask,
             )  # fmt: skip
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None
+        if self.mask is not None and self.residual and gated is None:
+            residual = self._masked(_in_order(grad, where)).owner
         return Gradients(
             target.owner if out is None else out,
             None if self.weight is None else dweight.owner.owner,
             None if self.bias is None else dbias.owner.owner,
             residual,
         )
+
+    def _masked(self, grad: DeviceArray) -> DeviceArray:
+        """Return a gradient with zeros where the mask excludes it: normalised by mean 0 and variance 0 + 1."""
+        from fastbn.cuda import launch
+
+        result, zero = _empty_like(self.x, self.layout), self.x.zeros(self.layout.dims[1])
+        given = launch.Given(zero, zero, 1.0)
+        launch.infer(grad.flat(), None, result.flat(), None, None, given, self.layout.dims, None, self.mask)
+        return result
+
+
+class MaskedDeviceSaved(DeviceSaved):
+    """As ``DeviceSaved``; how many values counted is known to the GPU alone until somebody asks."""
+
+    __slots__ = ()
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Values per channel that the mask leaves: waits for the GPU."""
+        if self.mask.tally is None:  # statistics were given, nothing was counted
+            return int(np.count_nonzero(self.mask.valid.owner.host()))
+        return int(self.mask.tally.owner.host()[0])
 
 
 def to_moments(vectors: Flat, count: int) -> Moments:
@@ -257,7 +291,7 @@ def to_moments(vectors: Flat, count: int) -> Moments:
 def train(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
     momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any, *,
-    update_stats: bool = True, unbiased: bool = True,
+    update_stats: bool = True, unbiased: bool = True, mask: Any = None, lengths: Any = None,
 ) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by the batch; see ``fastbn.batch_norm_train``."""
     f = _Call(x, weight, bias, axis, activation, residual, out, in_place=False)
@@ -277,6 +311,8 @@ def train(
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
     from fastbn.cuda import launch
 
+    found = f.mask(mask, lengths, train=True)
+
     stats = launch.train(
         f.x.flat(),
         f.residual,
@@ -289,8 +325,9 @@ def train(
         momentum,
         f.relu,
         unbiased,
+        found or launch.ALL,
     )
-    return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None))
+    return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None), mask=found)
 
 
 def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
@@ -315,21 +352,25 @@ def infer(
 
 
 def frozen(
-    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
-) -> tuple[Any, DeviceSaved]:
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+    mask: Any = None, lengths: Any = None,
+) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by given statistics and keep what ``backward`` needs: they are constants there."""
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=mask is None and lengths is None)
+    found = f.mask(mask, lengths)
     from fastbn.cuda import launch
 
     stats = launch.statistics(
         *_given(f.x, mean, var, f.layout.dims[1]), arguments.epsilon(eps, positive=False)
     )  # fmt: skip
     if f.x.size:
-        launch.infer(f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu)
-    return f.result, f.saved(stats, frozen=True)
+        launch.infer(
+            f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu, found or launch.ALL
+        )
+    return f.result, f.saved(stats, frozen=True, mask=found)
 
 
-def moments_of(x: Any, axis: Any) -> Moments:
+def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Moments:
     """Statistics of the channels, on the host; see ``Moments.of``."""
     array = tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
@@ -339,5 +380,12 @@ def moments_of(x: Any, axis: Any) -> Moments:
     from fastbn.cuda import launch
 
     array, where = _settle(array, axis)
-    N, _, S = where.dims
-    return to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))
+    found, count = launch.ALL, math.prod((where.dims[0], where.dims[2]))
+    if mask is not None or lengths is not None:
+        from fastbn import device_mask
+
+        found = device_mask.find(mask, lengths, array, axis, where, train=True)
+    vectors = launch.moments(array.flat(), where.dims, 0.0, found)
+    if found.tally is not None:
+        count = int(found.tally.owner.host()[0])
+    return to_moments(vectors, count)

@@ -99,10 +99,10 @@ def batch_norm_train(
     if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths, ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
-            update_stats=update_stats, unbiased=unbiased,
+            update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
         )  # fmt: skip
     if (
         mask is not None or lengths is not None or ghost is not None or renorm is not None or update_stats is not True
@@ -177,8 +177,9 @@ def frozen(
     if dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths)
-        return device.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+        return device.frozen(
+            x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out, mask, lengths
+        )
 
     def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
         return core.frozen(
@@ -231,8 +232,7 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
     if dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths)
-        return device.moments_of(x, axis)
+        return device.moments_of(x, axis, mask, lengths)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     if mask is not None or lengths is not None:

@@ -29,7 +29,10 @@ __all__ = [
 
 INSTALL = 'install the GPU extra that fits the driver: pip install "numba-cuda[cu13]" (or [cu12])'
 ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
+FLOATS = ("float32", "float64", "float16", "bfloat16")
 _KINDS = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+_KINDS |= {"bool": "u8", "int32": "i32", "int64": "i64"}  # masks and lengths
+_ITEMSIZE = ITEMSIZE | {"u8": 1, "i32": 4, "i64": 8}
 
 
 class _BFloat16:
@@ -53,6 +56,9 @@ def dtype_of(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+_MEMORY = {"f32": "<f4", "f64": "<f8", "f16": "<u2", "bf16": "<i2", "u8": "|u1", "i32": "<i4", "i64": "<i8"}
+
+
 class Flat:
     """A tensor as kernels take it: an address, a number of elements and what they are. Keeps its memory alive."""
 
@@ -66,7 +72,7 @@ class Flat:
     def array(self) -> Any:
         """The memory as a NumPy array; only in the simulator, where an address is one of host memory."""
         if self._array is None:
-            memory = {"f32": "<f4", "f64": "<f8", "f16": "<u2", "bf16": "<i2"}[self.kind]
+            memory = _MEMORY[self.kind]
             self._array = np.asarray(_Host(self.address, self.size, memory))
         return self._array
 
@@ -85,10 +91,12 @@ def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def supported(name: str, dtype: str) -> None:
-    """Raise unless the kernels know this dtype."""
-    if dtype not in _KINDS:
-        raise ArgumentTypeError(name, "an array of float32, float64, float16 or bfloat16", dtype)
+def supported(name: str, dtype: str, allowed: tuple[str, ...] = tuple(_KINDS)) -> None:
+    """Raise unless this dtype is allowed, by default any that kernels know."""
+    if dtype not in allowed:
+        names = FLOATS if len(allowed) > 4 else allowed
+        expected = ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]
+        raise ArgumentTypeError(name, f"an array of {expected}", dtype)
 
 
 class Geometry(NamedTuple):
@@ -110,9 +118,9 @@ def geometry(shape: tuple[int, ...], strides: tuple[int, ...], name: str, unit: 
     """Describe an array; strides in multiples of ``unit`` bytes."""
     kind = _KINDS[name]
     shape, strides, size = tuple(shape), tuple(s * unit for s in strides), math.prod(shape)
-    dense = strides_of(shape, ITEMSIZE[kind])
+    dense = strides_of(shape, _ITEMSIZE[kind])
     same = not size or all(n == 1 or a == b for n, a, b in zip(shape, strides, dense, strict=True))
-    return Geometry(shape, strides, name, kind, dtype_of(name), ITEMSIZE[kind], len(shape), size, same)
+    return Geometry(shape, strides, name, kind, dtype_of(name), _ITEMSIZE[kind], len(shape), size, same)
 
 
 class DeviceArray:

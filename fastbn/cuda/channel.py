@@ -43,6 +43,28 @@ def make_pivot(kind: str):
     return pivot
 
 
+def make_pivot_at(kind: str):
+    """Mean of four elements of a channel at places that a mask leaves: ``tally`` is their number and four of them."""
+    A, one = ARITHMETIC[kind], access(kind, 1)
+    load, decode = one.load, one.decode
+
+    @device
+    def element(x, c, C, S, place):
+        n = place // S
+        return decode(load(x, (int64(n) * C + c) * S + (place - n * S)))[0]
+
+    @device
+    def pivot(x, c, C, S, tally):
+        if tally[0] == 0:
+            return A(0)
+        half = A(0.5)
+        a = half * element(x, c, C, S, tally[1]) + half * element(x, c, C, S, tally[2])
+        b = half * element(x, c, C, S, tally[3]) + half * element(x, c, C, S, tally[4])
+        return half * a + half * b
+
+    return pivot
+
+
 def make_affine(kind: str, given: bool):
     """Split (x - mean)*invstd*weight + bias into (m, invstd, k, b, rest): y = (x - m)*k + b, mean = m + rest.
 

@@ -30,7 +30,9 @@ __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", 
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf16": types.int16}
+POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
+ARITHMETIC |= {"i32": types.float32, "i64": types.float32}
 
 
 @functools.cache
@@ -83,10 +85,11 @@ def device(function: Callable[..., Any]) -> Any:
 
 
 def argument_types(letters: str, kind: str) -> tuple[Any, ...]:
-    """Types of kernel arguments: T tensor, A arithmetic array, I int32 array, i int32, l int64, a arithmetic scalar."""
+    """Types of kernel arguments: T tensor, A arithmetic array, I int32 array, M mask, i int32, l int64, a number."""
     tensor, arithmetic = POINTERS[kind], ARITHMETIC[kind]
     table = {
         "T": types.CPointer(tensor), "A": types.CPointer(arithmetic), "I": types.CPointer(types.int32),
+        "M": types.CPointer(types.uint8),
         "i": types.int32, "l": types.int64, "a": arithmetic,
     }  # fmt: skip
     return tuple(table[letter] for letter in letters)
@@ -192,8 +195,8 @@ class Memory:
 
 def _simulated(value: Any, letter: str, kind: str) -> Any:
     """Numbers in the type that the signature says; tensors as they are (the simulator would copy NumPy arrays)."""
-    if letter in "TAI":
-        expected = {"T": POINTERS[kind], "A": ARITHMETIC[kind], "I": types.int32}[letter].name
+    if letter in "TAIM":
+        expected = {"T": POINTERS[kind], "A": ARITHMETIC[kind], "I": types.int32, "M": types.uint8}[letter].name
         assert value is None or value.array.dtype == expected, (letter, value.kind)
         return None if value is None else Memory(value.array)
     return np.dtype({"i": "int32", "l": "int64"}.get(letter, ARITHMETIC[kind].name)).type(value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_keep, make_pivot, make_team_sum
+from fastbn.cuda.channel import WARP, make_keep, make_pivot, make_pivot_at, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
 
@@ -112,7 +112,7 @@ def make_team_max(kind: str, threads: int, team: int):
     return team_max
 
 
-def make_again(kind: str, threads: int, team: int = 0):
+def make_again(kind: str, threads: int, team: int = 0, masked: bool = False):
     """Sum a channel again, by a block or a warp: about its mean, scaled by its largest deviation, errors kept."""
     team = team or threads
     alone = team < threads
@@ -122,13 +122,15 @@ def make_again(kind: str, threads: int, team: int = 0):
     smallest = 1e-37 if kind != "f64" else 1e-300
 
     @device
-    def sums_about(x, c, N, C, S, m, scale, inverse):
+    def sums_about(x, mask, c, N, C, S, m, scale, inverse):
         s = se = q = qe = A(0)
         top = A(0)
         e = int64(cuda.threadIdx.x & 31) if alone else int64(cuda.threadIdx.x)
         while e < int64(N) * S:
             n = e // S
             d = (decode(load(x, (n * C + c) * S + (e - n * S)))[0] - m) / scale * inverse
+            if masked and mask[e] == 0:
+                d = A(0)
             s, se = add_pair(s, se, d, A(0))
             q, qe = add_pair(q, qe, d * d, A(0))
             top = max(top, abs(d))
@@ -138,17 +140,16 @@ def make_again(kind: str, threads: int, team: int = 0):
         return s, q + qe, top
 
     @device
-    def again(x, c, N, C, S, eps, scratch):
-        n = A(int64(N) * S)
-        s, _, _ = sums_about(x, c, N, C, S, A(0), A(1), A(1) / n)
+    def again(x, mask, n, c, N, C, S, eps, scratch):
+        s, _, _ = sums_about(x, mask, c, N, C, S, A(0), A(1), A(1) / n)
         mean, _ = team_sum(s, s, scratch)
         rest = A(0)
         if not finite(mean):
             nan = mean - mean
             return mean, rest, nan, nan
-        _, _, top = sums_about(x, c, N, C, S, mean, A(1), A(1))
+        _, _, top = sums_about(x, mask, c, N, C, S, mean, A(1), A(1))
         scale = max(team_max(top, scratch), A(smallest))
-        s, q, _ = sums_about(x, c, N, C, S, mean, scale, A(1))
+        s, q, _ = sums_about(x, mask, c, N, C, S, mean, scale, A(1))
         s, q = team_sum(s, q, scratch)
         shift = s / n
         unit = max((q - s * shift) / n, A(0))  # variance over scale squared
@@ -164,16 +165,20 @@ def make_again(kind: str, threads: int, team: int = 0):
 
 
 @functools.cache
-def settle_train(kind: str, threads: int):
-    """Statistics of G channels a block; moves the running statistics if ``flags`` has 4."""
-    A = ARITHMETIC[kind]
-    gather, again, resolve = make_gather(kind, threads), make_again(kind, threads), make_resolve(kind)
-    pivot, four, keep_statistics = make_pivot(kind), 4 * threads, make_keep(kind)
+def settle_train(kind: str, threads: int, masked: bool = False):
+    """Statistics of G channels a block; moves the running statistics if ``flags`` has 4.
 
-    @kernel("TAAAAiiiiiiaaaai", kind, threads)
+    Under a mask, by the unbiased variance unless ``flags`` has 8, and not at all with fewer than two values.
+    """
+    A = ARITHMETIC[kind]
+    gather, resolve, again = make_gather(kind, threads), make_resolve(kind), make_again(kind, threads, 0, masked)
+    pivot, pivot_at, four, keep_statistics = make_pivot(kind), make_pivot_at(kind), 4 * threads, make_keep(kind)
+
+    @kernel("TAAAAiiiiiiaaaaiMI", kind, threads)
     def finalize_train(
-        x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags
-    ):
+        x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags, mask,
+        tally,
+    ):  # fmt: skip
         scratch = cuda.shared.array(four, A)
         found = cuda.shared.array(128, A)
         bad = cuda.shared.array(32, int32)
@@ -182,23 +187,35 @@ def settle_train(kind: str, threads: int):
         j = cuda.threadIdx.x - slot * G
         first = cuda.blockIdx.x * G
         c = first + j
+        n, moves = A(int64(N) * S), flags & 4 != 0
+        if masked:
+            n = A(tally[0])
+            moves = moves and tally[0] > 1
+            if flags & 8 == 0:
+                unbias = n / (n - A(1))
         s, se, q, qe = gather(partial, c, C, P, cols, slot, slots, G, scratch)
         if slot == 0:
             bad[j] = 0
             if c < C:
-                good, m, rest, var, invstd = resolve(pivot(x, c, N, C, S), s, se, q, qe, A(int64(N) * S), eps)
+                if masked:  # noqa: SIM108  (a branch that is not compiled)
+                    middle = pivot_at(x, c, C, S, tally)
+                else:
+                    middle = pivot(x, c, N, C, S)
+                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, n, eps)
+                if masked and tally[0] == 0:
+                    good, m, rest, var, invstd = True, A(0), A(0), A(0), invsqrt(eps)
                 found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
                 if not good:
                     bad[j] = 1
         cuda.syncthreads()
         for i in range(G):
             if bad[i] != 0:
-                m, rest, var, invstd = again(x, first + i, N, C, S, eps, scratch)
+                m, rest, var, invstd = again(x, mask, n, first + i, N, C, S, eps, scratch)
                 if slot == 0 and j == i:
                     found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
         if slot == 0 and c < C:
             values = (found[j], found[96 + j], found[64 + j], found[32 + j])
-            keep_statistics(stats, running_mean, running_var, c, C, values, keep, momentum, unbias, flags & 4 != 0)
+            keep_statistics(stats, running_mean, running_var, c, C, values, keep, momentum, unbias, moves)
 
     return finalize_train
 

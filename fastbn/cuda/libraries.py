@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cuda.arrays import DeviceArray, Library, dtype_of, geometry, strides_of, supported
+from fastbn.cuda.arrays import FLOATS, DeviceArray, Library, dtype_of, geometry, strides_of, supported
 from fastbn.errors import ArgumentTypeError, DeviceError
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = (*FLOATS, "bool", "int32", "int64")
 
 
 class Torch(Library):
@@ -54,6 +54,9 @@ class Torch(Library):
 
     def put(self, values: Any, like: Any) -> Any:  # noqa: D102
         return self.torch.from_numpy(values.copy()).to(like.device)
+
+    def expand(self, value: Any, shape: tuple[int, ...]) -> Any:  # noqa: D102
+        return value.expand(shape)
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         return value.permute(order)
@@ -98,6 +101,9 @@ class CuPy(Library):
         with like.device:
             return self.cupy.array(values)
 
+    def expand(self, value: Any, shape: tuple[int, ...]) -> Any:  # noqa: D102
+        return self.cupy.broadcast_to(value, shape)
+
     def stream(self, value: Any) -> int:  # noqa: D102
         return int(self.cupy.cuda.get_current_stream().ptr)
 
@@ -132,6 +138,9 @@ class Numba(Library):
 
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         raise ArgumentTypeError("x", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
+
+    def expand(self, value: Any, shape: tuple[int, ...]) -> Any:  # noqa: D102
+        raise ArgumentTypeError("mask", f"shape {shape} (Numba does not broadcast on the GPU)", value.shape)
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
@@ -173,7 +182,7 @@ def on_device(value: Any) -> bool:
     return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
 
 
-def wrap(name: str, value: Any) -> DeviceArray:
+def wrap(name: str, value: Any, allowed: tuple[str, ...] = FLOATS) -> DeviceArray:
     """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
     try:
         from fastbn.cuda.driver import check, current_device
@@ -182,6 +191,7 @@ def wrap(name: str, value: Any) -> DeviceArray:
     except DeviceError as error:
         raise DeviceError(f"{name}: expected a NumPy array on this machine, got a CUDA array: {error}") from error
     array = _library(value).wrap(value, name)
+    supported(name, array.name, allowed)
     here = current_device()
     if array.device is not None and array.device != here:
         raise DeviceError(f"{name}: expected an array on the current GPU {here}, got one on GPU {array.device}")

@@ -41,6 +41,10 @@ class Library:
         """Copy one array's values into another of the same shape, whatever their strides."""
         raise NotImplementedError
 
+    def expand(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """Return a view broadcast to another shape."""
+        raise NotImplementedError
+
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
         """Return a view with the axes in another order."""
         return value.transpose(order)

@@ -64,6 +64,17 @@ def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
     return rows(dims, lanes if times else 1, times or 1)
 
 
+@functools.lru_cache(maxsize=1024)
+def masked(dims: Dims, kind: str, aligned: bool) -> Plan:
+    """As ``plan``, where one byte of a mask must tell of all lanes of a vector, or W bytes in a row of each."""
+    _, C, S = dims
+    plan(dims, kind, aligned)  # raises for what is too large
+    lanes = 16 // ITEMSIZE[kind]
+    if S == 1:
+        return rows(dims, lanes if aligned and C % lanes == 0 else 1, 1)
+    return planes(dims, lanes if aligned and S % lanes == 0 else 1)
+
+
 def planes(dims: Dims, W: int) -> Plan:
     """Cut channels-first arrays."""
     N, C, S = dims

@@ -79,7 +79,7 @@ def train(what: SetVariant):
         sum_d, sum_d2 = team_sum(total(s), total(q), scratch)
         good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(n), eps)
         if not good:
-            mean, rest, var, invstd = again(x, i, 1, sets, n, eps, scratch)
+            mean, rest, var, invstd = again(x, x, A(n), i, 1, sets, n, eps, scratch)
         if lane == 0:
             keep_statistics(stats, stats, stats, i, sets, (mean, rest, var, invstd), A(0), A(0), A(0), False)
         v = lane

@@ -60,6 +60,12 @@ class Pretended(arrays.Library):
     def contiguous(self, value: GpuArray) -> GpuArray:
         return GpuArray.of(np.ascontiguousarray(value.host))
 
+    def expand(self, value: GpuArray, shape: Any) -> GpuArray:
+        return GpuArray(np.broadcast_to(value.host, shape))
+
+    def put(self, values: Any, like: Any) -> GpuArray:
+        return GpuArray.of(values)
+
     def assign(self, target: GpuArray, source: GpuArray) -> None:
         target.host[...] = source.host
 
