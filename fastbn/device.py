@@ -187,7 +187,7 @@ class _Call:
     def saved(self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None) -> DeviceSaved:
         """Return what backward needs."""
         saved = DeviceSaved() if mask is None else MaskedDeviceSaved()
-        saved.mask = mask
+        saved.mask, saved.known = mask, None
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
         saved.residual, saved.updated = self.residual is not None, updated
@@ -201,10 +201,11 @@ class _Call:
 class DeviceSaved(Saved):
     """What a forward pass on the GPU saves: as ``BatchSaved``, with arrays of the library that x comes from."""
 
-    __slots__ = ("axis", "bias", "frozen", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
+    __slots__ = ("axis", "bias", "frozen", "known", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
 
     x: DeviceArray
     mask: Any  # launch.Mask, or None
+    known: Any  # device_known.Known, or None
     y: DeviceArray | None
     axis: int
     layout: layout.Layout
@@ -217,7 +218,7 @@ class DeviceSaved(Saved):
 
     def _row(self, i: int) -> Any:
         channels = self.layout.dims[1]
-        return self.vectors.owner.owner[i * channels : (i + 1) * channels]
+        return self.vectors.array_owner[i * channels : (i + 1) * channels]
 
     @property
     def moments(self) -> Moments:
@@ -226,6 +227,15 @@ class DeviceSaved(Saved):
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
+        if self.known is None:
+            return self._gradients(grad_output, out)
+        found = self.known.gradients(self, grad_output, out)
+        if found is None:
+            found = self._gradients(grad_output, out)
+            self.known.learn(self, grad_output, out)
+        return found  # type: ignore[no-any-return]
+
+    def _gradients(self, grad_output: Any, out: Any) -> Gradients:
         from fastbn.cuda import launch
 
         x, where = self.x, self.layout
@@ -254,8 +264,8 @@ class DeviceSaved(Saved):
             residual = self._masked(_in_order(grad, where)).owner
         return Gradients(
             target.owner if out is None else out,
-            None if self.weight is None else dweight.owner.owner,
-            None if self.bias is None else dbias.owner.owner,
+            None if self.weight is None else dweight.array_owner,
+            None if self.bias is None else dbias.array_owner,
             residual,
         )
 
@@ -284,7 +294,7 @@ class MaskedDeviceSaved(DeviceSaved):
 
 def to_moments(vectors: Flat, count: int) -> Moments:
     """Bring statistics to the host; waits for the GPU."""
-    mean, _, var, rest = np.asarray(vectors.owner.host(), np.float64).reshape(4, -1)
+    mean, _, var, rest = np.asarray(host(vectors.array_owner), np.float64).reshape(4, -1)
     return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
 
 

@@ -66,7 +66,7 @@ class DeviceSetsSaved(Saved):
 
     def _row(self, i: int) -> Any:
         sets = self.sizes.sets
-        return self.vectors.owner.owner[i * sets : (i + 1) * sets].reshape(self.shape)
+        return self.vectors.array_owner[i * sets : (i + 1) * sets].reshape(self.shape)
 
     @property
     def moments(self) -> Moments:

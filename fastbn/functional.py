@@ -99,7 +99,14 @@ def batch_norm_train(
     if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        if ghost is not None or renorm is not None or on_single != "error" or nonfinite != "propagate":
+            device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        if residual is None and mask is None and lengths is None:
+            from fastbn import device_known
+
+            return device_known.train(
+                x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out, update_stats, unbiased
+            )
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
             update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
@@ -160,6 +167,11 @@ def batch_norm_infer(
     if dispatch.on_device(x):
         from fastbn import device
 
+        if residual is None:
+            from fastbn import device_known
+
+            known: Array = device_known.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
+            return known
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]

@@ -76,6 +76,11 @@ class Flat:
             self._array = np.asarray(_Host(self.address, self.size, memory))
         return self._array
 
+    @property
+    def array_owner(self) -> Any:
+        """The array of the library that this is a view of."""
+        return self.owner.owner if type(self.owner) is DeviceArray else self.owner
+
     def part(self, start: int, size: int) -> Flat:
         """View some of the elements."""
         return Flat(self.address + start * ITEMSIZE[self.kind], size, self.kind, self.owner)
@@ -127,17 +132,20 @@ class DeviceArray:
     """An array on a GPU with the attributes of NumPy's that checks and layouts look at; ``owner`` is the array."""
 
     __slots__ = (
-        "_flat", "address", "c_contiguous", "device", "dtype", "itemsize", "kind", "library", "name", "ndim", "owner",
-        "shape", "size", "strides", "writeable",
+        "_flat", "address", "c_contiguous", "device", "dtype", "geometry", "itemsize", "kind", "library", "name",
+        "ndim", "owner", "shape", "size", "strides", "writeable",
     )  # fmt: skip
 
     def __init__(
         self, library: Library, owner: Any, address: int, found: Geometry, device: int | None, writeable: bool = True
     ):
         self.library, self.owner, self.address, self.device, self.writeable = library, owner, address, device, writeable
-        self.shape, self.strides, self.name, self.kind, self.dtype = found[:5]
-        self.itemsize, self.ndim, self.size, self.c_contiguous = found[5:]
+        self.geometry = found
         self._flat: Flat | None = None
+        (
+            self.shape, self.strides, self.name, self.kind, self.dtype, self.itemsize, self.ndim, self.size,
+            self.c_contiguous,
+        ) = found  # fmt: skip
 
     def transpose(self, order: Any) -> DeviceArray:
         """Return a view with the axes in another order."""
@@ -161,7 +169,7 @@ class DeviceArray:
 
     def vector(self, size: int) -> Flat:
         """Return an uninitialised vector in the arithmetic type, for results."""
-        return self.empty((size,), self.arithmetic).flat()
+        return self.library.vector(size, self.arithmetic, self.owner)
 
     def zeros(self, size: int) -> Flat:
         """Return a vector of zeros in the arithmetic type."""

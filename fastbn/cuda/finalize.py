@@ -172,14 +172,22 @@ def settle_train(kind: str, threads: int, masked: bool = False):
     """
     A = ARITHMETIC[kind]
     gather, resolve, again = make_gather(kind, threads), make_resolve(kind), make_again(kind, threads, 0, masked)
-    pivot, pivot_at, four, keep_statistics = make_pivot(kind), make_pivot_at(kind), 4 * threads, make_keep(kind)
+    pivot, pivot_at, keep_statistics = make_pivot(kind), make_pivot_at(kind), make_keep(kind)
+    size = 4 * threads
+
+    @device
+    def values(N, S, tally):
+        if masked:
+            return A(tally[0])
+        else:
+            return A(int64(N) * S)
 
     @kernel("TAAAAiiiiiiaaaaiMI", kind, threads)
     def finalize_train(
         x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags, mask,
         tally,
     ):  # fmt: skip
-        scratch = cuda.shared.array(four, A)
+        scratch = cuda.shared.array(size, A)
         found = cuda.shared.array(128, A)
         bad = cuda.shared.array(32, int32)
         slots = threads // G
@@ -187,12 +195,6 @@ def settle_train(kind: str, threads: int, masked: bool = False):
         j = cuda.threadIdx.x - slot * G
         first = cuda.blockIdx.x * G
         c = first + j
-        n, moves = A(int64(N) * S), flags & 4 != 0
-        if masked:
-            n = A(tally[0])
-            moves = moves and tally[0] > 1
-            if flags & 8 == 0:
-                unbias = n / (n - A(1))
         s, se, q, qe = gather(partial, c, C, P, cols, slot, slots, G, scratch)
         if slot == 0:
             bad[j] = 0
@@ -201,7 +203,7 @@ def settle_train(kind: str, threads: int, masked: bool = False):
                     middle = pivot_at(x, c, C, S, tally)
                 else:
                     middle = pivot(x, c, N, C, S)
-                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, n, eps)
+                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, values(N, S, tally), eps)
                 if masked and tally[0] == 0:
                     good, m, rest, var, invstd = True, A(0), A(0), A(0), invsqrt(eps)
                 found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
@@ -210,12 +212,17 @@ def settle_train(kind: str, threads: int, masked: bool = False):
         cuda.syncthreads()
         for i in range(G):
             if bad[i] != 0:
-                m, rest, var, invstd = again(x, mask, n, first + i, N, C, S, eps, scratch)
+                m, rest, var, invstd = again(x, mask, values(N, S, tally), first + i, N, C, S, eps, scratch)
                 if slot == 0 and j == i:
                     found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
         if slot == 0 and c < C:
-            values = (found[j], found[96 + j], found[64 + j], found[32 + j])
-            keep_statistics(stats, running_mean, running_var, c, C, values, keep, momentum, unbias, moves)
+            four = (found[j], found[96 + j], found[64 + j], found[32 + j])
+            moves = flags & 4 != 0
+            if masked:
+                moves = moves and tally[0] > 1
+                if flags & 8 == 0:
+                    unbias = A(tally[0]) / A(tally[0] - 1)
+            keep_statistics(stats, running_mean, running_var, c, C, four, keep, momentum, unbias, moves)
 
     return finalize_train
 

@@ -7,15 +7,15 @@ library that x comes from, on its current stream. Nothing here waits for the GPU
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
-from fastbn.cuda import finalize, masks, persistent, planes, rows, slab, tuning
-from fastbn.cuda.arrays import ITEMSIZE, Flat
+from fastbn.cuda import finalize, masks, planes, rows, tuning
+from fastbn.cuda.arrays import Flat
+from fastbn.cuda.choice import one_launch
 from fastbn.cuda.driver import check, device_properties, run
-from fastbn.cuda.plan import Dims, Persistent, Plan, masked, plan
-from fastbn.cuda.plan import persistent as persistent_plan
-from fastbn.cuda.plan import slab as slab_plan
+from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
 
 
@@ -62,7 +62,10 @@ def _plan(dims: Dims, kind: str, whole: bool, mask: Mask) -> Plan:
 
 def aligned(*tensors: Flat | None) -> bool:
     """Tell whether 128-bit accesses are allowed."""
-    return not any(t.address & 15 for t in tensors if t is not None)
+    for t in tensors:  # noqa: SIM110  (a generator costs as much as the rest of a launch)
+        if t is not None and t.address & 15:
+            return False
+    return True
 
 
 def flags_of(weight: Flat | None, bias: Flat | None) -> int:
@@ -97,6 +100,7 @@ def _sums(
     run(_stage(p).sums(what), (p.across, p.parts), stream, args)
 
 
+@functools.lru_cache(maxsize=1024)
 def moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
     """The numbers with which statistics are taken and running ones move, as the kernels take them."""
     n = dims[0] * dims[2]
@@ -143,26 +147,25 @@ def train(
 ) -> Flat:  # fmt: skip
     """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
     check()
-    stream, whole, moved = x.owner.stream(), aligned(x, residual, out), (running_mean, running_var)
-    numbers, params, tensors = moving(dims, eps, momentum, unbiased), (weight, bias), (x, residual, out)
-    flags = flags_of(weight, bias) | _moves(moved)
-    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], 0, relu=bool(relu), residual=residual is not None)
-    if mask.valid is not None:
+    tensors, params, moved = (x, residual, out), (weight, bias), (running_mean, running_var)
+    stream, whole, numbers = x.owner.stream(), aligned(*tensors), moving(dims, eps, momentum, unbiased)
+    one = None
+    if mask.valid is None:
+        one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, device_properties())
+    if one is None:
+        what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
         return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream)
-    threads, shared = slab_plan(dims, x.kind, whole, 1, device_properties()[1])
-    if threads:
-        stats: Flat = x.owner.vector(4 * dims[1])
-        args: Any = (*tensors, stats, *params, *moved, *dims, *numbers, flags)
-        run(slab.train(what._replace(threads=threads)), (dims[1],), stream, args, shared)
-        return stats
-    one = persistent_plan(dims, x.kind, whole, 1, *device_properties())
-    if one.threads:
-        stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
-        args = (*tensors, stats, *params, *moved, partial, *_cut(one, dims), *numbers, flags)
-        kernel = persistent.train(what._replace(threads=one.threads))
-        run(kernel, (one.across, one.parts), stream, args, one.shared)
-        return stats
-    return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream)
+    stats: Flat = x.owner.vector(4 * dims[1])
+    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+    flags = flags_of(weight, bias) | _moves(moved)
+    run(
+        one.kernel,
+        one.grid,
+        stream,
+        (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags),
+        one.shared,
+    )
+    return stats
 
 
 def _split(
@@ -175,10 +178,6 @@ def _split(
     what = what._replace(W=p.W, threads=tuning.THREADS, masked=mask.valid is not None)
     _normalise(p, what, tensors, stats, None, params, 0.0, dims, stream, mask)
     return stats
-
-
-def _cut(one: Persistent, dims: Dims) -> tuple[int, ...]:
-    return dims[1], dims[0], one.parts, one.chunk, one.tx, one.kept
 
 
 def moments(x: Flat, dims: Dims, eps: float, mask: Mask = ALL) -> Flat:
@@ -220,24 +219,18 @@ def backward(
 ) -> tuple[Flat, Flat]:  # fmt: skip
     """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
     check()
-    C, stream, tensors = dims[1], x.owner.stream(), (x, grad, y, out, grad_residual)
-    whole, params, flags = aligned(*tensors), (weight, bias), flags_of(weight, bias)
-    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], 0, True, bool(relu), y is not None, frozen)
-    grads = x.owner.vector(C), x.owner.vector(C)
+    tensors, params, flags = (x, grad, y, out, grad_residual), (weight, bias), flags_of(weight, bias)
+    stream, whole = x.owner.stream(), aligned(*tensors)
+    grads = x.owner.vector(dims[1]), x.owner.vector(dims[1])
+    one = None
     if mask.valid is None:
-        threads, shared = slab_plan(dims, x.kind, whole, 2, device_properties()[1])
-        if threads:
-            args: Any = (*tensors, stats, *params, *grads, *dims, flags)
-            run(slab.backward(what._replace(threads=threads)), (C,), stream, args, shared)
-            return grads
-        one = persistent_plan(dims, x.kind, whole, 2, *device_properties())
-        if one.threads:
-            partial = x.owner.scratch(2 * one.parts * C)
-            args = (*tensors, stats, *params, *grads, partial, *_cut(one, dims), flags)
-            kernel = persistent.backward(what._replace(threads=one.threads))
-            run(kernel, (one.across, one.parts), stream, args, one.shared)
-            return grads
-    _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
+        one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, device_properties())
+    if one is None:
+        what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
+        _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
+        return grads
+    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+    run(one.kernel, one.grid, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags), one.shared)
     return grads
 
 

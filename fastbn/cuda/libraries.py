@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.cuda.arrays import FLOATS, DeviceArray, Library, dtype_of, geometry, strides_of, supported
+from fastbn.cuda.arrays import FLOATS, DeviceArray, Flat, Library, dtype_of, geometry, strides_of, supported
 from fastbn.errors import ArgumentTypeError, DeviceError
 
 DTYPES = (*FLOATS, "bool", "int32", "int64")
@@ -28,6 +28,7 @@ class Torch(Library):
         self.torch = torch
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.2 us instead of 1.5
         self.dtypes = {getattr(torch, name): name for name in DTYPES}
+        self.types = {name: dtype for dtype, name in self.dtypes.items()}
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
         if value.requires_grad and self.torch.is_grad_enabled():
@@ -36,6 +37,21 @@ class Torch(Library):
         supported(name, dtype)
         found = geometry(value.shape, value.stride(), dtype, value.element_size())
         return DeviceArray(self, value, value.data_ptr(), found, value.device.index)
+
+    def signature(self, value: Any) -> Any:  # noqa: D102
+        if value.requires_grad and self.torch.is_grad_enabled():
+            raise TypeError("requires_grad")
+        return value.dtype, value.shape, value.stride(), value.device
+
+    def address(self, value: Any) -> int:  # noqa: D102
+        return int(value.data_ptr())
+
+    def like(self, value: Any) -> Any:  # noqa: D102
+        return self.torch.empty_like(value)
+
+    def vector(self, size: int, dtype: str, like: Any) -> Flat:  # noqa: D102
+        value = self.torch.empty((size,), dtype=self.types[dtype], device=like.device)
+        return Flat(value.data_ptr(), size, "f64" if dtype == "float64" else "f32", value)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
@@ -79,6 +95,15 @@ class CuPy(Library):
         supported(name, value.dtype.name)
         found = geometry(value.shape, value.strides, value.dtype.name, 1)
         return DeviceArray(self, value, value.data.ptr, found, value.device.id)
+
+    def signature(self, value: Any) -> Any:  # noqa: D102
+        return value.dtype, value.shape, value.strides, value.data.device_id
+
+    def address(self, value: Any) -> int:  # noqa: D102
+        return int(value.data.ptr)
+
+    def like(self, value: Any) -> Any:  # noqa: D102
+        return self.cupy.empty_like(value)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
         with like.device:
@@ -172,6 +197,14 @@ def _cupy() -> CuPy:
 
 
 NUMBA = Numba()
+
+
+def quick(kind: type) -> Library | None:
+    """Return the library of arrays of exactly this type, if its calls can be remembered."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and kind is torch.Tensor:
+        return _torch()
+    return _cupy() if cupy is not None and kind is cupy.ndarray else None
 
 
 def on_device(value: Any) -> bool:

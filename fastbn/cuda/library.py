@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbn.cuda.arrays import DeviceArray
+    from fastbn.cuda.arrays import DeviceArray, Flat
 
 
 class Library:
@@ -17,9 +17,31 @@ class Library:
         """See an array of this library."""
         raise NotImplementedError
 
+    def current(self) -> int:
+        """Return the number of the GPU that kernels are launched on."""
+        from fastbn.cuda.driver import current_device
+
+        return current_device()
+
+    def signature(self, value: Any) -> Any:
+        """Return what tells arrays of this library apart but their memory; None where it cannot tell."""
+        raise TypeError(self.name)
+
+    def address(self, value: Any) -> int:
+        """Return where the memory begins."""
+        return self.wrap(value).address
+
+    def like(self, value: Any) -> Any:
+        """Return an uninitialised array with the shape, dtype and (dense) memory order of another."""
+        raise NotImplementedError
+
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Return an uninitialised C-contiguous array on the device of ``like``."""
         raise NotImplementedError
+
+    def vector(self, size: int, dtype: str, like: Any) -> Flat:
+        """Return an uninitialised vector as kernels take it."""
+        return self.wrap(self.empty((size,), dtype, like)).flat()
 
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Return an array of zeros on the device of ``like``."""

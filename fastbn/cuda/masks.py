@@ -49,10 +49,11 @@ def count(threads: int):
 @functools.cache
 def gather(threads: int):
     """``tally`` from what ``count`` found in P parts."""
+    size = 2 * PARTS
 
     @kernel("IIi", "f32", threads)
     def masks_gather(found, tally, P):
-        both = cuda.shared.array(2 * PARTS, int32)
+        both = cuda.shared.array(size, int32)
         for j in range(cuda.threadIdx.x, 2 * P, threads):
             both[j] = found[j]
         cuda.syncthreads()

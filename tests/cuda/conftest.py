@@ -28,7 +28,7 @@ def small(monkeypatch):
     """Small blocks and grids."""
     if not SIMULATED:
         return
-    from fastbn.cuda import plan, tuning
+    from fastbn.cuda import choice, tuning
 
     numbers = {
         "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
@@ -36,5 +36,4 @@ def small(monkeypatch):
     }  # fmt: skip
     for name, value in numbers.items():
         monkeypatch.setattr(tuning, name, value)
-    for cached in (plan.plan, plan.slab, plan.persistent):
-        cached.cache_clear()
+    choice.forget()

@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn import functional, reference
-from fastbn.cuda import launch, masks, plan
+from fastbn.cuda import launch, masks
 from fastbn.cuda.arrays import Flat
 from tests.cuda.device import GpuArray, get, put, through_gpu
 from tests.test_masked import draw, rows
@@ -20,7 +20,6 @@ CASES = [((6, 3, 8), 1), ((5, 2, 3, 3), 1), ((4, 9, 8), 2), ((40, 3), 1)]
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     through_gpu(monkeypatch)
-    plan.masked.cache_clear()
 
 
 def whole(mask, axis, shape):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import plan_sets, tuning
+from fastbn.cuda import choice, plan_sets, tuning
 from tests import test_family as family
 from tests.cuda import device
 from tests.cuda.device import GpuArray, get, put, through_gpu
@@ -21,8 +21,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(family, "fastbn", sys.modules["tests.cuda.device"])
     monkeypatch.setattr(tuning, "WARP_VECTORS", 40)
     monkeypatch.setattr(tuning, "READ_AGAIN", 160)
-    for cached in (plan_sets.sets, plan_sets.columns):
-        cached.cache_clear()
+    choice.forget()
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def use(monkeypatch):
     def choose(kernel):
         monkeypatch.setattr(tuning, "SLAB_CHANNELS", 10**9 if kernel == "split" else 0)
         monkeypatch.setattr(tuning, "SMALL", -1 if kernel == "split" else 0)
-        plan_sets.sets.cache_clear()
+        choice.forget()
 
     return choose
 
