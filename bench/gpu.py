@@ -31,6 +31,15 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def find_toolkit() -> None:
+    """Tell numba-cuda where the CUDA toolkit is (libnvvm, libdevice), if the machine has one and nobody said so."""
+    program = shutil.which("nvcc")
+    folders = ([Path(program).resolve().parent.parent] if program else []) + [Path("/usr/local/cuda")]
+    found = next((folder for folder in folders if (folder / "nvvm").is_dir()), None)
+    if found is not None and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
+        os.environ["CUDA_HOME"] = str(found)
+
+
 def missing() -> str:
     """Say what keeps this from running, or nothing."""
     try:
@@ -39,6 +48,7 @@ def missing() -> str:
         return "no GPU is present (and no torch)"
     if not torch.cuda.is_available():
         return "no GPU is present"
+    find_toolkit()
     try:
         from fastbn.cuda.driver import check
 

@@ -6,8 +6,13 @@ from __future__ import annotations
 import functools
 
 from llvmlite import ir
-from numba.cuda import cgutils
-from numba.cuda.extending import intrinsic
+
+try:
+    from numba.cuda import cgutils
+    from numba.cuda.extending import intrinsic
+except ImportError:  # older numba-cuda shares these with Numba
+    from numba.core import cgutils
+    from numba.core.extending import intrinsic
 
 from fastbn.cuda.driver import ARITHMETIC, types
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 from fastbn.cuda import persistent, plan, plan_sets, slab
 from fastbn.cuda.arrays import ITEMSIZE
+from fastbn.cuda.driver import SIMULATED, Kernel
 from fastbn.cuda.plan import Dims
 from fastbn.cuda.sweep import Variant
 
@@ -19,6 +21,24 @@ class One(NamedTuple):
     shared: int
     scratch: int  # elements that blocks meet in; 0 for none
     cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
+
+
+def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
+    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier between them needs.
+
+    A GPU that is shared out or a toolkit without the device runtime (libcudadevrt) must not end a call that three
+    launches can do: the reason is a warning.
+    """
+    if SIMULATED:
+        return True
+    try:
+        kernel.allow_shared(shared)
+        compiled = next(iter(kernel.compiled.overloads.values()))
+        room = compiled.max_cooperative_grid_blocks(kernel.threads, shared)
+    except Exception as error:  # of the linker, the driver or another version of numba-cuda
+        warnings.warn(f"no one-launch kernel for rows, three launches instead: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return bool(blocks <= room)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -38,6 +58,8 @@ def one_launch(
         return None
     what = what._replace(threads=p.threads)
     kernel = persistent.backward(what) if backward else persistent.train(what)
+    if not fits(kernel, p.across * p.parts, p.shared):
+        return None
     return One(kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, (C, dims[0], p.parts, p.chunk, p.tx, p.kept))
 
 

@@ -15,6 +15,7 @@ from fastbn.errors import ArgumentValueError
 
 Dims = tuple[int, int, int]
 MOST = 65535  # blocks along the second axis of a grid
+LARGEST = (1 << 31) - (1 << 16)  # where 32-bit positions that step by a block could wrap round
 TILE = 32  # most vectors side by side in a tile of rows
 
 
@@ -55,7 +56,7 @@ def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
     """Choose the split kernels' shape and cuts. ``aligned``: all tensors begin at a multiple of 16 bytes."""
     N, C, S = dims
     lanes = 16 // ITEMSIZE[kind]
-    if max(N * S, C, C * S * lanes) >= 1 << 31:
+    if max(N * S, C, C * S * lanes) >= LARGEST:
         raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
     whole = aligned and S % lanes == 0
     if S >= tuning.RUN and (whole or N < tuning.RUNS):

@@ -68,7 +68,7 @@ def affine_of(d: Sizes, given: bool) -> str:
 @functools.lru_cache(maxsize=1024)
 def sets(d: Sizes, kind: str, aligned: bool, given: bool, tensors: int, limit: int) -> SetPlan:
     """Choose kernel and cut. ``given``: there are parameters; ``tensors`` are kept, in ``limit`` bytes a block."""
-    if max(d.n, d.sets, d.C * d.S) >= 1 << 31:
+    if max(d.n, d.sets, d.C * d.S) >= plan.LARGEST:
         raise ArgumentValueError("x", "less than 2**31 sets and 2**31 values a sample", f"{tuple(d)}")
     affine, lanes = affine_of(d, given), 16 // ITEMSIZE[kind]
     whole = aligned and d.n % lanes == 0 and (affine != "run" or not given or d.S % lanes == 0)
