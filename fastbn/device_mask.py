@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import layout, masked
+from fastbn import arguments, layout
 from fastbn.cuda.arrays import DeviceArray
 from fastbn.cuda.launch import ALL, Mask, lengths_to_mask, mask_of
 from fastbn.cuda.libraries import on_device, wrap
@@ -32,7 +32,8 @@ def find(mask: Any, lengths: Any, x: DeviceArray, axis: int, where: layout.Layou
     if on_device(given):
         found = _mask(mask, x, axis) if lengths is None else _lengths(lengths, x, axis)
     else:
-        host = masked.valid(mask, lengths, x, axis)  # type: ignore[arg-type]  # shape and rank are all it looks at
+        seen: Any = x  # shape and rank are all that is looked at
+        host = arguments.valid(mask, seen, axis) if lengths is None else arguments.from_lengths(lengths, seen, axis)
         if host.all():
             return ALL
         if train and np.count_nonzero(host) == 1:
