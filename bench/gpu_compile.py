@@ -46,7 +46,7 @@ def pretend_device(target: tuple[int, int]) -> None:
 
 def kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel, by name: plain and with all there is (residual and ReLU), each dtype, each width, each block."""
-    from fastbn.cuda import finalize, tuning
+    from fastbn.cuda import finalize, masks, sets_columns, tuning
     from fastbn.cuda.arrays import ITEMSIZE
 
     for kind, itemsize in ITEMSIZE.items():
@@ -55,10 +55,18 @@ def kernels() -> Iterator[tuple[str, Any]]:
             for W in (16 // itemsize, 1):
                 yield from _split(kind, W, relu, residual, f"{kind} W{W}{suffix}")
             yield from _whole(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}")
+        yield from _masked(kind, 16 // itemsize)
+        yield from _sets(kind, 16 // itemsize)
         yield f"finalize {kind}: train", finalize.settle_train(kind, tuning.THREADS)
+        yield f"finalize {kind}: masked train", finalize.settle_train(kind, tuning.THREADS, True)
         if kind in ("f32", "f64"):
             yield f"finalize {kind}: backward", finalize.settle_backward(kind, tuning.THREADS)
             yield f"finalize {kind}: given", finalize.settle_given(kind, tuning.THREADS)
+            yield f"finalize {kind}: sets settle", sets_columns.settle(kind, tuning.THREADS)
+            yield f"finalize {kind}: sets move", sets_columns.move(kind, tuning.THREADS)
+    yield "finalize: masks count", masks.count(tuning.THREADS)
+    yield "finalize: masks gather", masks.gather(tuning.THREADS)
+    yield "finalize: masks from lengths", masks.from_lengths("i64", tuning.THREADS)
 
 
 def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
@@ -87,6 +95,38 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
             what = Variant(kind, W, threads, relu=relu, residual=residual)
             yield f"{name} {suffix} {threads}: train", stage.train(what)
             yield f"{name} {suffix} {threads}: backward", stage.backward(what._replace(backward=True))
+
+
+def _masked(kind: str, W: int) -> Iterator[tuple[str, Any]]:
+    from fastbn.cuda import planes, rows, tuning
+    from fastbn.cuda.sweep import Variant
+
+    what = Variant(kind, W, tuning.THREADS, relu=True, residual=True, masked=True)
+    back = what._replace(backward=True)
+    for stage, name in ((planes, "planes"), (rows, "rows")):
+        yield f"masked {name} {kind} W{W}: sums", stage.sums(what._replace(relu=False, residual=False))
+        yield f"masked {name} {kind} W{W} relu residual: normalise", stage.normalise(what)
+        yield f"masked {name} {kind} W{W} relu residual: backward sums", stage.sums(back)
+        yield f"masked {name} {kind} W{W} relu residual: gradient", stage.gradient(back)
+
+
+def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
+    from fastbn.cuda import sets, sets_columns, sets_kept, tuning
+    from fastbn.cuda.sets import SetVariant
+
+    warp = SetVariant(kind, W, tuning.THREADS, "each", 32, True)
+    variants = {f"W{W} {affine} warp": warp._replace(affine=affine) for affine in ("one", "run", "each")}
+    variants |= {f"W{W} each {n}": warp._replace(threads=n, team=n) for n in (512, 1024)}
+    variants["W1 each warp"] = warp._replace(W=1, kept=False)
+    for name, what in variants.items():
+        yield f"sets {kind} {name}: train", sets_kept.train(what)
+        yield f"sets {kind} {name}: backward", sets_kept.backward(what)
+    for affine in ("run", "each"):
+        what = warp._replace(affine=affine, team=0, kept=False)
+        for stage in (sets.sums, sets.normalise, sets.gradient):
+            yield f"sets {kind} W{W} {affine} split: {stage.__name__}", stage(what)
+    for lanes in (W, 1):
+        yield f"sets {kind} W{lanes} columns: sums", sets_columns.sums(kind, lanes, tuning.THREADS)
 
 
 def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:

@@ -23,8 +23,6 @@ __all__ = ["DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on
 
 # Options that the GPU kernels do not have yet, and what they must be.
 _DEFAULTS = {
-    "mask": None,
-    "lengths": None,
     "ghost": None,
     "renorm": None,
     "on_single": "error",
@@ -42,7 +40,7 @@ def refuse(**options: Any) -> None:
 
 def follow(layer: Any, x: Any) -> None:
     """Move the arrays of a layer to where x is: to its GPU and library, or back to the host."""
-    like = _tensor("x", x) if on_device(x) else None
+    like = tensor("x", x) if on_device(x) else None
     for name in layer.arrays:
         value = getattr(layer, name)
         if value is None or on_device(value) == (like is not None):
@@ -61,15 +59,17 @@ def _array(name: str, value: Any) -> DeviceArray:
     return wrap(name, value)
 
 
-def _tensor(name: str, value: Any) -> DeviceArray:
+def tensor(name: str, value: Any) -> DeviceArray:
+    """Check a tensor."""
     array = _array(name, value)
     if array.ndim < 2:
         raise ArgumentValueError(name, "an array of rank >= 2", f"shape {array.shape}")
     return array
 
 
-def _like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
-    array = _tensor(name, value)
+def like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
+    """Check an array with the shape and dtype of x."""
+    array = tensor(name, value)
     if array.shape != x.shape:
         raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
     if array.kind != x.kind:
@@ -77,17 +77,20 @@ def _like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
     return array
 
 
-def _vector(name: str, value: Any, x: DeviceArray, channels: int) -> DeviceArray:
+def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
+    """Check a parameter: its shape, and the arithmetic dtype."""
     array = _array(name, value)
-    if array.shape != (channels,):
-        raise ArgumentValueError(name, f"one number per channel, shape ({channels},)", f"shape {array.shape}")
+    if array.shape != shape:
+        expected = f"one number per channel, shape {shape}" if len(shape) == 1 else f"shape {shape}"
+        raise ArgumentValueError(name, expected, f"shape {array.shape}")
     if array.name != x.arithmetic:
         raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
     return array
 
 
-def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
-    array = _vector(name, value, x, channels)
+def running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
+    """Check a running statistic, which is updated in place."""
+    array = parameter(name, value, x, (channels,))
     if not array.writeable:
         raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
     if not array.c_contiguous:
@@ -95,8 +98,9 @@ def _running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
     return array.flat()
 
 
-def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
-    array = _like("out", out, x)
+def output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
+    """Check an output array, which may be empty; return its layout."""
+    array = like("out", out, x)
     if not array.writeable:
         raise ArgumentValueError("out", "a writeable array", "a read-only one")
     found = layout.of(array.shape, array.strides, array.itemsize, axis)
@@ -109,7 +113,8 @@ def _output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.La
     return array, found
 
 
-def _apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
+def apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
+    """Raise if out overlaps another array, unless it is the very same memory and that is allowed."""
     (low, high), (start, end) = out.bounds(), other.bounds()
     if not out.size or high <= start or end <= low:
         return
@@ -151,43 +156,56 @@ class _Call:
     def __init__(
         self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
     ):
-        given = _tensor("x", x)
+        given = tensor("x", x)
         self.axis = axis = layout.normalise_axis(axis, given.ndim)
         channels = given.shape[axis]
-        self.weight = None if weight is None else _vector("weight", weight, given, channels).contiguous().flat()
-        self.bias = None if bias is None else _vector("bias", bias, given, channels).contiguous().flat()
+        self.weight = None if weight is None else parameter("weight", weight, given, (channels,)).contiguous().flat()
+        self.bias = None if bias is None else parameter("bias", bias, given, (channels,)).contiguous().flat()
         self.relu = arguments.activation(activation)
-        added = None if residual is None else _like("residual", residual, given)
+        added = None if residual is None else like("residual", residual, given)
         if out is None:
             self.x, self.layout = _settle(given, axis)
             self.out = _empty_like(self.x, self.layout)
         else:
-            self.out, self.layout = _output(out, given, axis)
-            _apart("x", self.out, given, exact_allowed=in_place)
+            self.out, self.layout = output(out, given, axis)
+            apart("x", self.out, given, exact_allowed=in_place)
             if added is not None:
-                _apart("residual", self.out, added, exact_allowed=True)
+                apart("residual", self.out, added, exact_allowed=True)
             self.x = _in_order(given, self.layout)
         self.residual = None if added is None else _in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
 
-    def saved(self, stats: Flat, frozen: bool, updated: int = 0) -> DeviceSaved:
+    def mask(self, mask: Any, lengths: Any, train: bool = False) -> Any:
+        """Return the mask that the arguments mean, None for none."""
+        if mask is None and lengths is None:
+            return None
+        from fastbn import device_mask
+
+        found = device_mask.find(mask, lengths, self.x, self.axis, self.layout, train=train)
+        return None if found.valid is None else found
+
+    def saved(self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None) -> DeviceSaved:
         """Return what backward needs."""
-        saved = DeviceSaved()
+        saved = DeviceSaved() if mask is None else MaskedDeviceSaved()
+        saved.mask, saved.known = mask, None
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
         saved.residual, saved.updated = self.residual is not None, updated
         saved.y = self.out if self.relu and saved.residual else None
         N, _, S = self.layout.dims
-        saved.count = N * S
+        if mask is None:
+            saved.count = N * S
         return saved
 
 
 class DeviceSaved(Saved):
     """What a forward pass on the GPU saves: as ``BatchSaved``, with arrays of the library that x comes from."""
 
-    __slots__ = ("axis", "bias", "frozen", "layout", "relu", "residual", "vectors", "weight", "x", "y")
+    __slots__ = ("axis", "bias", "frozen", "known", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
 
     x: DeviceArray
+    mask: Any  # launch.Mask, or None
+    known: Any  # device_known.Known, or None
     y: DeviceArray | None
     axis: int
     layout: layout.Layout
@@ -200,56 +218,90 @@ class DeviceSaved(Saved):
 
     def _row(self, i: int) -> Any:
         channels = self.layout.dims[1]
-        return self.vectors.owner.owner[i * channels : (i + 1) * channels]
+        return self.vectors.array_owner[i * channels : (i + 1) * channels]
 
     @property
     def moments(self) -> Moments:
         """The statistics as a mergeable value, on the host: waits for the GPU."""
-        return _to_moments(self.vectors, self.count)
+        return to_moments(self.vectors, self.count)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
+        if self.known is None:
+            return self._gradients(grad_output, out)
+        found = self.known.gradients(self, grad_output, out)
+        if found is None:
+            found = self._gradients(grad_output, out)
+            self.known.learn(self, grad_output, out)
+        return found  # type: ignore[no-any-return]
+
+    def _gradients(self, grad_output: Any, out: Any) -> Gradients:
         from fastbn.cuda import launch
 
         x, where = self.x, self.layout
-        grad = _like("grad_output", grad_output, x)
+        grad = like("grad_output", grad_output, x)
         if out is None:
             target = _empty_like(x, where)
         else:
-            target, found = _output(out, x, self.axis)
+            target, found = output(out, x, self.axis)
             if x.size and found != where and not target.transpose(where.order).c_contiguous:
                 raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
-            _apart("x", target, x, exact_allowed=False)
-            _apart("grad_output", target, grad, exact_allowed=not self.residual)
+            apart("x", target, x, exact_allowed=False)
+            apart("grad_output", target, grad, exact_allowed=not self.residual)
             if self.y is not None:
-                _apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
+                apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
         gated = _empty_like(x, where) if self.residual and self.relu else None
         if x.size:
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
             dweight, dbias = launch.backward(
                 x.flat(), _in_order(grad, where).flat(), y, target.flat(), dr, self.weight, self.bias, self.vectors,
-                where.dims, self.frozen, self.relu,
+                where.dims, self.frozen, self.relu, launch.ALL if self.mask is None else self.mask,
             )  # fmt: skip
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None
+        if self.mask is not None and self.residual and gated is None:
+            residual = self._masked(_in_order(grad, where)).owner
         return Gradients(
             target.owner if out is None else out,
-            None if self.weight is None else dweight.owner.owner,
-            None if self.bias is None else dbias.owner.owner,
+            None if self.weight is None else dweight.array_owner,
+            None if self.bias is None else dbias.array_owner,
             residual,
         )
 
+    def _masked(self, grad: DeviceArray) -> DeviceArray:
+        """Return a gradient with zeros where the mask excludes it: normalised by mean 0 and variance 0 + 1."""
+        from fastbn.cuda import launch
 
-def _to_moments(vectors: Flat, count: int) -> Moments:
-    mean, _, var, rest = np.asarray(vectors.owner.host(), np.float64).reshape(4, -1)
+        result, zero = _empty_like(self.x, self.layout), self.x.zeros(self.layout.dims[1])
+        given = launch.Given(zero, zero, 1.0)
+        launch.infer(grad.flat(), None, result.flat(), None, None, given, self.layout.dims, None, self.mask)
+        return result
+
+
+class MaskedDeviceSaved(DeviceSaved):
+    """As ``DeviceSaved``; how many values counted is known to the GPU alone until somebody asks."""
+
+    __slots__ = ()
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Values per channel that the mask leaves: waits for the GPU."""
+        if self.mask.tally is None:  # statistics were given, nothing was counted
+            return int(np.count_nonzero(self.mask.valid.owner.host()))
+        return int(self.mask.tally.owner.host()[0])
+
+
+def to_moments(vectors: Flat, count: int) -> Moments:
+    """Bring statistics to the host; waits for the GPU."""
+    mean, _, var, rest = np.asarray(host(vectors.array_owner), np.float64).reshape(4, -1)
     return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
 
 
 def train(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
     momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any, *,
-    update_stats: bool = True, unbiased: bool = True,
+    update_stats: bool = True, unbiased: bool = True, mask: Any = None, lengths: Any = None,
 ) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by the batch; see ``fastbn.batch_norm_train``."""
     f = _Call(x, weight, bias, axis, activation, residual, out, in_place=False)
@@ -260,7 +312,7 @@ def train(
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
     moved: tuple[Flat | None, Flat | None] = (None, None)
     if running_mean is not None:
-        moved = (_running("running_mean", running_mean, f.x, C), _running("running_var", running_var, f.x, C))
+        moved = (running("running_mean", running_mean, f.x, C), running("running_var", running_var, f.x, C))
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -268,6 +320,8 @@ def train(
     if N * S == 1:
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
     from fastbn.cuda import launch
+
+    found = f.mask(mask, lengths, train=True)
 
     stats = launch.train(
         f.x.flat(),
@@ -281,14 +335,15 @@ def train(
         momentum,
         f.relu,
         unbiased,
+        found or launch.ALL,
     )
-    return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None))
+    return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None), mask=found)
 
 
 def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
     return (
-        _vector("running_mean", mean, x, channels).contiguous().flat(),
-        _vector("running_var", var, x, channels).contiguous().flat(),
+        parameter("running_mean", mean, x, (channels,)).contiguous().flat(),
+        parameter("running_var", var, x, (channels,)).contiguous().flat(),
     )
 
 
@@ -307,23 +362,27 @@ def infer(
 
 
 def frozen(
-    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
-) -> tuple[Any, DeviceSaved]:
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+    mask: Any = None, lengths: Any = None,
+) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by given statistics and keep what ``backward`` needs: they are constants there."""
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
+    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=mask is None and lengths is None)
+    found = f.mask(mask, lengths)
     from fastbn.cuda import launch
 
     stats = launch.statistics(
         *_given(f.x, mean, var, f.layout.dims[1]), arguments.epsilon(eps, positive=False)
     )  # fmt: skip
     if f.x.size:
-        launch.infer(f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu)
-    return f.result, f.saved(stats, frozen=True)
+        launch.infer(
+            f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu, found or launch.ALL
+        )
+    return f.result, f.saved(stats, frozen=True, mask=found)
 
 
-def moments_of(x: Any, axis: Any) -> Moments:
+def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Moments:
     """Statistics of the channels, on the host; see ``Moments.of``."""
-    array = _tensor("x", x)
+    array = tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     channels = array.shape[axis]
     if array.size == 0:
@@ -331,5 +390,12 @@ def moments_of(x: Any, axis: Any) -> Moments:
     from fastbn.cuda import launch
 
     array, where = _settle(array, axis)
-    N, _, S = where.dims
-    return _to_moments(launch.moments(array.flat(), where.dims, 0.0), math.prod((N, S)))
+    found, count = launch.ALL, math.prod((where.dims[0], where.dims[2]))
+    if mask is not None or lengths is not None:
+        from fastbn import device_mask
+
+        found = device_mask.find(mask, lengths, array, axis, where, train=True)
+    vectors = launch.moments(array.flat(), where.dims, 0.0, found)
+    if found.tally is not None:
+        count = int(found.tally.owner.host()[0])
+    return to_moments(vectors, count)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, groups, layout, saved, views
+from fastbn import arguments, dispatch, groups, layout, saved, views
 from fastbn.blocks import BlockForward, Piece
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.groups import Groups
@@ -71,6 +71,10 @@ def instance_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
+    if dispatch.on_device(x):
+        from fastbn import device_family
+
+        return device_family.instance_norm(x, weight, bias, axis, eps, out)
     f = BlockForward(x, weight, bias, axis, None, None, out)
     eps = arguments.epsilon(eps, positive=True)
     result = InstanceSaved()
@@ -225,6 +229,10 @@ def group_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
+    if dispatch.on_device(x):
+        from fastbn import device_family
+
+        return device_family.group_norm(x, num_groups, weight, bias, axis, eps, out)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     if axis == 0:
@@ -275,6 +283,10 @@ def layer_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
+    if dispatch.on_device(x):
+        from fastbn import device_family
+
+        return device_family.layer_norm(x, weight, bias, axis, eps, out)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     rows, normalised = x.shape[:axis], x.shape[axis:]

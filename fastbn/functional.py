@@ -99,10 +99,17 @@ def batch_norm_train(
     if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths, ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        if ghost is not None or renorm is not None or on_single != "error" or nonfinite != "propagate":
+            device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+        if residual is None and mask is None and lengths is None:
+            from fastbn import device_known
+
+            return device_known.train(
+                x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out, update_stats, unbiased
+            )
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
-            update_stats=update_stats, unbiased=unbiased,
+            update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
         )  # fmt: skip
     if (
         mask is not None or lengths is not None or ghost is not None or renorm is not None or update_stats is not True
@@ -160,6 +167,11 @@ def batch_norm_infer(
     if dispatch.on_device(x):
         from fastbn import device
 
+        if residual is None:
+            from fastbn import device_known
+
+            known: Array = device_known.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
+            return known
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
@@ -177,8 +189,9 @@ def frozen(
     if dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths)
-        return device.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+        return device.frozen(
+            x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out, mask, lengths
+        )
 
     def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
         return core.frozen(
@@ -231,8 +244,7 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
     if dispatch.on_device(x):
         from fastbn import device
 
-        device.refuse(mask=mask, lengths=lengths)
-        return device.moments_of(x, axis)
+        return device.moments_of(x, axis, mask, lengths)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     if mask is not None or lengths is not None:

@@ -139,7 +139,7 @@ class BatchNorm(Layer):
                 if ghost.count > 1:  # one value was normalised by the running statistics (``on_single``)
                     self.update(ghost)
         elif update:
-            self.num_batches_tracked += saved[1].updated if saved[1].count else 1
+            self.num_batches_tracked += saved[1].updated or (0 if saved[1].count else 1)
         return y
 
     def _next_momentum(self) -> float:

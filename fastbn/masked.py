@@ -23,31 +23,13 @@ Array = npt.NDArray[Any]
 Step = Callable[[Any, Any, Any, Any], tuple[Array, Saved]]
 
 
-def from_lengths(lengths: Any, x: Array, axis: int) -> Array:
-    """Return the mask (N, T) of the first ``lengths[n]`` steps of (N, C, T) or (N, T, C)."""
-    if x.ndim != 3 or axis == 0:
-        raise ArgumentValueError(
-            "lengths", "x of shape (N, C, T) with axis=1 or (N, T, C) with axis=2", f"shape {x.shape}, axis {axis}"
-        )
-    steps = x.shape[3 - axis]
-    counts = np.asarray(lengths)
-    if not np.issubdtype(counts.dtype, np.integer):
-        raise ArgumentTypeError("lengths", "an array of integers", counts.dtype)
-    if counts.shape != x.shape[:1]:
-        raise ArgumentValueError("lengths", f"one length per sample, shape {x.shape[:1]}", f"shape {counts.shape}")
-    if counts.size and not 0 <= counts.min() <= counts.max() <= steps:
-        raise ArgumentValueError("lengths", f"0 <= length <= {steps}", f"{counts.min()} to {counts.max()}")
-    mask: Array = np.arange(steps) < counts[:, None]
-    return mask
-
-
 def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
     """Return the mask with the shape of x without its channel axis, from the one of the two that is given."""
     if lengths is None:
         return arguments.valid(mask, x, axis)
     if mask is not None:
         raise ArgumentValueError("mask, lengths", "one of them", "both")
-    return from_lengths(lengths, x, axis)
+    return arguments.from_lengths(lengths, x, axis)
 
 
 def pack(x: Array, axis: int, mask: Array) -> Array:

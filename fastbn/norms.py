@@ -58,6 +58,7 @@ class LayerNorm(Layer):
         rank, shape = len(self.normalized_shape), getattr(x, "shape", None)
         if isinstance(shape, tuple) and tuple(shape[-rank:]) != self.normalized_shape:
             raise ArgumentValueError("x", f"last axes {self.normalized_shape}", f"shape {shape}")
+        self._follow(x)
         y, self._saved = family.layer_norm(x, self.weight, self.bias, axis=-rank, eps=self.eps, out=out)
         return y
 
@@ -120,6 +121,7 @@ class GroupNorm(_ByChannel):
     def __call__(self, x: Any, *, out: Any = None) -> Array:
         """Normalise groups of channels of every sample; see ``fastbn.group_norm``."""
         self._check(x)
+        self._follow(x)
         y, self._saved = family.group_norm(
             x, self.num_groups, self.weight, self.bias, axis=self.axis, eps=self.eps, out=out
         )
@@ -171,6 +173,7 @@ class InstanceNorm(_ByChannel):
     def __call__(self, x: Any, *, out: Any = None) -> Array:
         """Normalise every channel of every sample; see ``fastbn.instance_norm``."""
         self._check(x)
+        self._follow(x)
         if self.running_mean is not None and not self.training:
             y, self._saved = functional.frozen(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis, out=out
@@ -185,6 +188,12 @@ class InstanceNorm(_ByChannel):
         assert self.running_mean is not None and self.running_var is not None
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
         self.num_batches_tracked += 1
+        if self._away:
+            from fastbn import device_family
+
+            assert isinstance(saved, device_family.DeviceSetsSaved)
+            device_family.move(saved, self.running_mean, self.running_var, momentum)
+            return
         if saved.mean.size == 0:
             return
         unbiased = saved.variance * (saved.count / (saved.count - 1))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, functional, masked, saved, training
+from fastbn import arguments, functional, saved, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.saved import Gradients, Saved
 from fastbn.state import Layer, integer, parameter_dtype
@@ -194,7 +194,7 @@ class RecurrentBatchNorm(Layer):
         if out is not None:
             saved.output(out, x, 2)
             arguments.apart("x", out, x, exact_allowed=False)
-        mask = None if lengths is None else masked.from_lengths(lengths, x, 2)
+        mask = None if lengths is None else arguments.from_lengths(lengths, x, 2)
         result = StepsSaved()
         result.shape, result.dtype, result.affine = x.shape, x.dtype, self.weight is not None
         if mask is None and self._at_once(x):

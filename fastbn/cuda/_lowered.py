@@ -6,8 +6,13 @@ from __future__ import annotations
 import functools
 
 from llvmlite import ir
-from numba.cuda import cgutils
-from numba.cuda.extending import intrinsic
+
+try:
+    from numba.cuda import cgutils
+    from numba.cuda.extending import intrinsic
+except ImportError:  # older numba-cuda shares these with Numba
+    from numba.core import cgutils
+    from numba.core.extending import intrinsic
 
 from fastbn.cuda.driver import ARITHMETIC, types
 
@@ -189,6 +194,23 @@ def _scatter(kind, W):
     return scatter
 
 
+def _valid(W):
+    @intrinsic
+    def valid(typingctx, mask, index):
+        """One load of W bytes, at a multiple of W."""
+
+        def emit(context, builder, sig, args):
+            word = ir.IntType(8 * W)
+            at = builder.bitcast(_address(context, builder, sig.args[0], *args), word.as_pointer())
+            value = builder.load(at, align=W)
+            each = [builder.trunc(builder.lshr(value, word(8 * k)) if k else value, ir.IntType(8)) for k in range(W)]
+            return context.make_tuple(builder, sig.return_type, each)
+
+        return types.UniTuple(types.uint8, W)(mask, types.int64), emit
+
+    return valid
+
+
 FOUR = ir.VectorType(I32, 4)
 
 
@@ -224,7 +246,7 @@ def access(kind, W):
 
     return Access(
         _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _encode_raw(kind, W), _store(kind, W),
-        _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall,
+        _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall, _valid(W),
     )  # fmt: skip
 
 
@@ -288,6 +310,28 @@ def _gate(builder, z, u):
 def gate(typingctx, z, u):
     """0 where z <= 0, else u: NaN passes, as in PyTorch's ReLU."""
     return _lane_types((z, u))(z, u), _emit(_gate)
+
+
+@intrinsic
+def pick(typingctx, mask, a):
+    """A where the mask is not 0, else 0; what a holds elsewhere, NaN included, does not matter."""
+
+    def chosen(builder, m, x):
+        here = builder.icmp_unsigned("!=", m, ir.Constant(m.type, 0))
+        return builder.select(here, x, ir.Constant(x.type, 0.0))
+
+    return a(mask, a), _emit(chosen)
+
+
+@intrinsic
+def join(typingctx, a, b):
+    """The lanes of a, then those of b."""
+
+    def emit(context, builder, sig, args):
+        lanes = cgutils.unpack_tuple(builder, args[0]) + cgutils.unpack_tuple(builder, args[1])
+        return context.make_tuple(builder, sig.return_type, lanes)
+
+    return types.UniTuple(a.dtype, a.count + b.count)(a, b), emit
 
 
 @intrinsic

@@ -78,8 +78,13 @@ def access(kind: str, W: int) -> Any:
         raw: Array = _place(shared, index, 16 // array.itemsize, True).copy().view(np.dtype(memory))
         return raw
 
+    def valid(mask: Any, index: Any) -> Array:
+        found = _place(mask, index, W, False)
+        assert found.dtype == np.uint8 and found.ctypes.data % W == 0
+        return found.copy()
+
     memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]
-    return Access(load, load, decode, encode, store, splat, gather, scatter, keep, recall)
+    return Access(load, load, decode, encode, store, splat, gather, scatter, keep, recall, valid)
 
 
 def add(a: Any, b: Any) -> Any:
@@ -106,6 +111,16 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 def gate(z: Any, u: Any) -> Any:
     """0 where z <= 0, else u."""
     return np.where(z <= 0, np.zeros_like(u), u)
+
+
+def pick(mask: Any, a: Any) -> Any:
+    """A where the mask is not 0, else 0; what a holds elsewhere, NaN included, does not matter."""
+    return np.where(mask != 0, a, np.zeros_like(a))
+
+
+def join(a: Array, b: Array) -> Array:
+    """The lanes of a, then those of b."""
+    return np.concatenate([a, b])
 
 
 def total(a: Array) -> Any:

@@ -11,11 +11,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.cuda.library import Library
 from fastbn.errors import ArgumentTypeError
+
+__all__ = [
+    "INSTALL",
+    "ITEMSIZE",
+    "DeviceArray",
+    "Flat",
+    "Geometry",
+    "Library",
+    "dtype_of",
+    "geometry",
+    "strides_of",
+    "supported",
+]
 
 INSTALL = 'install the GPU extra that fits the driver: pip install "numba-cuda[cu13]" (or [cu12])'
 ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
+FLOATS = ("float32", "float64", "float16", "bfloat16")
 _KINDS = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+_KINDS |= {"bool": "u8", "int32": "i32", "int64": "i64"}  # masks and lengths
+_ITEMSIZE = ITEMSIZE | {"u8": 1, "i32": 4, "i64": 8}
 
 
 class _BFloat16:
@@ -39,6 +56,9 @@ def dtype_of(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+_MEMORY = {"f32": "<f4", "f64": "<f8", "f16": "<u2", "bf16": "<i2", "u8": "|u1", "i32": "<i4", "i64": "<i8"}
+
+
 class Flat:
     """A tensor as kernels take it: an address, a number of elements and what they are. Keeps its memory alive."""
 
@@ -52,9 +72,18 @@ class Flat:
     def array(self) -> Any:
         """The memory as a NumPy array; only in the simulator, where an address is one of host memory."""
         if self._array is None:
-            memory = {"f32": "<f4", "f64": "<f8", "f16": "<u2", "bf16": "<i2"}[self.kind]
+            memory = _MEMORY[self.kind]
             self._array = np.asarray(_Host(self.address, self.size, memory))
         return self._array
+
+    @property
+    def array_owner(self) -> Any:
+        """The array of the library that this is a view of."""
+        return self.owner.owner if type(self.owner) is DeviceArray else self.owner
+
+    def part(self, start: int, size: int) -> Flat:
+        """View some of the elements."""
+        return Flat(self.address + start * ITEMSIZE[self.kind], size, self.kind, self.owner)
 
 
 class _Host:
@@ -67,48 +96,12 @@ def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def supported(name: str, dtype: str) -> None:
-    """Raise unless the kernels know this dtype."""
-    if dtype not in _KINDS:
-        raise ArgumentTypeError(name, "an array of float32, float64, float16 or bfloat16", dtype)
-
-
-class Library:
-    """What one library does its own way. ``name`` is for messages."""
-
-    name = "CUDA"
-
-    def wrap(self, value: Any, name: str = "x") -> DeviceArray:
-        """See an array of this library."""
-        raise NotImplementedError
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """Return an uninitialised C-contiguous array on the device of ``like``."""
-        raise NotImplementedError
-
-    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        """Return an array of zeros on the device of ``like``."""
-        raise NotImplementedError
-
-    def contiguous(self, value: Any) -> Any:
-        """Return the values in C order."""
-        raise NotImplementedError
-
-    def host(self, value: Any) -> Any:
-        """Return the values as a NumPy array; waits for the GPU."""
-        raise NotImplementedError
-
-    def put(self, values: Any, like: Any) -> Any:
-        """Copy a NumPy array to the device of ``like``."""
-        raise NotImplementedError
-
-    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
-        """Return a view with the axes in another order."""
-        return value.transpose(order)
-
-    def stream(self, value: Any) -> int:
-        """Return the handle of the stream that the caller works on."""
-        raise NotImplementedError
+def supported(name: str, dtype: str, allowed: tuple[str, ...] = tuple(_KINDS)) -> None:
+    """Raise unless this dtype is allowed, by default any that kernels know."""
+    if dtype not in allowed:
+        names = FLOATS if len(allowed) > 4 else allowed
+        expected = ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]
+        raise ArgumentTypeError(name, f"an array of {expected}", dtype)
 
 
 class Geometry(NamedTuple):
@@ -130,26 +123,29 @@ def geometry(shape: tuple[int, ...], strides: tuple[int, ...], name: str, unit: 
     """Describe an array; strides in multiples of ``unit`` bytes."""
     kind = _KINDS[name]
     shape, strides, size = tuple(shape), tuple(s * unit for s in strides), math.prod(shape)
-    dense = strides_of(shape, ITEMSIZE[kind])
+    dense = strides_of(shape, _ITEMSIZE[kind])
     same = not size or all(n == 1 or a == b for n, a, b in zip(shape, strides, dense, strict=True))
-    return Geometry(shape, strides, name, kind, dtype_of(name), ITEMSIZE[kind], len(shape), size, same)
+    return Geometry(shape, strides, name, kind, dtype_of(name), _ITEMSIZE[kind], len(shape), size, same)
 
 
 class DeviceArray:
     """An array on a GPU with the attributes of NumPy's that checks and layouts look at; ``owner`` is the array."""
 
     __slots__ = (
-        "_flat", "address", "c_contiguous", "device", "dtype", "itemsize", "kind", "library", "name", "ndim", "owner",
-        "shape", "size", "strides", "writeable",
+        "_flat", "address", "c_contiguous", "device", "dtype", "geometry", "itemsize", "kind", "library", "name",
+        "ndim", "owner", "shape", "size", "strides", "writeable",
     )  # fmt: skip
 
     def __init__(
         self, library: Library, owner: Any, address: int, found: Geometry, device: int | None, writeable: bool = True
     ):
         self.library, self.owner, self.address, self.device, self.writeable = library, owner, address, device, writeable
-        self.shape, self.strides, self.name, self.kind, self.dtype = found[:5]
-        self.itemsize, self.ndim, self.size, self.c_contiguous = found[5:]
+        self.geometry = found
         self._flat: Flat | None = None
+        (
+            self.shape, self.strides, self.name, self.kind, self.dtype, self.itemsize, self.ndim, self.size,
+            self.c_contiguous,
+        ) = found  # fmt: skip
 
     def transpose(self, order: Any) -> DeviceArray:
         """Return a view with the axes in another order."""
@@ -173,7 +169,7 @@ class DeviceArray:
 
     def vector(self, size: int) -> Flat:
         """Return an uninitialised vector in the arithmetic type, for results."""
-        return self.empty((size,), self.arithmetic).flat()
+        return self.library.vector(size, self.arithmetic, self.owner)
 
     def zeros(self, size: int) -> Flat:
         """Return a vector of zeros in the arithmetic type."""

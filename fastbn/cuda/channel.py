@@ -43,6 +43,28 @@ def make_pivot(kind: str):
     return pivot
 
 
+def make_pivot_at(kind: str):
+    """Mean of four elements of a channel at places that a mask leaves: ``tally`` is their number and four of them."""
+    A, one = ARITHMETIC[kind], access(kind, 1)
+    load, decode = one.load, one.decode
+
+    @device
+    def element(x, c, C, S, place):
+        n = place // S
+        return decode(load(x, (int64(n) * C + c) * S + (place - n * S)))[0]
+
+    @device
+    def pivot(x, c, C, S, tally):
+        if tally[0] == 0:
+            return A(0)
+        half = A(0.5)
+        a = half * element(x, c, C, S, tally[1]) + half * element(x, c, C, S, tally[2])
+        b = half * element(x, c, C, S, tally[3]) + half * element(x, c, C, S, tally[4])
+        return half * a + half * b
+
+    return pivot
+
+
 def make_affine(kind: str, given: bool):
     """Split (x - mean)*invstd*weight + bias into (m, invstd, k, b, rest): y = (x - m)*k + b, mean = m + rest.
 
@@ -104,6 +126,23 @@ def make_block_sum(kind: str, threads: int):
         return s, q
 
     return block_sum
+
+
+def make_team_sum(kind: str, threads: int, team: int):
+    """Sum two numbers over a team: a whole block, or a warp of a block, which then waits for no other warp."""
+    if team == threads:
+        return make_block_sum(kind, threads)
+
+    @device
+    def warp_sum(s, q, scratch):
+        step = 16
+        while step > 0:
+            s += cuda.shfl_xor_sync(WARP, s, step)
+            q += cuda.shfl_xor_sync(WARP, q, step)
+            step >>= 1
+        return s, q
+
+    return warp_sum
 
 
 def make_combine(kind: str):

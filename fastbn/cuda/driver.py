@@ -1,8 +1,7 @@
 """The one place that imports ``numba.cuda``: what is missing, the current device, launches with raw pointers.
 
 numba-cuda is in maintenance mode; its successor (numba-cuda-mlir) keeps the API, so that a change of engine is a change
-of this file. A kernel is launched with device addresses instead of array objects: an eager signature with raw pointers
-costs 7 us of host time for nine arguments, strided views 42 us, DLPack objects 100 us.
+of this file and ``launcher``. Kernels take device addresses instead of array objects.
 
 In the simulator (``NUMBA_ENABLE_CUDASIM=1``) an address is one of host memory and a ``Flat`` becomes a NumPy array.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +30,9 @@ __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", 
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf16": types.int16}
+POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
+ARITHMETIC |= {"i32": types.float32, "i64": types.float32}
 
 
 @functools.cache
@@ -85,10 +85,11 @@ def device(function: Callable[..., Any]) -> Any:
 
 
 def argument_types(letters: str, kind: str) -> tuple[Any, ...]:
-    """Types of kernel arguments: T tensor, A arithmetic array, I int32 array, i int32, l int64, a arithmetic scalar."""
+    """Types of kernel arguments: T tensor, A arithmetic array, I int32 array, M mask, i int32, l int64, a number."""
     tensor, arithmetic = POINTERS[kind], ARITHMETIC[kind]
     table = {
         "T": types.CPointer(tensor), "A": types.CPointer(arithmetic), "I": types.CPointer(types.int32),
+        "M": types.CPointer(types.uint8),
         "i": types.int32, "l": types.int64, "a": arithmetic,
     }  # fmt: skip
     return tuple(table[letter] for letter in letters)
@@ -102,6 +103,7 @@ class Kernel:
         self.threads, self.blocks = threads, blocks
         self._compiled: Any = None
         self._large: set[int] = set()
+        self._launchers: dict[Any, Any] = {}
 
     @property
     def signature(self) -> Any:
@@ -122,6 +124,17 @@ class Kernel:
             else:
                 self._compiled = cuda.jit(self.signature, **self.options)(self.function)
         return self._compiled
+
+    def launcher(self, grid: tuple[int, ...], shared: int) -> Any:
+        """Return what launches this kernel on the current device: ``(stream handle, numbers) -> None``."""
+        key = (grid, shared, current_device())
+        found = self._launchers.get(key)
+        if found is None:
+            from fastbn.cuda import launcher
+
+            self.allow_shared(shared)
+            found = self._launchers[key] = launcher.make(self, grid, shared)
+        return found
 
     def allow_shared(self, size: int) -> None:
         """Opt in to more than 48 KB of shared memory, static and dynamic; numba-cuda does not do so by itself."""
@@ -152,27 +165,13 @@ def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[
     return decorate
 
 
-@functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    return cuda.external_stream(handle) if handle and not SIMULATED else 0
-
-
-@functools.lru_cache(maxsize=4096)
-def _configured(what: Kernel, grid: tuple[int, ...], stream: int, shared: int) -> Any:
-    what.allow_shared(shared)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Numba finds small grids worth a warning
-        return what.compiled[grid, what.threads, _stream(stream), shared]
-
-
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)
     else:
-        launch = _configured(what, grid, stream, shared)
-        launch(*[a.address if type(a) is Flat else 0 if a is None else a for a in args])
+        what.launcher(grid, shared)(stream, [a.address if type(a) is Flat else 0 if a is None else a for a in args])
 
 
 class Memory:
@@ -196,8 +195,8 @@ class Memory:
 
 def _simulated(value: Any, letter: str, kind: str) -> Any:
     """Numbers in the type that the signature says; tensors as they are (the simulator would copy NumPy arrays)."""
-    if letter in "TAI":
-        expected = {"T": POINTERS[kind], "A": ARITHMETIC[kind], "I": types.int32}[letter].name
+    if letter in "TAIM":
+        expected = {"T": POINTERS[kind], "A": ARITHMETIC[kind], "I": types.int32, "M": types.uint8}[letter].name
         assert value is None or value.array.dtype == expected, (letter, value.kind)
         return None if value is None else Memory(value.array)
     return np.dtype({"i": "int32", "l": "int64"}.get(letter, ARITHMETIC[kind].name)).type(value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_block_sum, make_keep, make_pivot
+from fastbn.cuda.channel import WARP, make_keep, make_pivot, make_pivot_at, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
 
@@ -87,17 +87,19 @@ def make_resolve(kind: str):
     return resolve
 
 
-def make_block_max(kind: str, threads: int):
-    """Largest number of the block, in every thread."""
-    A, warps = ARITHMETIC[kind], threads // 32
+def make_team_max(kind: str, threads: int, team: int):
+    """Largest number of a team (a block or a warp), in every thread."""
+    A, warps, alone = ARITHMETIC[kind], threads // 32, team < threads
 
     @device
-    def block_max(a, scratch):
+    def team_max(a, scratch):
         tid = cuda.threadIdx.x
         step = 16
         while step > 0:
             a = max(a, cuda.shfl_xor_sync(WARP, a, step))
             step >>= 1
+        if alone:
+            return a
         cuda.syncthreads()
         if tid & 31 == 0:
             scratch[tid >> 5] = a
@@ -107,45 +109,48 @@ def make_block_max(kind: str, threads: int):
             a = max(a, scratch[w])
         return a
 
-    return block_max
+    return team_max
 
 
-def make_again(kind: str, threads: int):
-    """Sum a channel again, by a whole block: about its mean, scaled by its largest deviation, errors kept."""
+def make_again(kind: str, threads: int, team: int = 0, masked: bool = False):
+    """Sum a channel again, by a block or a warp: about its mean, scaled by its largest deviation, errors kept."""
+    team = team or threads
+    alone = team < threads
     A, one = ARITHMETIC[kind], access(kind, 1)
     load, decode = one.load, one.decode
-    block_sum, block_max = make_block_sum(kind, threads), make_block_max(kind, threads)
+    team_sum, team_max = make_team_sum(kind, threads, team), make_team_max(kind, threads, team)
     smallest = 1e-37 if kind != "f64" else 1e-300
 
     @device
-    def sums_about(x, c, N, C, S, m, scale, inverse):
+    def sums_about(x, mask, c, N, C, S, m, scale, inverse):
         s = se = q = qe = A(0)
         top = A(0)
-        e = int64(cuda.threadIdx.x)
+        e = int64(cuda.threadIdx.x & 31) if alone else int64(cuda.threadIdx.x)
         while e < int64(N) * S:
             n = e // S
             d = (decode(load(x, (n * C + c) * S + (e - n * S)))[0] - m) / scale * inverse
+            if masked and mask[e] == 0:
+                d = A(0)
             s, se = add_pair(s, se, d, A(0))
             q, qe = add_pair(q, qe, d * d, A(0))
             top = max(top, abs(d))
-            e += threads
+            e += team
         if finite(s):  # the error of an infinite sum is NaN
             s += se
         return s, q + qe, top
 
     @device
-    def again(x, c, N, C, S, eps, scratch):
-        n = A(int64(N) * S)
-        s, _, _ = sums_about(x, c, N, C, S, A(0), A(1), A(1) / n)
-        mean, _ = block_sum(s, s, scratch)
+    def again(x, mask, n, c, N, C, S, eps, scratch):
+        s, _, _ = sums_about(x, mask, c, N, C, S, A(0), A(1), A(1) / n)
+        mean, _ = team_sum(s, s, scratch)
         rest = A(0)
         if not finite(mean):
             nan = mean - mean
             return mean, rest, nan, nan
-        _, _, top = sums_about(x, c, N, C, S, mean, A(1), A(1))
-        scale = max(block_max(top, scratch), A(smallest))
-        s, q, _ = sums_about(x, c, N, C, S, mean, scale, A(1))
-        s, q = block_sum(s, q, scratch)
+        _, _, top = sums_about(x, mask, c, N, C, S, mean, A(1), A(1))
+        scale = max(team_max(top, scratch), A(smallest))
+        s, q, _ = sums_about(x, mask, c, N, C, S, mean, scale, A(1))
+        s, q = team_sum(s, q, scratch)
         shift = s / n
         unit = max((q - s * shift) / n, A(0))  # variance over scale squared
         mean, rest = two_sum(mean, shift * scale)
@@ -160,17 +165,29 @@ def make_again(kind: str, threads: int):
 
 
 @functools.cache
-def settle_train(kind: str, threads: int):
-    """Statistics of G channels a block; moves the running statistics if ``flags`` has 4."""
-    A = ARITHMETIC[kind]
-    gather, again, resolve = make_gather(kind, threads), make_again(kind, threads), make_resolve(kind)
-    pivot, four, keep_statistics = make_pivot(kind), 4 * threads, make_keep(kind)
+def settle_train(kind: str, threads: int, masked: bool = False):
+    """Statistics of G channels a block; moves the running statistics if ``flags`` has 4.
 
-    @kernel("TAAAAiiiiiiaaaai", kind, threads)
+    Under a mask, by the unbiased variance unless ``flags`` has 8, and not at all with fewer than two values.
+    """
+    A = ARITHMETIC[kind]
+    gather, resolve, again = make_gather(kind, threads), make_resolve(kind), make_again(kind, threads, 0, masked)
+    pivot, pivot_at, keep_statistics = make_pivot(kind), make_pivot_at(kind), make_keep(kind)
+    size = 4 * threads
+
+    @device
+    def values(N, S, tally):
+        if masked:
+            return A(tally[0])
+        else:
+            return A(int64(N) * S)
+
+    @kernel("TAAAAiiiiiiaaaaiMI", kind, threads)
     def finalize_train(
-        x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags
-    ):
-        scratch = cuda.shared.array(four, A)
+        x, partial, stats, running_mean, running_var, N, C, S, P, cols, G, eps, keep, momentum, unbias, flags, mask,
+        tally,
+    ):  # fmt: skip
+        scratch = cuda.shared.array(size, A)
         found = cuda.shared.array(128, A)
         bad = cuda.shared.array(32, int32)
         slots = threads // G
@@ -182,19 +199,30 @@ def settle_train(kind: str, threads: int):
         if slot == 0:
             bad[j] = 0
             if c < C:
-                good, m, rest, var, invstd = resolve(pivot(x, c, N, C, S), s, se, q, qe, A(int64(N) * S), eps)
+                if masked:  # noqa: SIM108  (a branch that is not compiled)
+                    middle = pivot_at(x, c, C, S, tally)
+                else:
+                    middle = pivot(x, c, N, C, S)
+                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, values(N, S, tally), eps)
+                if masked and tally[0] == 0:
+                    good, m, rest, var, invstd = True, A(0), A(0), A(0), invsqrt(eps)
                 found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
                 if not good:
                     bad[j] = 1
         cuda.syncthreads()
         for i in range(G):
             if bad[i] != 0:
-                m, rest, var, invstd = again(x, first + i, N, C, S, eps, scratch)
+                m, rest, var, invstd = again(x, mask, values(N, S, tally), first + i, N, C, S, eps, scratch)
                 if slot == 0 and j == i:
                     found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
         if slot == 0 and c < C:
-            values = (found[j], found[96 + j], found[64 + j], found[32 + j])
-            keep_statistics(stats, running_mean, running_var, c, C, values, keep, momentum, unbias, flags & 4 != 0)
+            four = (found[j], found[96 + j], found[64 + j], found[32 + j])
+            moves = flags & 4 != 0
+            if masked:
+                moves = moves and tally[0] > 1
+                if flags & 8 == 0:
+                    unbias = A(tally[0]) / A(tally[0] - 1)
+            keep_statistics(stats, running_mean, running_var, c, C, four, keep, momentum, unbias, moves)
 
     return finalize_train
 

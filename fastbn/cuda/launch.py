@@ -7,15 +7,15 @@ library that x comes from, on its current stream. Nothing here waits for the GPU
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
-from fastbn.cuda import finalize, persistent, planes, rows, slab, tuning
-from fastbn.cuda.arrays import ITEMSIZE, Flat
+from fastbn.cuda import finalize, masks, planes, rows, tuning
+from fastbn.cuda.arrays import Flat
+from fastbn.cuda.choice import one_launch
 from fastbn.cuda.driver import check, device_properties, run
-from fastbn.cuda.plan import Dims, Persistent, Plan, plan
-from fastbn.cuda.plan import persistent as persistent_plan
-from fastbn.cuda.plan import slab as slab_plan
+from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
 
 
@@ -27,11 +27,49 @@ class Given(NamedTuple):
     eps: float
 
 
-def _aligned(*tensors: Flat | None) -> bool:
-    return not any(t.address & 15 for t in tensors if t is not None)
+class Mask(NamedTuple):
+    """Which places count: a byte for each, and what ``masks`` worked out of them; both None for all."""
+
+    valid: Flat | None
+    tally: Flat | None  # int32: their number, and four of them
 
 
-def _flags(weight: Flat | None, bias: Flat | None) -> int:
+ALL = Mask(None, None)
+
+
+def mask_of(valid: Flat, stream: int) -> Mask:
+    """Count the places that a mask leaves, on the GPU."""
+    parts = max(1, min(masks.PARTS, -(-valid.size // tuning.THREADS)))
+    chunk = -(-valid.size // parts)
+    parts = -(-valid.size // chunk)
+    found, tally = (valid.owner.empty((n,), "int32").flat() for n in (2 * parts, 5))
+    run(masks.count(tuning.THREADS), (parts,), stream, (valid, found, valid.size, chunk, parts))
+    run(masks.gather(tuning.THREADS), (1,), stream, (found, tally, parts))
+    return Mask(valid, tally)
+
+
+def lengths_to_mask(lengths: Flat, valid: Flat, N: int, T: int, stream: int) -> None:
+    """Fill the mask (N, T) of the first ``lengths[n]`` steps."""
+    kernel = masks.from_lengths(lengths.kind, tuning.THREADS)
+    run(kernel, (-(-N * T // tuning.THREADS),), stream, (lengths, valid, N, T))
+
+
+def _plan(dims: Dims, kind: str, whole: bool, mask: Mask) -> Plan:
+    if mask.valid is None:
+        return plan(dims, kind, whole)
+    return masked(dims, kind, whole and not mask.valid.address & 7)
+
+
+def aligned(*tensors: Flat | None) -> bool:
+    """Tell whether 128-bit accesses are allowed."""
+    for t in tensors:  # noqa: SIM110  (a generator costs as much as the rest of a launch)
+        if t is not None and t.address & 15:
+            return False
+    return True
+
+
+def flags_of(weight: Flat | None, bias: Flat | None) -> int:
+    """Say to a kernel which parameters there are."""
     return (weight is not None) | (bias is not None) << 1
 
 
@@ -55,13 +93,15 @@ def _tail(p: Plan) -> tuple[int, ...]:
 
 def _sums(
     p: Plan, what: Variant, tensors: tuple[Any, ...], stats: Any, params: tuple[Any, Any], partial: Flat, dims: Dims,
-    stream: int,
+    stream: int, mask: Mask,
 ) -> None:  # fmt: skip
-    args = (*tensors, stats, *params, partial, *_shape(p, dims), p.parts, p.chunk, *_tail(p), _flags(*params))
+    cut = (*_shape(p, dims), p.parts, p.chunk, *_tail(p))
+    args = (*tensors, stats, *params, partial, *cut, flags_of(*params), *mask)
     run(_stage(p).sums(what), (p.across, p.parts), stream, args)
 
 
-def _moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
+@functools.lru_cache(maxsize=1024)
+def moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> tuple[float, float, float, float]:
     """The numbers with which statistics are taken and running ones move, as the kernels take them."""
     n = dims[0] * dims[2]
     unbias = 1.0 if not unbiased else n / (n - 1.0) if n > 1 else math.nan
@@ -69,70 +109,82 @@ def _moving(dims: Dims, eps: float, momentum: float, unbiased: bool = True) -> t
 
 
 def _settle(
-    x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, moving: tuple[float, ...],
-    stream: int,
+    x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...],
+    stream: int, mask: Mask,
 ) -> None:  # fmt: skip
-    args = (x, partial, stats, *moved, *dims, p.depth, p.columns, p.group, *moving, _moves(moved))
-    run(finalize.settle_train(x.kind, tuning.THREADS), (-(-dims[1] // p.group),), stream, args)
+    flags = _moves(moved) | (8 if numbers[3] == 1.0 else 0)  # 8: the biased variance
+    args = (x, partial, stats, *moved, *dims, p.depth, p.columns, p.group, *numbers, flags, *mask)
+    settle = finalize.settle_train(x.kind, tuning.THREADS, mask.valid is not None)
+    run(settle, (-(-dims[1] // p.group),), stream, args)
 
 
 def _normalise(
     p: Plan, what: Variant, tensors: tuple[Any, ...], stats: Any, more: Any, params: tuple[Any, Any], eps: float,
-    dims: Dims, stream: int,
+    dims: Dims, stream: int, mask: Mask,
 ) -> None:  # fmt: skip
     shape = _shape(p, dims)
     shape = shape[1:] if p.rows else shape
-    args = (*tensors, stats, more, *params, eps, *shape, p.apply_chunk, *_tail(p), _flags(*params))
+    args = (*tensors, stats, more, *params, eps, *shape, p.apply_chunk, *_tail(p), flags_of(*params), mask.valid)
     run(_stage(p).normalise(what), (p.across, p.apply_parts), stream, args)
 
 
-def _moments(x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, moving: tuple[float, ...], stream: int) -> Flat:
+def statistics_of(
+    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...], stream: int, mask: Mask = ALL
+) -> Flat:
+    """Return ``stats`` of the channels; moves running statistics unless they are None."""
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
     stats: Flat = x.owner.vector(4 * dims[1])
-    what = Variant(x.kind, p.W, tuning.THREADS)
-    _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream)
-    _settle(x, p, partial, stats, moved, dims, moving, stream)
+    what = Variant(x.kind, p.W, tuning.THREADS, masked=mask.valid is not None)
+    _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream, mask)
+    _settle(x, p, partial, stats, moved, dims, numbers, stream, mask)
     return stats
 
 
 def train(
     x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, running_mean: Flat | None,
     running_var: Flat | None, dims: Dims, eps: float, momentum: float, relu: bool | None, unbiased: bool = True,
+    mask: Mask = ALL,
 ) -> Flat:  # fmt: skip
     """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
     check()
-    stream, aligned, moved = x.owner.stream(), _aligned(x, residual, out), (running_mean, running_var)
-    moving, params, tensors = _moving(dims, eps, momentum, unbiased), (weight, bias), (x, residual, out)
-    flags = _flags(weight, bias) | _moves(moved)
-    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], 0, relu=bool(relu), residual=residual is not None)
-    threads, shared = slab_plan(dims, x.kind, aligned, 1, device_properties()[1])
-    if threads:
-        stats: Flat = x.owner.vector(4 * dims[1])
-        args: Any = (*tensors, stats, *params, *moved, *dims, *moving, flags)
-        run(slab.train(what._replace(threads=threads)), (dims[1],), stream, args, shared)
-        return stats
-    one = persistent_plan(dims, x.kind, aligned, 1, *device_properties())
-    if one.threads:
-        stats, partial = x.owner.vector(4 * dims[1]), x.owner.scratch(2 * one.parts * dims[1])
-        args = (*tensors, stats, *params, *moved, partial, *_cut(one, dims), *moving, flags)
-        kernel = persistent.train(what._replace(threads=one.threads))
-        run(kernel, (one.across, one.parts), stream, args, one.shared)
-        return stats
-    p = plan(dims, x.kind, aligned)
-    stats = _moments(x, p, moved, dims, moving, stream)
-    _normalise(p, what._replace(W=p.W, threads=tuning.THREADS), tensors, stats, None, params, 0.0, dims, stream)
+    tensors, params, moved = (x, residual, out), (weight, bias), (running_mean, running_var)
+    stream, whole, numbers = x.owner.stream(), aligned(*tensors), moving(dims, eps, momentum, unbiased)
+    one = None
+    if mask.valid is None:
+        one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, device_properties())
+    if one is None:
+        what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
+        return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream)
+    stats: Flat = x.owner.vector(4 * dims[1])
+    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+    flags = flags_of(weight, bias) | _moves(moved)
+    run(
+        one.kernel,
+        one.grid,
+        stream,
+        (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags),
+        one.shared,
+    )
     return stats
 
 
-def _cut(one: Persistent, dims: Dims) -> tuple[int, ...]:
-    return dims[1], dims[0], one.parts, one.chunk, one.tx, one.kept
+def _split(
+    x: Flat, what: Variant, tensors: tuple[Any, ...], params: tuple[Any, Any], moved: tuple[Any, Any], dims: Dims,
+    numbers: tuple[float, ...], whole: bool, mask: Mask, stream: int,
+) -> Flat:  # fmt: skip
+    """Train by three launches."""
+    p = _plan(dims, x.kind, whole, mask)
+    stats = statistics_of(x, p, moved, dims, numbers, stream, mask)
+    what = what._replace(W=p.W, threads=tuning.THREADS, masked=mask.valid is not None)
+    _normalise(p, what, tensors, stats, None, params, 0.0, dims, stream, mask)
+    return stats
 
 
-def moments(x: Flat, dims: Dims, eps: float) -> Flat:
+def moments(x: Flat, dims: Dims, eps: float, mask: Mask = ALL) -> Flat:
     """Statistics alone."""
     check()
-    p = plan(dims, x.kind, _aligned(x))
-    return _moments(x, p, (None, None), dims, _moving(dims, eps, 0.0), x.owner.stream())
+    p = _plan(dims, x.kind, aligned(x), mask)
+    return statistics_of(x, p, (None, None), dims, moving(dims, eps, 0.0), x.owner.stream(), mask)
 
 
 def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
@@ -147,57 +199,51 @@ def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
 
 def infer(
     x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, stats: Flat | Given,
-    dims: Dims, relu: bool | None,
+    dims: Dims, relu: bool | None, mask: Mask = ALL,
 ) -> None:  # fmt: skip
     """Inference into ``out``, by ``stats`` or by running statistics as they are (one launch)."""
     check()
-    p = plan(dims, x.kind, _aligned(x, residual, out))
+    p = _plan(dims, x.kind, aligned(x, residual, out), mask)
     given = isinstance(stats, Given)
     what = Variant(
-        x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given
+        x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given,
+        masked=mask.valid is not None,
     )  # fmt: skip
     first, more, eps = stats if isinstance(stats, Given) else (stats, None, 0.0)
-    _normalise(p, what, (x, residual, out), first, more, (weight, bias), eps, dims, x.owner.stream())
+    _normalise(p, what, (x, residual, out), first, more, (weight, bias), eps, dims, x.owner.stream(), mask)
 
 
 def backward(
     x: Flat, grad: Flat, y: Flat | None, out: Flat, grad_residual: Flat | None, weight: Flat | None,
-    bias: Flat | None, stats: Flat, dims: Dims, frozen: bool, relu: bool | None,
+    bias: Flat | None, stats: Flat, dims: Dims, frozen: bool, relu: bool | None, mask: Mask = ALL,
 ) -> tuple[Flat, Flat]:  # fmt: skip
     """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
     check()
-    C, stream, aligned = dims[1], x.owner.stream(), _aligned(x, grad, y, out, grad_residual)
-    threads, shared = slab_plan(dims, x.kind, aligned, 2, device_properties()[1])
-    what = Variant(x.kind, 16 // ITEMSIZE[x.kind], threads, True, bool(relu), y is not None, frozen)
-    if threads:
-        dweight, dbias = x.owner.vector(C), x.owner.vector(C)
-        args: Any = (x, grad, y, out, grad_residual, stats, weight, bias, dweight, dbias, *dims, _flags(weight, bias))
-        run(slab.backward(what), (C,), stream, args, shared)
-        return dweight, dbias
-    one = persistent_plan(dims, x.kind, aligned, 2, *device_properties())
-    if one.threads:
-        dweight, dbias = x.owner.vector(C), x.owner.vector(C)
-        partial = x.owner.scratch(2 * one.parts * C)
-        tensors, vectors = (x, grad, y, out, grad_residual), (stats, weight, bias, dweight, dbias, partial)
-        kernel = persistent.backward(what._replace(threads=one.threads))
-        run(
-            kernel,
-            (one.across, one.parts),
-            stream,
-            (*tensors, *vectors, *_cut(one, dims), _flags(weight, bias)),
-            one.shared,
-        )
-        return dweight, dbias
-    p = plan(dims, x.kind, aligned)
-    what = what._replace(W=p.W, threads=tuning.THREADS)
+    tensors, params, flags = (x, grad, y, out, grad_residual), (weight, bias), flags_of(weight, bias)
+    stream, whole = x.owner.stream(), aligned(*tensors)
+    grads = x.owner.vector(dims[1]), x.owner.vector(dims[1])
+    one = None
+    if mask.valid is None:
+        one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, device_properties())
+    if one is None:
+        what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
+        _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
+        return grads
+    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+    run(one.kernel, one.grid, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags), one.shared)
+    return grads
+
+
+def _split_backward(
+    x: Flat, what: Variant, tensors: tuple[Any, ...], stats: Flat, params: tuple[Any, Any], grads: tuple[Flat, Flat],
+    dims: Dims, whole: bool, mask: Mask, stream: int,
+) -> None:  # fmt: skip
+    C, p = dims[1], _plan(dims, x.kind, whole, mask)
+    what = what._replace(W=p.W, threads=tuning.THREADS, masked=mask.valid is not None)
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else C))
-    dweight, dbias = x.owner.vector(C), x.owner.vector(C)
-    params = (weight, bias)
-    _sums(p, what._replace(frozen=False), (x, grad, y), stats, params, partial, dims, stream)
+    _sums(p, what._replace(frozen=False), tensors[:3], stats, params, partial, dims, stream, mask)
     settle = finalize.settle_backward(x.kind, tuning.THREADS)
-    settled = (partial, stats, dweight, dbias, C, p.depth, p.columns, p.group)
-    run(settle, (-(-C // p.group),), stream, settled)
-    tensors, grads = (x, grad, y, out, grad_residual), (dweight, dbias)
-    args = (*tensors, stats, *params, *grads, *_shape(p, dims), p.apply_chunk, *_tail(p), _flags(*params))
+    run(settle, (-(-C // p.group),), stream, (partial, stats, *grads, C, p.depth, p.columns, p.group))
+    cut = (*_shape(p, dims), p.apply_chunk, *_tail(p))
+    args = (*tensors, stats, *params, *grads, *cut, flags_of(*params), *mask)
     run(_stage(p).gradient(what), (p.across, p.apply_parts), stream, args)
-    return dweight, dbias

@@ -89,7 +89,7 @@ def make_settle(what: Variant):
         cuda.syncthreads()
         for j in range(width):
             if bad[j] != 0:
-                found = again(x, first + j, R, C, 1, eps, red)
+                found = again(x, x, A(R), first + j, R, C, 1, eps, red)
                 if cuda.threadIdx.x == 0:
                     put(constants, j, first + j, C, found, outputs, moving, flags)
         cuda.syncthreads()

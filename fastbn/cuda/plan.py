@@ -15,6 +15,7 @@ from fastbn.errors import ArgumentValueError
 
 Dims = tuple[int, int, int]
 MOST = 65535  # blocks along the second axis of a grid
+LARGEST = (1 << 31) - (1 << 16)  # where 32-bit positions that step by a block could wrap round
 TILE = 32  # most vectors side by side in a tile of rows
 
 
@@ -55,16 +56,28 @@ def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
     """Choose the split kernels' shape and cuts. ``aligned``: all tensors begin at a multiple of 16 bytes."""
     N, C, S = dims
     lanes = 16 // ITEMSIZE[kind]
-    if max(N * S, C, C * S * lanes) >= 1 << 31:
+    if max(N * S, C, C * S * lanes) >= LARGEST:
         raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
     whole = aligned and S % lanes == 0
     if S >= tuning.RUN and (whole or N < tuning.RUNS):
-        return _planes(dims, lanes if whole else 1)
+        return planes(dims, lanes if whole else 1)
     times = _widen(N, C, S, lanes) if aligned else 0
-    return _rows(dims, lanes if times else 1, times or 1)
+    return rows(dims, lanes if times else 1, times or 1)
 
 
-def _planes(dims: Dims, W: int) -> Plan:
+@functools.lru_cache(maxsize=1024)
+def masked(dims: Dims, kind: str, aligned: bool) -> Plan:
+    """As ``plan``, where one byte of a mask must tell of all lanes of a vector, or W bytes in a row of each."""
+    _, C, S = dims
+    plan(dims, kind, aligned)  # raises for what is too large
+    lanes = 16 // ITEMSIZE[kind]
+    if S == 1:
+        return rows(dims, lanes if aligned and C % lanes == 0 else 1, 1)
+    return planes(dims, lanes if aligned and S % lanes == 0 else 1)
+
+
+def planes(dims: Dims, W: int) -> Plan:
+    """Cut channels-first arrays."""
     N, C, S = dims
     vectors = N * (S // W)
     parts, chunk = _cut(vectors, tuning.THREADS, C, tuning.DEPTH)
@@ -72,7 +85,8 @@ def _planes(dims: Dims, W: int) -> Plan:
     return Plan(False, W, N, S, C, 1, parts, chunk, apply_parts, apply_chunk, parts, 1, min(32, tuning.THREADS))
 
 
-def _rows(dims: Dims, W: int, times: int) -> Plan:
+def rows(dims: Dims, W: int, times: int) -> Plan:
+    """Cut rows, ``times`` of them side by side."""
     N, C, S = dims
     R, V = N // times, C * S * times
     vectors = V // W

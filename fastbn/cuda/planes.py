@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_block_sum, make_pivot, make_slopes
+from fastbn.cuda.channel import make_affine, make_block_sum, make_pivot, make_pivot_at, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.simd import access, add, fma, total
+from fastbn.cuda.simd import access, add, fma, pick, total
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
@@ -56,14 +56,17 @@ def sums(what: Variant):
     A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
     load, splat = io.load, io.splat
     pivot, affine, block_sum = make_pivot(kind), make_affine(kind, False), make_block_sum(kind, threads)
+    pivot_at, masked, valid = make_pivot_at(kind), what.masked, io.valid
 
-    @kernel("TTTAAAAiiiiii", kind, threads, 4 if W < 8 else 3)
-    def planes_sums(x, g, y, stats, weight, bias, partial, N, C, S, P, chunk, flags):
+    @kernel("TTTAAAAiiiiiiMI", kind, threads, 4 if W < 8 else 3)
+    def planes_sums(x, g, y, stats, weight, bias, partial, N, C, S, P, chunk, flags, mask, tally):
         scratch = cuda.shared.array(sizes, A)
         c, part = cuda.blockIdx.x, cuda.blockIdx.y
         m = invstd = k = b = A(0)
         if backward:
             m, invstd, k, b, _ = affine(stats, stats, weight, bias, c, C, A(0), flags)
+        elif masked:
+            m = pivot_at(x, c, C, S, tally)
         else:
             m = pivot(x, c, N, C, S)
         S4 = int32(S // W)
@@ -82,6 +85,9 @@ def sums(what: Variant):
                     y0, y1 = load(y, at), load(y, at1)
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
             u1, t1 = terms(x1, g1, y1, m, invstd, k, b)
+            if masked:
+                v0, v1 = valid(mask, int64(v) * W), valid(mask, int64(v + threads) * W)
+                u0, t0, u1, t1 = pick(v0, u0), pick(v0, t0), pick(v1, u1), pick(v1, t1)
             s0, s1, q0, q1 = add(s0, u0), add(s1, u1), fma(u0, t0, q0), fma(u1, t1, q1)
             r, at = advance(r1, at1, rest, step, past, S4)
             v = int32(v + 2 * threads)
@@ -93,6 +99,9 @@ def sums(what: Variant):
                 if by_output:
                     y0 = load(y, at)
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+            if masked:
+                v0 = valid(mask, int64(v) * W)
+                u0, t0 = pick(v0, u0), pick(v0, t0)
             s0, q0 = add(s0, u0), fma(u0, t0, q0)
         s, q = block_sum(total(add(s0, s1)), total(add(q0, q1)), scratch)
         if cuda.threadIdx.x == 0:
@@ -107,10 +116,10 @@ def normalise(what: Variant):
     """Output of one part of one channel, last block first."""
     kind, W, threads, residual, given = what.kind, what.W, what.threads, what.residual, what.given
     io, output, affine = access(kind, W), make_output(what), make_affine(kind, given)
-    load, store = io.load_last, io.store
+    load, store, valid, masked = io.load_last, io.store, io.valid, what.masked
 
-    @kernel("TTTAAAAaiiiii", kind, threads, 4)
-    def planes_normalise(x, res, y, stats, more, weight, bias, eps, N, C, S, chunk, flags):
+    @kernel("TTTAAAAaiiiiiM", kind, threads, 4)
+    def planes_normalise(x, res, y, stats, more, weight, bias, eps, N, C, S, chunk, flags, mask):
         c = int32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
         part = int32(cuda.gridDim.y - 1 - cuda.blockIdx.y)
         m, _, k, b, _ = affine(stats, more, weight, bias, c, C, eps, flags)
@@ -125,8 +134,12 @@ def normalise(what: Variant):
             r0, r2 = x0, x1
             if residual:
                 r0, r2 = load(res, at), load(res, at1)
-            store(y, at, output(x0, r0, m, k, b))
-            store(y, at1, output(x1, r2, m, k, b))
+            z0, z1 = output(x0, r0, m, k, b), output(x1, r2, m, k, b)
+            if masked:
+                z0 = pick(valid(mask, int64(v) * W), z0)
+                z1 = pick(valid(mask, int64(v + threads) * W), z1)
+            store(y, at, z0)
+            store(y, at1, z1)
             r, at = advance(r1, at1, rest, step, past, S4)
             v = int32(v + 2 * threads)
         if v < end:
@@ -134,7 +147,10 @@ def normalise(what: Variant):
             r0 = x0
             if residual:
                 r0 = load(res, at)
-            store(y, at, output(x0, r0, m, k, b))
+            z0 = output(x0, r0, m, k, b)
+            if masked:
+                z0 = pick(valid(mask, int64(v) * W), z0)
+            store(y, at, z0)
 
     return planes_normalise
 
@@ -146,15 +162,19 @@ def gradient(what: Variant):
     by_output, frozen = what.relu and what.residual, what.frozen
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load, store, affine, slopes = io.load_last, io.store, make_affine(kind, False), make_slopes(kind)
+    valid, masked = io.valid, what.masked
 
-    @kernel("TTTTTAAAAAiiiii", kind, threads, 3)
-    def planes_gradient(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, chunk, flags):
+    @kernel("TTTTTAAAAAiiiiiMI", kind, threads, 3)
+    def planes_gradient(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, chunk, flags, mask, tally):
         c = int32(cuda.gridDim.x - 1 - cuda.blockIdx.x)
         part = int32(cuda.gridDim.y - 1 - cuda.blockIdx.y)
         m, invstd, k, b, rest_m = affine(stats, stats, weight, bias, c, C, A(0), flags)
         c1 = c0 = A(0)
         if not frozen:
-            c1, c0 = slopes(dweight[c], dbias[c], invstd, k, rest_m, int64(N) * S)
+            if masked:
+                c1, c0 = slopes(dweight[c], dbias[c], invstd, k, rest_m, int64(tally[0]))
+            else:
+                c1, c0 = slopes(dweight[c], dbias[c], invstd, k, rest_m, int64(N) * S)
         S4 = int32(S // W)
         end = int32(min(N * S4, (part + 1) * chunk))
         v = int32(part * chunk + cuda.threadIdx.x)
@@ -166,9 +186,13 @@ def gradient(what: Variant):
             if by_output:
                 y0 = load(y, at)
             u, t = terms(x0, g0, y0, m, invstd, k, b)
+            d = slope(u, t, k, c1, c0)
+            if masked:
+                v0 = valid(mask, int64(v) * W)
+                u, d = pick(v0, u), pick(v0, d)
             if by_output:
                 store(dr, at, u)
-            store(dx, at, slope(u, t, k, c1, c0))
+            store(dx, at, d)
             r, at = advance(r, at, rest, step, past, S4)
             v = int32(v + threads)
 

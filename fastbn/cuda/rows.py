@@ -5,7 +5,8 @@ one row would not be a whole number of 128-bit vectors. A tile is TX vectors wid
 goes down ``chunk`` rows. Per-column constants are worked out once a block, by all threads, in shared memory.
 
 Floor of the sums: one read a tensor; of apply: one read and one write a tensor, part of the read from L2, since apply
-goes through the blocks backwards. ``partial`` is (2, P, V), added up in the order of its rows by ``finalize``.
+goes through the blocks backwards. ``partial`` is (2, P, V), added up in the order of its rows by ``finalize``. A mask
+has one byte a row, so that S = 1 there.
 """
 
 # mypy: ignore-errors
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_pivot, make_slopes
+from fastbn.cuda.channel import make_affine, make_pivot, make_pivot_at, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.simd import access, add, fma
+from fastbn.cuda.simd import access, add, fma, pick
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
@@ -64,9 +65,10 @@ def sums(what: Variant):
     load, splat, gather, pivot = io.load, io.splat, io.gather, make_pivot(kind)
     affine, reduce = make_affine(kind, False), make_reduce(kind, W, threads)
     wide, four, both = TX * W, 4 * TX * W, 2 * threads * W
+    pivot_at, masked = make_pivot_at(kind), what.masked
 
-    @kernel("TTTAAAAiiiiiiiii", kind, threads, 3 if W < 8 else 2)
-    def rows_sums(x, g, y, stats, weight, bias, partial, N, C, S, R, V, P, chunk, tx_count, flags):
+    @kernel("TTTAAAAiiiiiiiiiMI", kind, threads, 3 if W < 8 else 2)
+    def rows_sums(x, g, y, stats, weight, bias, partial, N, C, S, R, V, P, chunk, tx_count, flags, mask, tally):
         constants = cuda.shared.array(four, A)
         red = cuda.shared.array(both, A)
         tile, part, width = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W
@@ -78,6 +80,8 @@ def sums(what: Variant):
                     m, invstd, k, b, _ = affine(stats, stats, weight, bias, c, C, A(0), flags)
                     constants[j], constants[wide + j] = m, invstd
                     constants[2 * wide + j], constants[3 * wide + j] = k, b
+                elif masked:
+                    constants[j] = pivot_at(x, c, C, S, tally)
                 else:
                     constants[j] = pivot(x, c, N, C, S)
         cuda.syncthreads()
@@ -100,6 +104,9 @@ def sums(what: Variant):
                         y0, y1 = load(y, at), load(y, at + step)
                 u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
                 u1, t1 = terms(x1, g1, y1, m, invstd, k, b)
+                if masked:
+                    v0, v1 = mask[r], mask[r + height]
+                    u0, t0, u1, t1 = pick(v0, u0), pick(v0, t0), pick(v1, u1), pick(v1, t1)
                 s0, s1, q0, q1 = add(s0, u0), add(s1, u1), fma(u0, t0, q0), fma(u1, t1, q1)
                 at += 2 * step
                 r = int32(r + 2 * height)
@@ -111,6 +118,8 @@ def sums(what: Variant):
                     if by_output:
                         y0 = load(y, at)
                 u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+                if masked:
+                    u0, t0 = pick(mask[r], u0), pick(mask[r], t0)
                 s0, q0 = add(s0, u0), fma(u0, t0, q0)
         reduce(add(s0, s1), add(q0, q1), red, partial, part, P, V, tile, width, tx, ty, height)
 
@@ -122,11 +131,11 @@ def normalise(what: Variant):
     """Output of one part of the rows, last block first."""
     kind, W, threads, residual, given = what.kind, what.W, what.threads, what.residual, what.given
     A, io, output, affine = ARITHMETIC[kind], access(kind, W), make_output(what), make_affine(kind, given)
-    load, store, gather = io.load_last, io.store, io.gather
+    load, store, gather, masked = io.load_last, io.store, io.gather, what.masked
     wide, three = TX * W, 3 * TX * W
 
-    @kernel("TTTAAAAaiiiiiii", kind, threads, 3 if W < 8 else 2)
-    def rows_normalise(x, res, y, stats, more, weight, bias, eps, C, S, R, V, chunk, tx_count, flags):
+    @kernel("TTTAAAAaiiiiiiiM", kind, threads, 3 if W < 8 else 2)
+    def rows_normalise(x, res, y, stats, more, weight, bias, eps, C, S, R, V, chunk, tx_count, flags, mask):
         constants = cuda.shared.array(three, A)
         tile, width = cuda.gridDim.x - 1 - cuda.blockIdx.x, tx_count * W
         part = cuda.gridDim.y - 1 - cuda.blockIdx.y
@@ -148,8 +157,11 @@ def normalise(what: Variant):
                 r0, r1 = x0, x1
                 if residual:
                     r0, r1 = load(res, at), load(res, at + step)
-                store(y, at, output(x0, r0, m, k, b))
-                store(y, at + step, output(x1, r1, m, k, b))
+                z0, z1 = output(x0, r0, m, k, b), output(x1, r1, m, k, b)
+                if masked:
+                    z0, z1 = pick(mask[r], z0), pick(mask[r + height], z1)
+                store(y, at, z0)
+                store(y, at + step, z1)
                 at += 2 * step
                 r = int32(r + 2 * height)
             if r < end:
@@ -157,7 +169,10 @@ def normalise(what: Variant):
                 r0 = x0
                 if residual:
                     r0 = load(res, at)
-                store(y, at, output(x0, r0, m, k, b))
+                z0 = output(x0, r0, m, k, b)
+                if masked:
+                    z0 = pick(mask[r], z0)
+                store(y, at, z0)
 
     return rows_normalise
 
@@ -172,8 +187,13 @@ def gradient(what: Variant):
     affine, slopes = make_affine(kind, False), make_slopes(kind)
     wide, six = TX * W, 6 * TX * W
 
-    @kernel("TTTTTAAAAAiiiiiiii", kind, threads, 2)
-    def rows_gradient(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, R, V, chunk, tx_count, flags):
+    masked = what.masked
+
+    @kernel("TTTTTAAAAAiiiiiiiiMI", kind, threads, 2)
+    def rows_gradient(
+        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, R, V, chunk, tx_count, flags, mask,
+        tally,
+    ):  # fmt: skip
         constants = cuda.shared.array(six, A)
         tile, width = cuda.gridDim.x - 1 - cuda.blockIdx.x, tx_count * W
         part = cuda.gridDim.y - 1 - cuda.blockIdx.y
@@ -185,7 +205,10 @@ def gradient(what: Variant):
                 constants[j], constants[wide + j] = m, invstd
                 constants[2 * wide + j], constants[3 * wide + j] = k, b
                 if not frozen:
-                    c1, c0 = slopes(dweight[c], dbias[c], invstd, k, rest, int64(N) * S)
+                    n = int64(N) * S
+                    if masked:
+                        n = int64(tally[0])
+                    c1, c0 = slopes(dweight[c], dbias[c], invstd, k, rest, n)
                     constants[4 * wide + j], constants[5 * wide + j] = c1, c0
         cuda.syncthreads()
         tx, ty, height, column, active = place(tx_count, threads, tile, V, W)
@@ -202,9 +225,12 @@ def gradient(what: Variant):
                 if by_output:
                     y0 = load(y, at)
                 u, t = terms(x0, g0, y0, m, invstd, k, b)
+                d = slope(u, t, k, c1, c0)
+                if masked:
+                    u, d = pick(mask[r], u), pick(mask[r], d)
                 if by_output:
                     store(dr, at, u)
-                store(dx, at, slope(u, t, k, c1, c0))
+                store(dx, at, d)
                 at += step
                 r = int32(r + height)
 

@@ -32,11 +32,12 @@ class Access(NamedTuple):
     scatter: Any  # (arithmetic array, index, vector) -> None
     keep: Any  # (shared int32 array, index, raw) -> None
     recall: Any  # (shared int32 array, index) -> raw
+    valid: Any  # (mask of bytes, index) -> W of them
 
 
 if SIMULATED:
-    from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, mul, sqrt, sub, total
+    from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
 else:
-    from fastbn.cuda._lowered import access, add, finite, fma, gate, invsqrt, mul, sqrt, sub, total
+    from fastbn.cuda._lowered import access, add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
 
-__all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "mul", "sqrt", "sub", "total"]
+__all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "join", "mul", "pick", "sqrt", "sub", "total"]

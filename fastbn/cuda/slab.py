@@ -67,7 +67,7 @@ def train(what: Variant):
         sum_d, sum_d2 = block_sum(total(s), total(q), scratch)
         good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(int64(N) * S), eps)
         if not good:
-            mean, rest, var, invstd = again(x, c, N, C, S, eps, scratch)
+            mean, rest, var, invstd = again(x, x, A(int64(N) * S), c, N, C, S, eps, scratch)
         if tid == 0:
             found = (mean, rest, var, invstd)
             keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)

@@ -24,6 +24,7 @@ class Variant(NamedTuple):
     residual: bool = False  # forward: added; backward: its gradient is written and ReLU's sign comes from y
     frozen: bool = False  # statistics are constants
     given: bool = False  # forward: mean and variance as arguments instead of ``stats``
+    masked: bool = False  # values count, and outputs are not zero, only where a byte for each (sample, place) says so
 
 
 def make_terms(what: Variant):

@@ -14,3 +14,5 @@ SLAB = ((6144, 1024), (2048, 512), (512, 256), (0, 128))  # (vectors of a channe
 RESERVE = 4096  # bytes of shared memory that a slab leaves to the kernel's own arrays
 PERSISTENT_THREADS = 512  # threads of a block, one a multiprocessor, that works on rows in one launch
 PERSISTENT = True  # rows in one cooperative launch; False: always in three
+WARP_VECTORS = 256  # vectors of a set up to which a warp has it to itself
+READ_AGAIN = 16384  # elements of a set up to which a team reads it twice where it cannot be kept

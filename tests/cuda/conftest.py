@@ -16,7 +16,8 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and importlib.util.fin
 collect_ignore: list[str] = []
 if not SIMULATED:
     collect_ignore += [
-        "test_arrays.py", "test_launch.py", "test_plan.py", "test_public.py", "test_simulator.py", "test_torch.py",
+        "test_arrays.py", "test_launch.py", "test_launcher.py", "test_masks.py", "test_plan.py", "test_public.py",
+        "test_sets.py", "test_simulator.py", "test_torch.py",
     ]  # fmt: skip
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)
@@ -27,7 +28,7 @@ def small(monkeypatch):
     """Small blocks and grids."""
     if not SIMULATED:
         return
-    from fastbn.cuda import plan, tuning
+    from fastbn.cuda import choice, tuning
 
     numbers = {
         "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
@@ -35,5 +36,4 @@ def small(monkeypatch):
     }  # fmt: skip
     for name, value in numbers.items():
         monkeypatch.setattr(tuning, name, value)
-    for cached in (plan.plan, plan.slab, plan.persistent):
-        cached.cache_clear()
+    choice.forget()

@@ -37,6 +37,9 @@ class GpuArray:
     def transpose(self, order: Any) -> GpuArray:
         return GpuArray(self.host.transpose(order))
 
+    def reshape(self, shape: Any) -> GpuArray:
+        return GpuArray(self.host.reshape(shape))
+
     def __getitem__(self, part: Any) -> GpuArray:
         return GpuArray(self.host[part])
 
@@ -56,6 +59,15 @@ class Pretended(arrays.Library):
 
     def contiguous(self, value: GpuArray) -> GpuArray:
         return GpuArray.of(np.ascontiguousarray(value.host))
+
+    def expand(self, value: GpuArray, shape: Any) -> GpuArray:
+        return GpuArray(np.broadcast_to(value.host, shape))
+
+    def put(self, values: Any, like: Any) -> GpuArray:
+        return GpuArray.of(values)
+
+    def assign(self, target: GpuArray, source: GpuArray) -> None:
+        target.host[...] = source.host
 
     def host(self, value: GpuArray) -> Any:
         return value.host
@@ -131,6 +143,20 @@ def backward(grad, saved, out=None):
         out[...] = given.host
         grads = grads._replace(input=out)
     return fastbn.Gradients(*(get(g) for g in grads))
+
+
+def _sets(call):
+    """Give a function of the family host arrays."""
+
+    def through(x, *args, out=None, **options):
+        given = put(out)
+        y, saved = call(put(x), *[put(a) for a in args], out=given, **options)
+        return _returned(y, given, out), SavedOnHost(saved)
+
+    return through
+
+
+layer_norm, group_norm, instance_norm = _sets(fastbn.layer_norm), _sets(fastbn.group_norm), _sets(fastbn.instance_norm)
 
 
 def through_gpu(monkeypatch):

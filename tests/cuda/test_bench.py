@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu, gpu_cases, gpu_peers, gpu_timing
+from bench import gpu, gpu_cases, gpu_family, gpu_peers, gpu_timing
 from bench.gpu_cases import Case
 from tests.cuda.conftest import SIMULATED
 
@@ -41,11 +41,12 @@ def test_cases_and_floors():
 @pytest.mark.parametrize("broken", [False, True])
 def test_its_whole_course(broken, monkeypatch, tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    from fastbn import device
+    from fastbn import device, device_mask
     from fastbn.cuda import libraries
 
     monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
-    monkeypatch.setattr(device, "on_device", lambda value: isinstance(value, torch.Tensor))
+    for module in (device, device_mask):
+        monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
     on_cpu = functools.partial(gpu_peers.buffers, device="cpu")
     monkeypatch.setattr(gpu.peers, "buffers", on_cpu)
     if broken:
@@ -56,6 +57,12 @@ def test_its_whole_course(broken, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.timing, "copy_gb_s", lambda torch: 4000.0)
     monkeypatch.setattr(gpu, "launch_cost", lambda torch: {})
     monkeypatch.setattr(gpu, "sanitize", lambda: "not run")
+    small = [("layer", (3, 12), 1), ("group", (2, 4, 3, 3), 2), ("masked", (5, 2, 4), 1)]
+    monkeypatch.setattr(gpu_family, "CHECKED", small)
+    monkeypatch.setattr(gpu_family, "DTYPES", ("float32", "bfloat16"))
+    monkeypatch.setattr(gpu_family, "TIMED", [(6, 16)])
+    monkeypatch.setattr(gpu_family, "draw", lambda *args, genuine=gpu_family.draw: genuine(*args[:-1], "cpu"))
+    monkeypatch.setattr(gpu_timing, "sets", lambda nbytes: 2)
     monkeypatch.setattr(gpu, "CHECKED", [(9, 8)])
     monkeypatch.setattr(gpu, "DTYPES", ("float32",))
     cases = [Case("train", "NC", "float32", (64, 8)), Case("backward_fused", "NCHW", "float32", (64, 2, 2, 2))]

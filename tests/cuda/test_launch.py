@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from fastbn.cuda import launch, plan, tuning
+from fastbn.cuda import choice, launch, plan, tuning
 from fastbn.cuda.driver import device_properties
 from tests.cuda import device
 from tests.cuda.device import GpuArray, through_gpu
@@ -39,8 +39,7 @@ def use(monkeypatch):
     def choose(kernel, dims=None, kind="f32"):
         monkeypatch.setattr(tuning, "PERSISTENT", kernel == "persistent")
         monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel == "slab" else 0)
-        for cached in (plan.plan, plan.slab, plan.persistent):
-            cached.cache_clear()
+        choice.forget()
         if dims is None:
             return
         limits = device_properties()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbn.cuda import plan, tuning
+from fastbn.cuda import choice, plan, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
@@ -19,8 +19,7 @@ def true_numbers(small, monkeypatch):
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(tuning, "PERSISTENT", True)
     monkeypatch.setattr(tuning, "PERSISTENT_THREADS", 512)
-    for cached in (plan.plan, plan.slab, plan.persistent):
-        cached.cache_clear()
+    choice.forget()
 
 
 @given(N=SIZE, C=SIZE, S=SIZE, kind=st.sampled_from(sorted(ITEMSIZE)), aligned=st.booleans())

@@ -6,7 +6,7 @@ import pytest
 
 from bench import gpu_peers as peers
 from bench.gpu_cases import MOVED, Case
-from fastbn import device
+from fastbn import device, device_known
 from fastbn.cuda import libraries
 from fastbn.errors import ArgumentTypeError
 
@@ -67,3 +67,90 @@ def test_autograd_is_refused():
 def test_other_dtypes_are_refused():
     with pytest.raises(ArgumentTypeError, match="int64"):
         device.train(torch.ones(4, 3, dtype=torch.int64), None, None, None, None, 0.1, 1e-5, 1, None, None, None)
+
+
+def _arrays(shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(shape, generator=g) for _ in range(2))
+    return x, grad, [torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Count the calls that are checked in full."""
+    calls = []
+    for name in ("train", "infer"):
+        genuine = getattr(device, name)
+        monkeypatch.setattr(device, name, lambda *a, f=genuine, **k: (calls.append(1), f(*a, **k))[1])
+    device_known._calls.clear()
+    return calls
+
+
+def step(x, grad, vectors, out=None, activation=None, **changed):
+    options = {"momentum": 0.1, "eps": 1e-5, "axis": 1, "update": True, "unbiased": True} | changed
+    y, saved = device_known.train(x, *vectors, activation=activation, out=out, **options)
+    return y, saved, saved.gradients(grad, None)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_known_calls_compute_the_same(memory, activation, slow):
+    x, grad, vectors = _arrays((3, 4, 2, 4))
+    x, grad = x.to(memory_format=memory), grad.to(memory_format=memory)
+    results = []
+    for _ in range(3):
+        mine = [v.clone() for v in vectors]
+        y, saved, grads = step(x, grad, mine, activation=activation)
+        assert y.stride() == x.stride() == grads.input.stride() and saved.moments.count == 24 and saved.updated == 1
+        results.append([y, saved.mean, saved.variance, *grads[:3], *mine])
+        infer = device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, activation, None)
+        results[-1].append(infer)
+    assert len(slow) == 2  # the first of each
+    for later in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], later, strict=True))
+    moved = saved.gradients(grad, torch.full_like(grad, float("nan"))).input
+    assert torch.equal(moved, grads.input) and torch.equal(saved.gradients(grad, grad).input, moved)
+    assert torch.equal(grad, moved)
+
+
+def test_known_calls_still_refuse_what_overlaps(slow):
+    x, grad, vectors = _arrays((6, 4))
+    out = torch.empty_like(x)
+    for _ in range(2):
+        step(x, grad, vectors, out=out)
+        device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, out)
+    assert len(slow) == 2
+    with pytest.raises(ValueError, match="out: expected memory apart from x"):
+        step(x, grad, vectors, out=x)
+    both = torch.randn(8, 4)
+    with pytest.raises(ValueError, match="out: expected memory apart from x"):
+        step(both[:6], grad, vectors, out=both[2:])
+    _, saved, _ = step(x, grad, vectors)
+    saved.gradients(grad, torch.empty_like(grad))
+    with pytest.raises(ValueError, match="out: expected memory apart from x"):
+        saved.gradients(grad, x)
+    want = device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, None)
+    assert torch.equal(device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, x), want)
+
+
+def test_only_the_very_same_call_is_known(slow):
+    x, grad, vectors = _arrays((6, 4))
+    other = [torch.rand(8)[::2] for _ in range(2)] + vectors[2:]
+    calls = [
+        (vectors, {}), (vectors, {"eps": 1e-3}), (vectors, {"momentum": 0.5}), (vectors, {"activation": "relu"}),
+        (vectors, {"update": False}), (vectors, {"unbiased": False}), ([None, *vectors[1:]], {}), (other, {}),
+        (other, {}),
+    ]  # fmt: skip
+    for count, (arrays, options) in enumerate(calls, start=1):
+        grads = step(x, grad, arrays, **options)[2]
+        assert len(slow) == count  # strided parameters are copied, so that such a call is never known
+        assert (grads.weight is None) == (arrays[0] is None)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="weight: expected float32"):
+            step(x, grad, [vectors[0].double(), *vectors[1:]])
+    for _ in range(2):  # a gradient in another memory order is copied every time
+        _, saved, _ = step(x, grad, vectors)
+        turned = grad.t().contiguous().t()
+        assert torch.equal(saved.gradients(turned, None).input, saved.gradients(grad, None).input)
+    with torch.enable_grad(), pytest.raises(ArgumentTypeError, match="outside autograd"):
+        step(x.clone().requires_grad_(), grad, vectors)

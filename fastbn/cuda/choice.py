@@ -1,0 +1,69 @@
+"""Which kernel in one launch, if any: plan, kernel and grid of a shape, worked out once and kept."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+from fastbn.cuda import persistent, plan, plan_sets, slab
+from fastbn.cuda.arrays import ITEMSIZE
+from fastbn.cuda.driver import SIMULATED, Kernel
+from fastbn.cuda.plan import Dims
+from fastbn.cuda.sweep import Variant
+
+
+class One(NamedTuple):
+    """A kernel that does all of it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    shared: int
+    scratch: int  # elements that blocks meet in; 0 for none
+    cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
+
+
+def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
+    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier between them needs.
+
+    A GPU that is shared out or a toolkit without the device runtime (libcudadevrt) must not end a call that three
+    launches can do: the reason is a warning.
+    """
+    if SIMULATED:
+        return True
+    try:
+        kernel.allow_shared(shared)
+        compiled = next(iter(kernel.compiled.overloads.values()))
+        room = compiled.max_cooperative_grid_blocks(kernel.threads, shared)
+    except Exception as error:  # of the linker, the driver or another version of numba-cuda
+        warnings.warn(f"no one-launch kernel for rows, three launches instead: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return bool(blocks <= room)
+
+
+@functools.lru_cache(maxsize=1024)
+def one_launch(
+    kind: str, dims: Dims, whole: bool, relu: bool, residual: bool, backward: bool, frozen: bool,
+    limits: tuple[int, int],
+) -> One | None:  # fmt: skip
+    """Return how one launch does it; None where it takes three. ``whole``: all tensors are aligned."""
+    tensors, C = 2 if backward else 1, dims[1]
+    what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
+    threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
+    if threads:
+        what = what._replace(threads=threads)
+        return One(slab.backward(what) if backward else slab.train(what), (C,), shared, 0, dims)
+    p = plan.persistent(dims, kind, whole, tensors, *limits)
+    if not p.threads:
+        return None
+    what = what._replace(threads=p.threads)
+    kernel = persistent.backward(what) if backward else persistent.train(what)
+    if not fits(kernel, p.across * p.parts, p.shared):
+        return None
+    return One(kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, (C, dims[0], p.parts, p.chunk, p.tx, p.kept))
+
+
+def forget() -> None:
+    """Forget every choice; for who changes ``tuning``."""
+    for cached in (one_launch, plan.plan, plan.masked, plan.slab, plan.persistent, plan_sets.sets, plan_sets.columns):
+        cached.cache_clear()

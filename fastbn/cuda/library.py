@@ -1,0 +1,76 @@
+"""What one array library (PyTorch, CuPy, Numba) does its own way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbn.cuda.arrays import DeviceArray, Flat
+
+
+class Library:
+    """What one library does its own way. ``name`` is for messages."""
+
+    name = "CUDA"
+
+    def wrap(self, value: Any, name: str = "x") -> DeviceArray:
+        """See an array of this library."""
+        raise NotImplementedError
+
+    def current(self) -> int:
+        """Return the number of the GPU that kernels are launched on."""
+        from fastbn.cuda.driver import current_device
+
+        return current_device()
+
+    def signature(self, value: Any) -> Any:
+        """Return what tells arrays of this library apart but their memory; None where it cannot tell."""
+        raise TypeError(self.name)
+
+    def address(self, value: Any) -> int:
+        """Return where the memory begins."""
+        return self.wrap(value).address
+
+    def like(self, value: Any) -> Any:
+        """Return an uninitialised array with the shape, dtype and (dense) memory order of another."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """Return an uninitialised C-contiguous array on the device of ``like``."""
+        raise NotImplementedError
+
+    def vector(self, size: int, dtype: str, like: Any) -> Flat:
+        """Return an uninitialised vector as kernels take it."""
+        return self.wrap(self.empty((size,), dtype, like)).flat()
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """Return an array of zeros on the device of ``like``."""
+        raise NotImplementedError
+
+    def contiguous(self, value: Any) -> Any:
+        """Return the values in C order."""
+        raise NotImplementedError
+
+    def host(self, value: Any) -> Any:
+        """Return the values as a NumPy array; waits for the GPU."""
+        raise NotImplementedError
+
+    def put(self, values: Any, like: Any) -> Any:
+        """Copy a NumPy array to the device of ``like``."""
+        raise NotImplementedError
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Copy one array's values into another of the same shape, whatever their strides."""
+        raise NotImplementedError
+
+    def expand(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """Return a view broadcast to another shape."""
+        raise NotImplementedError
+
+    def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
+        """Return a view with the axes in another order."""
+        return value.transpose(order)
+
+    def stream(self, value: Any) -> int:
+        """Return the handle of the stream that the caller works on."""
+        raise NotImplementedError

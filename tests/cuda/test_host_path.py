@@ -1,0 +1,91 @@
+"""Everything between a call and the GPU, with the real numba-cuda and a driver that runs nothing.
+
+Compiling, linking (the device runtime of the grid barrier too), opting in to shared memory, streams, cooperative
+launches: what the simulator leaves out and what the first call on a GPU would find. Skipped without the CUDA packages
+or a C compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.test_compile import _installed
+
+HERE = Path(__file__).parent
+CODE = """
+import threading
+import numpy as np
+from numba import cuda
+import fastbn
+from fastbn.cuda import launcher, libraries
+
+libraries.Numba.stream = lambda self, value: STREAM
+STREAM = 0
+def array(*shape, dtype=np.float32): return cuda.device_array(shape, dtype)
+def step(name, call):
+    print(name, flush=True)
+    return call()
+
+w = array(64)
+x, y = array(64, 64), array(64, 64)
+step("rows", lambda: fastbn.batch_norm_train(x, w, w, array(64), array(64), out=y))
+planes = array(2, 64, 28, 28)
+step("slab", lambda: fastbn.batch_norm_train(planes, w, w))
+step("infer", lambda: fastbn.batch_norm_infer(planes, w, w, w, w))
+STREAM = 0x7F0000001000
+step("stream", lambda: fastbn.batch_norm_infer(planes, w, w, w, w))
+STREAM = 0
+step("layer", lambda: fastbn.layer_norm(array(300, 768), array(768), array(768)))
+other = array(2, 64, 28, 28)
+call = lambda: fastbn.batch_norm_infer(planes, w, w, w, w, out=other)  # allocates nothing, so that no context is made
+thread = threading.Thread(target=lambda: step("thread", call))
+thread.start(); thread.join()
+assert all(type(l) is launcher.Launcher for k in KERNELS for l in k._launchers.values())
+print("end")
+"""
+KERNELS = """
+from fastbn.cuda import driver
+KERNELS = []
+made = driver.Kernel.__init__
+def keep(self, *args):
+    made(self, *args)
+    KERNELS.append(self)
+driver.Kernel.__init__ = keep
+"""
+
+
+@pytest.mark.skipif(not (_installed() and shutil.which("gcc")), reason="needs the CUDA packages and gcc")
+def test_calls_reach_the_driver_as_they_should(tmp_path):
+    library = tmp_path / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, HERE / "pretended_driver.c", "-ldl"]
+    subprocess.run(command, check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    environment |= {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", KERNELS + CODE], cwd=HERE.parents[1], env=environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, name = {}, ""
+    for line in done.stdout.splitlines():
+        words = line.split()
+        if len(words) == 1:
+            name = words[0]
+            steps[name] = []
+        else:
+            steps[name].append((words[0], *[int(w) for w in words[2:6]], words[6]))
+    assert "synchronised" not in steps
+    assert [s[0] for s in steps["rows"]] == ["attribute", "together"]
+    assert steps["rows"][0][1:3] == (8, 232448 - 4096)  # all that a block may have, less its static part
+    assert [(s[0], s[5]) for s in steps["stream"]] == [("launch", "0x7f0000001000")]
+    assert [s[:3] for s in steps["slab"] if s[0] == "launch"] == [("launch", 64, 1)]
+    assert len(steps["infer"]) == 1 and [s[0] for s in steps["layer"]] == ["attribute", "launch"]
+    assert steps["layer"][1][1:5] == (38, 1, 256, 8 * 768 * 4)
+    assert [s[0] for s in steps["thread"]] == ["launch"] * 2  # once more after the thread got a context
+    assert "end" in steps
