@@ -6,6 +6,7 @@ the weight of the new value, ValueError for one value per channel in training.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,17 @@ from fastbn.saved import Gradients, Saved
 __all__ = ["Gradients", "Saved", "backward", "batch_norm_infer", "batch_norm_train", "frozen", "update_running"]
 
 Array = npt.NDArray[Any]
+
+
+@functools.cache  # an import statement costs half a microsecond even where it finds its module
+def _on_gpu() -> Any:
+    """Return the module for calls that are like an earlier one; only imported where kernels can run."""
+    from fastbn.cuda.libraries import ready
+
+    ready("x")
+    from fastbn import device_known
+
+    return device_known
 
 
 def batch_norm_train(
@@ -102,11 +114,10 @@ def batch_norm_train(
         if ghost is not None or renorm is not None or on_single != "error" or nonfinite != "propagate":
             device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
         if residual is None and mask is None and lengths is None:
-            from fastbn import device_known
-
-            return device_known.train(
+            again: tuple[Array, Saved] = _on_gpu().train(
                 x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out, update_stats, unbiased
             )
+            return again
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
             update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
@@ -168,9 +179,7 @@ def batch_norm_infer(
         from fastbn import device
 
         if residual is None:
-            from fastbn import device_known
-
-            known: Array = device_known.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
+            known: Array = _on_gpu().infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
             return known
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y

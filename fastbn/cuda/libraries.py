@@ -215,14 +215,21 @@ def on_device(value: Any) -> bool:
     return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
 
 
-def wrap(name: str, value: Any, allowed: tuple[str, ...] = FLOATS) -> DeviceArray:
-    """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
+def ready(name: str) -> None:
+    """Raise a DeviceError that names the argument where kernels cannot run."""
     try:
-        from fastbn.cuda.driver import check, current_device
+        from fastbn.cuda.driver import check
 
         check()
     except DeviceError as error:
         raise DeviceError(f"{name}: expected a NumPy array on this machine, got a CUDA array: {error}") from error
+
+
+def wrap(name: str, value: Any, allowed: tuple[str, ...] = FLOATS) -> DeviceArray:
+    """See a device array; errors name the argument. Raises DeviceError where kernels cannot run."""
+    ready(name)
+    from fastbn.cuda.driver import current_device
+
     array = _library(value).wrap(value, name)
     supported(name, array.name, allowed)
     here = current_device()
