@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from fastbn import arguments, layout
+from fastbn import device_arguments as checks
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
-from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 
@@ -40,7 +41,7 @@ def refuse(**options: Any) -> None:
 
 def follow(layer: Any, x: Any) -> None:
     """Move the arrays of a layer to where x is: to its GPU and library, or back to the host."""
-    like = tensor("x", x) if on_device(x) else None
+    like = checks.tensor("x", x) if on_device(x) else None
     for name in layer.arrays:
         value = getattr(layer, name)
         if value is None or on_device(value) == (like is not None):
@@ -53,101 +54,6 @@ def host(value: Any) -> Any:
     return np.array(wrap("value", value).host())
 
 
-def _array(name: str, value: Any) -> DeviceArray:
-    if not on_device(value):
-        raise ArgumentTypeError(name, "an array on the GPU, as x is", type(value).__name__)
-    return wrap(name, value)
-
-
-def tensor(name: str, value: Any) -> DeviceArray:
-    """Check a tensor."""
-    array = _array(name, value)
-    if array.ndim < 2:
-        raise ArgumentValueError(name, "an array of rank >= 2", f"shape {array.shape}")
-    return array
-
-
-def like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
-    """Check an array with the shape and dtype of x."""
-    array = tensor(name, value)
-    if array.shape != x.shape:
-        raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
-    if array.kind != x.kind:
-        raise ArgumentTypeError(name, f"the dtype of x, {x.name}", array.name)
-    return array
-
-
-def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
-    """Check a parameter: its shape, and the arithmetic dtype."""
-    array = _array(name, value)
-    if array.shape != shape:
-        expected = f"one number per channel, shape {shape}" if len(shape) == 1 else f"shape {shape}"
-        raise ArgumentValueError(name, expected, f"shape {array.shape}")
-    if array.name != x.arithmetic:
-        raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
-    return array
-
-
-def running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:
-    """Check a running statistic, which is updated in place."""
-    array = parameter(name, value, x, (channels,))
-    if not array.writeable:
-        raise ArgumentValueError(name, "a writeable array (it is updated in place)", "a read-only one")
-    if not array.c_contiguous:
-        raise ArgumentValueError(name, "a contiguous vector (it is updated in place)", f"strides {array.strides}")
-    return array.flat()
-
-
-def output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
-    """Check an output array, which may be empty; return its layout."""
-    array = like("out", out, x)
-    if not array.writeable:
-        raise ArgumentValueError("out", "a writeable array", "a read-only one")
-    found = layout.of(array.shape, array.strides, array.itemsize, axis)
-    if not x.size:
-        return array, layout.contiguous(x.shape, axis)
-    if found is None:
-        raise ArgumentValueError(
-            "out", "an array without gaps in memory (contiguous in some order of axes)", f"strides {array.strides}"
-        )
-    return array, found
-
-
-def apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
-    """Raise if out overlaps another array, unless it is the very same memory and that is allowed."""
-    (low, high), (start, end) = out.bounds(), other.bounds()
-    if not out.size or high <= start or end <= low:
-        return
-    same = out.address == other.address and out.strides == other.strides
-    if same and exact_allowed:
-        return
-    expected = f"memory apart from {name}" + (f", or exactly that of {name}" if exact_allowed else "")
-    raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(a) for a in np.argsort(order))
-
-
-def _settle(x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Layout]:
-    found = layout.of(x.shape, x.strides, x.itemsize, axis) if x.size else None
-    return (x, found) if found is not None else (x.contiguous(), layout.contiguous(x.shape, axis))
-
-
-def _in_order(x: DeviceArray, where: layout.Layout) -> DeviceArray:
-    """Return x itself if it lies in memory as the layout says, else a copy that does."""
-    if not x.size:
-        return x
-    ordered = x.transpose(where.order)
-    return x if ordered.c_contiguous else ordered.contiguous().transpose(_inverse(where.order))
-
-
-def _empty_like(x: DeviceArray, where: layout.Layout) -> DeviceArray:
-    if x.c_contiguous:
-        return x.empty(x.shape)
-    return x.empty([x.shape[a] for a in where.order]).transpose(_inverse(where.order))
-
-
 class _Call:
     """The checked arguments that training and inference share."""
 
@@ -156,23 +62,25 @@ class _Call:
     def __init__(
         self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
     ):
-        given = tensor("x", x)
+        given = checks.tensor("x", x)
         self.axis = axis = layout.normalise_axis(axis, given.ndim)
         channels = given.shape[axis]
-        self.weight = None if weight is None else parameter("weight", weight, given, (channels,)).contiguous().flat()
-        self.bias = None if bias is None else parameter("bias", bias, given, (channels,)).contiguous().flat()
+        self.weight = (
+            None if weight is None else checks.parameter("weight", weight, given, (channels,)).contiguous().flat()
+        )
+        self.bias = None if bias is None else checks.parameter("bias", bias, given, (channels,)).contiguous().flat()
         self.relu = arguments.activation(activation)
-        added = None if residual is None else like("residual", residual, given)
+        added = None if residual is None else checks.like("residual", residual, given)
         if out is None:
-            self.x, self.layout = _settle(given, axis)
-            self.out = _empty_like(self.x, self.layout)
+            self.x, self.layout = checks.settle(given, axis)
+            self.out = checks.empty_like(self.x, self.layout)
         else:
-            self.out, self.layout = output(out, given, axis)
-            apart("x", self.out, given, exact_allowed=in_place)
+            self.out, self.layout = checks.output(out, given, axis)
+            checks.apart("x", self.out, given, exact_allowed=in_place)
             if added is not None:
-                apart("residual", self.out, added, exact_allowed=True)
-            self.x = _in_order(given, self.layout)
-        self.residual = None if added is None else _in_order(added, self.layout).flat()
+                checks.apart("residual", self.out, added, exact_allowed=True)
+            self.x = checks.in_order(given, self.layout)
+        self.residual = None if added is None else checks.in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
 
     def mask(self, mask: Any, lengths: Any, train: bool = False) -> Any:
@@ -239,29 +147,30 @@ class DeviceSaved(Saved):
         from fastbn.cuda import launch
 
         x, where = self.x, self.layout
-        grad = like("grad_output", grad_output, x)
+        grad = checks.like("grad_output", grad_output, x)
         if out is None:
-            target = _empty_like(x, where)
+            target = checks.empty_like(x, where)
         else:
-            target, found = output(out, x, self.axis)
+            target, found = checks.output(out, x, self.axis)
             if x.size and found != where and not target.transpose(where.order).c_contiguous:
                 raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
-            apart("x", target, x, exact_allowed=False)
-            apart("grad_output", target, grad, exact_allowed=not self.residual)
+            checks.apart("x", target, x, exact_allowed=False)
+            checks.apart("grad_output", target, grad, exact_allowed=not self.residual)
             if self.y is not None:
-                apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
-        gated = _empty_like(x, where) if self.residual and self.relu else None
+                checks.apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
+        gated = checks.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
             dweight, dbias = launch.backward(
-                x.flat(), _in_order(grad, where).flat(), y, target.flat(), dr, self.weight, self.bias, self.vectors,
-                where.dims, self.frozen, self.relu, launch.ALL if self.mask is None else self.mask,
+                x.flat(), checks.in_order(grad, where).flat(), y, target.flat(), dr,
+                self.weight, self.bias, self.vectors, where.dims, self.frozen, self.relu,
+                launch.ALL if self.mask is None else self.mask,
             )  # fmt: skip
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None
         if self.mask is not None and self.residual and gated is None:
-            residual = self._masked(_in_order(grad, where)).owner
+            residual = self._masked(checks.in_order(grad, where)).owner
         return Gradients(
             target.owner if out is None else out,
             None if self.weight is None else dweight.array_owner,
@@ -273,7 +182,7 @@ class DeviceSaved(Saved):
         """Return a gradient with zeros where the mask excludes it: normalised by mean 0 and variance 0 + 1."""
         from fastbn.cuda import launch
 
-        result, zero = _empty_like(self.x, self.layout), self.x.zeros(self.layout.dims[1])
+        result, zero = checks.empty_like(self.x, self.layout), self.x.zeros(self.layout.dims[1])
         given = launch.Given(zero, zero, 1.0)
         launch.infer(grad.flat(), None, result.flat(), None, None, given, self.layout.dims, None, self.mask)
         return result
@@ -312,7 +221,10 @@ def train(
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
     moved: tuple[Flat | None, Flat | None] = (None, None)
     if running_mean is not None:
-        moved = (running("running_mean", running_mean, f.x, C), running("running_var", running_var, f.x, C))
+        moved = (
+            checks.running("running_mean", running_mean, f.x, C),
+            checks.running("running_var", running_var, f.x, C),
+        )
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -342,8 +254,8 @@ def train(
 
 def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
     return (
-        parameter("running_mean", mean, x, (channels,)).contiguous().flat(),
-        parameter("running_var", var, x, (channels,)).contiguous().flat(),
+        checks.parameter("running_mean", mean, x, (channels,)).contiguous().flat(),
+        checks.parameter("running_var", var, x, (channels,)).contiguous().flat(),
     )
 
 
@@ -382,14 +294,14 @@ def frozen(
 
 def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Moments:
     """Statistics of the channels, on the host; see ``Moments.of``."""
-    array = tensor("x", x)
+    array = checks.tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     channels = array.shape[axis]
     if array.size == 0:
         return Moments(0, np.zeros(channels), np.zeros(channels))
     from fastbn.cuda import launch
 
-    array, where = _settle(array, axis)
+    array, where = checks.settle(array, axis)
     found, count = launch.ALL, math.prod((where.dims[0], where.dims[2]))
     if mask is not None or lengths is not None:
         from fastbn import device_mask

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import arguments, device, layout
+from fastbn import device_arguments as checks
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.plan_sets import Sizes
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
@@ -45,8 +46,8 @@ class _Ordered:
 
 
 def _output(out: Any, x: DeviceArray) -> DeviceArray:
-    target, _ = device.output(out, x, 0)
-    device.apart("x", target, x, exact_allowed=False)
+    target, _ = checks.output(out, x, 0)
+    checks.apart("x", target, x, exact_allowed=False)
     return target
 
 
@@ -76,12 +77,12 @@ class DeviceSetsSaved(Saved):
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
         x = self.x
-        grad = device.like("grad_output", grad_output, x)
+        grad = checks.like("grad_output", grad_output, x)
         if out is None:
             target = x.empty(x.shape)
         else:
             target = _output(out, x)
-            device.apart("grad_output", target, grad, exact_allowed=True)
+            checks.apart("grad_output", target, grad, exact_allowed=True)
         dweight, dbias = (None if s is None else self._parameter_gradient(s) for s in self.affine)
         if x.size:
             from fastbn.cuda import launch_sets
@@ -112,8 +113,8 @@ def _normalise(
 ) -> tuple[Any, DeviceSetsSaved]:  # fmt: skip
     """Normalise sets of values; ``param`` is the shape of weight and bias, ``shape`` that of the statistics."""
     eps = arguments.epsilon(eps, positive=True)
-    w = None if weight is None else device.parameter("weight", weight, x, param).contiguous().flat()
-    b = None if bias is None else device.parameter("bias", bias, x, param).contiguous().flat()
+    w = None if weight is None else checks.parameter("weight", weight, x, param).contiguous().flat()
+    b = None if bias is None else checks.parameter("bias", bias, x, param).contiguous().flat()
     target = x.empty(x.shape) if out is None else _output(out, x)
     result = DeviceSetsSaved()
     result.x, result.axis, result.sizes, result.shape, result.count = x, axis, d, shape, d.n
@@ -132,7 +133,7 @@ def _normalise(
 
 
 def _samples(x: Any, axis: Any) -> tuple[DeviceArray, int]:
-    array = device.tensor("x", x)
+    array = checks.tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     if axis == 0:
         raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
@@ -172,7 +173,7 @@ def group_norm(
 
 def layer_norm(x: Any, weight: Any, bias: Any, axis: Any, eps: Any, out: Any) -> tuple[Any, DeviceSetsSaved]:
     """See ``fastbn.layer_norm``."""
-    array = device.tensor("x", x)
+    array = checks.tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
     rows, normalised = array.shape[:axis], array.shape[axis:]
     d = Sizes(math.prod(rows), 1, math.prod(normalised), 1)
@@ -186,6 +187,6 @@ def move(saved: DeviceSetsSaved, running_mean: Any, running_var: Any, momentum: 
     from fastbn.cuda import launch_sets
 
     C = saved.sizes.C
-    flats = [device.running(n, v, saved.x, C) for n, v in (("mean", running_mean), ("var", running_var))]
+    flats = [checks.running(n, v, saved.x, C) for n, v in (("mean", running_mean), ("var", running_var))]
     unbias = saved.count / (saved.count - 1)
     launch_sets.move(saved.vectors, flats[0], flats[1], saved.sizes.B, momentum, unbias)

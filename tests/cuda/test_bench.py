@@ -41,11 +41,11 @@ def test_cases_and_floors():
 @pytest.mark.parametrize("broken", [False, True])
 def test_its_whole_course(broken, monkeypatch, tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    from fastbn import device, device_mask
+    from fastbn import device, device_arguments, device_mask
     from fastbn.cuda import libraries
 
     monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
-    for module in (device, device_mask):
+    for module in (device, device_arguments, device_mask):
         monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
     on_cpu = functools.partial(gpu_peers.buffers, device="cpu")
     monkeypatch.setattr(gpu.peers, "buffers", on_cpu)
