@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .affine import Array, ChannelAffine, Dims
+from .affine import Array, ChannelAffine
 from .facts import Facts
 from .plan import FLOATS
 
@@ -71,15 +71,15 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
     aligned = _align(node, facts.opset(node), array.astype(np.float64), rank, index)
     if aligned is None:
         return None
-    return ConstantOperand(node, 1 - index, index, _thin(aligned, facts.dims(data) or ()))
+    return ConstantOperand(node, 1 - index, index, _thin(aligned, facts, data))
 
 
-def _thin(array: Array, dims: Dims) -> Array:
+def _thin(array: Array, facts: Facts, data: ir.Value) -> Array:
     """Drop what an Expand wrote out: axes along which the constant repeats, where the data has that length anyway."""
     if array.size == max(array.shape, default=1) or array.size > _THIN_LIMIT:
         return array
     for axis, size in enumerate(array.shape):
-        if size > 1 and dims[axis] == size:
+        if size > 1 and facts.size(data, axis) == size:
             first = array.take([0], axis)
             if np.array_equal(np.broadcast_to(first, array.shape), array):
                 array = first
@@ -110,8 +110,7 @@ def own_map(facts: Facts, operand: ConstantOperand) -> ChannelAffine | None:
     axis = axes[0] if axes else -1
     if axis >= 0:
         data = operand.node.inputs[operand.data]
-        dims = None if data is None else facts.dims(data)
-        if dims is None or dims[axis] != value.shape[axis]:
+        if data is None or facts.size(data, axis) != value.shape[axis]:
             return None  # the constant enlarges the data, or may
     c = value.reshape(-1)
     one, zero = np.ones_like(c), np.zeros_like(c)

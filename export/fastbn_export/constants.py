@@ -98,7 +98,7 @@ def _constant_node(node: ir.Node) -> Array | None:
     if attribute.is_ref():
         return None
     if name == "value":
-        return tensor_array(attribute.as_tensor())
+        return tensor_array(attribute.value)
     if name in ("value_float", "value_floats"):
         return np.asarray(attribute.value, np.float32)
     if name in ("value_int", "value_ints"):
@@ -265,7 +265,7 @@ def _constant_of_shape(node: ir.Node, inputs: list[Array], opset: int) -> Array:
     attribute = node.attributes.get("value")
     if attribute is None:
         return np.broadcast_to(np.zeros((), np.float32), shape)
-    filler = tensor_array(attribute.as_tensor())
+    filler = tensor_array(attribute.value)  # `as_tensor` checks a protocol by its 20 names, every time
     if filler is None:
         raise _Unknown
     return np.broadcast_to(filler.reshape(()), shape)

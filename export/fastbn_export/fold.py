@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import onnx
@@ -24,7 +25,7 @@ from fastbn.errors import ArgumentTypeError
 
 from . import search
 from .editor import Editor
-from .facts import Facts, all_graphs, holding
+from .facts import Facts, holding
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import Source, find
@@ -68,7 +69,8 @@ class FoldResult:
         OSError
             The file cannot be written.
         """
-        save(self._edited if self._edited is not None else ir.serde.deserialize_model(self.model), path)
+        with _uncollected():
+            save(self._edited if self._edited is not None else load(self.model)[1], path)
 
 
 def fold(
@@ -205,7 +207,7 @@ class _Engine:
 
     def _sources(self) -> list[Source]:
         found: list[Source] = []
-        for scope, graph in all_graphs(self.model):
+        for scope, graph in self._facts.graphs:
             for source in find(self._facts, graph):
                 found.append(source)
                 if source.anchor not in self._entries:
@@ -258,14 +260,20 @@ class _Engine:
     def _count(self) -> tuple[dict[str, int], int]:
         ops: Counter[str] = Counter()
         parameters = 0
-        for _, graph in all_graphs(self.model):
-            parameters += sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None)
+        for _, graph in self._facts.graphs:
+            parameters += sum(_elements(v.const_value) for v in graph.initializers.values())
             for node in graph:
                 ops[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
                 value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
                 if value is not None and not value.is_ref():
-                    parameters += value.as_tensor().size
+                    parameters += _elements(value.value)
         return dict(sorted(ops.items())), parameters
+
+
+def _elements(tensor: ir.TensorProtocol | None) -> int:
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return prod(tensor.raw.dims)  # without making a Shape
+    return 0 if tensor is None else int(tensor.size)
 
 
 def _note(entry: BnEntry, upstream: bool, reason: str) -> None:

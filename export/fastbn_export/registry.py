@@ -75,7 +75,10 @@ class Site:
 
     def rank(self, value: ir.Value) -> int:
         """Rank of a value, which must be known."""
-        return len(self.dims(value))
+        rank = self.facts.rank(value)
+        if rank is None:
+            raise Refused(f"the rank of '{value.name}' is unknown")
+        return rank
 
     def dtype(self, value: ir.Value) -> ir.DataType:
         """Floating type of a value, which must be known."""

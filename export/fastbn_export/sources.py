@@ -79,7 +79,7 @@ class BatchNorm(Source):
         if len(node.inputs) < 5 or node.inputs[0] is None:
             raise Refused("BatchNormalization lacks inputs")
         # What no fold has touched since it was last read need not be computed again.
-        key = tuple(None if v is None else v.const_value for v in node.inputs[1:5])
+        key = tuple(facts.stored(v) for v in node.inputs[1:5])
         if self._known is None or any(a is None or a is not b for a, b in zip(key, self._known[0], strict=True)):
             self._known = key, self._compute(facts)
         return self._known[1]

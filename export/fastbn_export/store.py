@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +20,11 @@ import onnx_ir as ir
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 from .facts import all_graphs
-from .files import external_files, fill, load_model
-from .protos import tensors_of
+from .files import external_files, load_model
+from .originals import originals, remember
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
-_ORIGINAL = "fastbn.original"
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
 
@@ -60,7 +58,7 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     if any(_sparse_inside(node) for node in proto.graph.node):
         raise ArgumentValueError("model", "sparse initializers in the main graph only", "one in a control-flow body")
     edited = ir.serde.deserialize_model(proto)
-    edited.meta[_ORIGINAL] = proto
+    remember(proto, edited)
     for tensor in _external(edited):
         tensor.base_dir = folder or os.getcwd()
     return proto, edited
@@ -72,10 +70,7 @@ def _read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     The rest (tensors of Constant nodes and bodies, sparse ones) is read in: only initializers of the main graph are
     streamed when the model is written, a reference from anywhere else would be lost in another folder.
     """
-    proto = load_model(path, external_data=False)
-    streamed = len(proto.graph.initializer)  # tensors_of begins with these
-    fill(path, islice(tensors_of(proto), streamed, None))
-    return proto
+    return load_model(path, initializers=False)
 
 
 def _sparse_inside(node: onnx.NodeProto) -> bool:
@@ -88,7 +83,7 @@ def _sparse_inside(node: onnx.NodeProto) -> bool:
 
 def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
     """Put back what the editor does not carry: sparse initializers, training info, quantization annotations."""
-    original = model.meta.get(_ORIGINAL)
+    original = originals(model).proto
     if original is None:
         return
     proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
@@ -129,15 +124,25 @@ def inline_proto(model: ir.Model) -> onnx.ModelProto:
 def _without_initializers(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[ir.Value, ir.TensorProtocol]]]:
     """The proto of a model whose main graph has no initializers, and these."""
     graph = model.graph
-    held = list(graph.initializers.values())
-    graph.initializers.clear()
-    try:
-        proto = ir.serde.serialize_model(model)
-    finally:
-        for value in held:
-            graph.initializers.add(value)
+    shell = ir.Graph([], [], nodes=[], name=graph.name, doc_string=graph.doc_string, opset_imports=graph.opset_imports)
+    shell.metadata_props.update(graph.metadata_props)
+    proto = ir.serde.serialize_model(
+        ir.Model(
+            shell,
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            domain=model.domain,
+            model_version=model.model_version,
+            doc_string=model.doc_string,
+            functions=list(model.functions.values()),
+            metadata_props=model.metadata_props,
+            device_configurations=model.device_configurations,
+        )
+    )
+    originals(model).graph(graph, proto.graph)
     _restore(proto, model)
-    return proto, [(v, v.const_value) for v in held if v.const_value is not None]
+    return proto, [(v, v.const_value) for v in graph.initializers.values() if v.const_value is not None]
 
 
 def _header(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
@@ -156,6 +161,8 @@ def _whole(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
         for key, text in tensor.metadata_props.items():
             proto.metadata_props.add(key=key, value=text)
         return proto
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.name == value.name:
+        return tensor.raw
     proto = ir.serde.serialize_tensor(tensor)
     proto.name = value.name or ""
     return proto

@@ -15,8 +15,7 @@ __all__ = ["Concat", "Gather", "Slice", "Split"]
 
 
 def _length(site: Site, value: ir.Value, axis: int) -> int:
-    dims = site.dims(value)
-    size = dims[axis] if axis < len(dims) else None
+    size = site.facts.size(value, axis)
     if not isinstance(size, int):
         raise Refused(f"the number of channels of '{value.name}' is unknown")
     return size

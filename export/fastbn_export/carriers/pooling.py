@@ -149,7 +149,6 @@ class Resize(Commuting):
             site.affine.has_shift or site.float("extrapolation_value", 0.0) != 0.0
         ):
             raise Refused("Resize fills in values from outside the input")
-        before, after = site.dims(site.input(0)), site.dims(site.node.outputs[0])
-        axis = site.affine.axis
-        if axis >= len(before) or not isinstance(before[axis], int) or before[axis] != after[axis]:
+        before, after = (site.facts.size(v, site.affine.axis) for v in (site.input(0), site.node.outputs[0]))
+        if not isinstance(before, int) or before != after:
             raise Refused(f"{site.node.op_type} may resize the channel axis")
