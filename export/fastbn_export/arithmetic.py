@@ -53,14 +53,15 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
     first, second = node.inputs
     if first is None or second is None or first is second:
         return None
-    fixed = [facts.is_constant(first), facts.is_constant(second)]
-    if fixed[0] == fixed[1]:
+    index = _which(facts, node, first, second)
+    if index is None:
         return None
-    index = fixed.index(True)
     data, constant = (second, first) if index == 0 else (first, second)
     if facts.dtype(constant) not in FLOATS and facts.dtype(data) not in FLOATS:
         return None
     array = facts.constant(constant)
+    if array is None:
+        array = facts.constant(_expanded(constant))
     if array is None:
         return None
     rank = facts.rank(data)
@@ -72,6 +73,26 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
     if aligned is None:
         return None
     return ConstantOperand(node, 1 - index, index, _thin(aligned, facts, data))
+
+
+def _which(facts: Facts, node: ir.Node, first: ir.Value, second: ir.Value) -> int | None:
+    """Which operand is constant, up to being written out to the shape of the other one at run time."""
+    fixed = [facts.is_constant(first), facts.is_constant(second)]
+    if any(fixed):
+        return None if all(fixed) else fixed.index(True)
+    for index, (data, value) in ((1, (first, second)), (0, (second, first))):
+        source = _expanded(value)
+        if source is not None and facts.is_constant(source):
+            dims = facts.dims(data)
+            if dims is not None and None not in dims and dims == facts.dims(node.outputs[0]):
+                return index
+    return None
+
+
+def _expanded(value: ir.Value) -> ir.Value | None:
+    """What an Expand repeats."""
+    maker = value.producer()
+    return maker.inputs[0] if maker is not None and maker.op_type == "Expand" and maker.domain == "" else None
 
 
 def _thin(array: Array, facts: Facts, data: ir.Value) -> Array:

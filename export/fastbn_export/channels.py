@@ -81,7 +81,9 @@ def _conv(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims | None
         channels = weight[0]
     else:
         per_group = weight[1]
-        channels = per_group * node.attributes.get_int("group", 1) if isinstance(per_group, int) else None
+        group = node.attributes.get("group")
+        count = 1 if group is None else 0 if group.is_ref() else group.as_int()
+        channels = per_group * count if isinstance(per_group, int) and count else None
     return (inputs[0][0] if inputs[0] else None, channels, *[None] * (len(weight) - 2))
 
 
@@ -97,7 +99,8 @@ def _concat(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims | No
     if not given or any(len(dims) != len(given[0]) for dims in given):
         return None
     rank = len(given[0])
-    axis = node.attributes.get_int("axis", 1)
+    attribute = node.attributes.get("axis")
+    axis = 1 if attribute is None else rank if attribute.is_ref() else attribute.as_int()
     if not -rank <= axis < rank:
         return None
     found = given[0]
@@ -126,6 +129,38 @@ def _join(a: int | str | None, b: int | str | None) -> int | str | None:
     return sizes[0] if sizes else None
 
 
+def _constant(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims | None:
+    if node.op_type == "Constant":
+        value = node.attributes.get("value")
+        return None if value is None or value.is_ref() else tuple(int(d) for d in value.value.shape.numpy())
+    shape = _stored(facts, node, 0)
+    return None if shape is None else tuple(shape)
+
+
+def _stored(facts: Facts, node: ir.Node, index: int) -> list[int] | None:
+    """The integers that an initializer holds; expressions may ask for shapes themselves, and are left to inference."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    array = facts.constant(value) if value is not None and value.is_initializer() else None
+    return None if array is None else [int(i) for i in array.reshape(-1)]
+
+
+def _unsqueeze(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims | None:
+    attribute = node.attributes.get("axes")
+    axes = _stored(facts, node, 1) if attribute is None else None if attribute.is_ref() else attribute.as_ints()
+    if axes is None or inputs[0] is None:
+        return None
+    rank = len(inputs[0]) + len(axes)
+    added, rest = {axis % rank for axis in axes}, iter(inputs[0])
+    return tuple(1 if i in added else next(rest) for i in range(rank)) if len(added) == len(axes) else None
+
+
+def _transpose(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims | None:
+    dims, perm = inputs[0], node.attributes.get("perm")
+    if dims is None or perm is None or perm.is_ref():
+        return None if dims is None or perm is not None else dims[::-1]
+    return tuple(dims[axis] for axis in perm.as_ints()) if len(perm.as_ints()) == len(dims) else None
+
+
 _LIKE_INPUT = (
     "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
     "LpNormalization MeanVarianceNormalization Relu LeakyRelu PRelu ThresholdedRelu Elu Celu Selu Sigmoid HardSigmoid "
@@ -137,5 +172,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"), _pool),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _broadcast),
+    **dict.fromkeys(("Constant", "ConstantOfShape"), _constant),
     "Concat": _concat,
+    "Unsqueeze": _unsqueeze,
+    "Transpose": _transpose,
 }

@@ -17,6 +17,9 @@ from .plan import AddShift, BecomeGemm, Bypass, Edit, Fork, SetAttribute, SetCon
 
 __all__ = ["Editor"]
 
+_SHAPES = frozenset(("Expand", "Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast"))
+"""What shapes are computed with at run time."""
+
 
 class Editor:
     """Applies prepared edits to one model.
@@ -238,9 +241,11 @@ class Editor:
             stack.extend(inputs)
 
     def _expression(self, node: ir.Node) -> bool:
-        """Whether a node only computed a constant that is now unused."""
+        """Whether a node only computed a constant, or the shape that one was expanded to, that is now unused."""
         if any(o.uses() or o.is_graph_output() for o in node.outputs):
             return False
+        if node.domain == "" and node.op_type in _SHAPES:
+            return True
         return self._facts.constant(node.outputs[0]) is not None
 
     def _drop_initializer(self, value: ir.Value) -> None:

@@ -71,7 +71,7 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
         if node.op_type in ("Constant", "ConstantOfShape"):
             written = node.attributes.get("value")
             if written is not None:
-                return written.as_tensor().dtype
+                return ir.DataType(written.value.dtype)
             floats = node.op_type == "ConstantOfShape" or any(a in node.attributes for a in _FLOAT_VALUES)
             return ir.DataType.FLOAT if floats else None
         if node.op_type == "Cast":

@@ -26,9 +26,11 @@ from fastbn.errors import ArgumentTypeError
 from . import search
 from .editor import Editor
 from .facts import Facts, holding
+from .files import save_model
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
-from .sources import Source, find
+from .sources import BatchNorm, Source, find
+from .sparse import MARK
 from .store import inline_proto, load, save
 
 __all__ = ["FoldResult", "Keep", "fold"]
@@ -69,8 +71,11 @@ class FoldResult:
         OSError
             The file cannot be written.
         """
+        if self._edited is None:
+            save_model(self.model, path)
+            return
         with _uncollected():
-            save(self._edited if self._edited is not None else load(self.model)[1], path)
+            save(self._edited, path)
 
 
 def fold(
@@ -193,6 +198,7 @@ class _Engine:
         self._editor = Editor(self._facts)
         self._entries: dict[ir.Node, BnEntry] = {}
         self._minor: set[ir.Node] = set()
+        self._known: dict[ir.Node, BatchNorm] = {}
 
     def run(self) -> FoldReport:
         report = FoldReport()
@@ -209,6 +215,8 @@ class _Engine:
         found: list[Source] = []
         for scope, graph in self._facts.graphs:
             for source in find(self._facts, graph):
+                if isinstance(source, BatchNorm):  # the one of the round before knows its map already
+                    source = self._known.setdefault(source.anchor, source)
                 found.append(source)
                 if source.anchor not in self._entries:
                     self._entries[source.anchor] = BnEntry(source.name, source.kind, scope=scope)
@@ -263,6 +271,8 @@ class _Engine:
         for _, graph in self._facts.graphs:
             parameters += sum(_elements(v.const_value) for v in graph.initializers.values())
             for node in graph:
+                if MARK in node.attributes:
+                    continue
                 ops[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
                 value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
                 if value is not None and not value.is_ref():

@@ -15,6 +15,7 @@ import onnx
 
 __all__ = [
     "graphs_of",
+    "holders_of",
     "nodes_of",
     "operator_counts",
     "parameter_count",
@@ -42,6 +43,12 @@ def _graphs_in(attribute: Any) -> Any:
     if attribute.type not in _GRAPH:  # files of IR version 1 do not say the type
         return ()
     return [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def holders_of(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield every attribute that may hold tensors or graphs, wherever its node is."""
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        yield from _holders(nodes)
 
 
 def _graphs_below(nodes: Any) -> Iterator[Any]:
@@ -75,17 +82,16 @@ def _initializers(graph: Any) -> Iterator[Any]:
 def tensors_of(model: onnx.ModelProto) -> Iterator[Any]:
     """Yield every constant tensor, the initialisers of the main graph first; sparse ones' parts and attributes too."""
     yield from _initializers(model.graph)
-    for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for attribute in _holders(nodes):
-            for graph in _graphs_in(attribute):
-                yield from _initializers(graph)
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-            for sparse in (*single, *attribute.sparse_tensors):
-                yield sparse.values
-                yield sparse.indices
+    for attribute in holders_of(model):
+        for graph in _graphs_in(attribute):
+            yield from _initializers(graph)
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        for sparse in (*single, *attribute.sparse_tensors):
+            yield sparse.values
+            yield sparse.indices
 
 
 def operator_counts(model: onnx.ModelProto) -> Counter[str]:

@@ -22,8 +22,11 @@ from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from .facts import all_graphs
 from .files import external_files, load_model
 from .originals import originals, remember
+from .sparse import found, hidden
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
+
+_SPARSE = "fastbn.sparse"
 
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
@@ -42,8 +45,8 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     TypeError
         `model` is neither a ModelProto nor a path.
     ValueError
-        The file is no ONNX model (`files.ModelFileError`), the model has no graph, or sparse initializers in a
-        control-flow body, or its external data is missing, too short, or outside the model's folder.
+        The file is no ONNX model (`files.ModelFileError`), the model has no graph, or its external data is missing,
+        too short, or outside the model's folder.
     """
     if isinstance(model, onnx.ModelProto):
         proto, folder = model, ""
@@ -55,10 +58,11 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
         raise ArgumentValueError("model", "a graph", "a model without one")
     if not folder:
         external_files("model", proto)  # external data of a model in memory lies in the current folder; checks it
-    if any(_sparse_inside(node) for node in proto.graph.node):
-        raise ArgumentValueError("model", "sparse initializers in the main graph only", "one in a control-flow body")
-    edited = ir.serde.deserialize_model(proto)
-    remember(proto, edited)
+    readable = hidden(proto)
+    edited = ir.serde.deserialize_model(readable)
+    remember(readable, edited)
+    if readable is not proto:
+        edited.meta[_SPARSE] = True
     for tensor in _external(edited):
         tensor.base_dir = folder or os.getcwd()
     return proto, edited
@@ -73,19 +77,13 @@ def _read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     return load_model(path, initializers=False)
 
 
-def _sparse_inside(node: onnx.NodeProto) -> bool:
-    """Whether a body in the node's attributes has sparse initializers, which the editor does not know."""
-    if node.op_type not in ("If", "Loop", "Scan", "SequenceMap"):
-        return False
-    graphs = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
-    return any(g.sparse_initializer or any(_sparse_inside(n) for n in g.node) for g in graphs)
-
-
 def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
     """Put back what the editor does not carry: sparse initializers, training info, quantization annotations."""
     original = originals(model).proto
     if original is None:
         return
+    if model.meta.get(_SPARSE):
+        found(proto)
     proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
     proto.training_info.extend(original.training_info)
     annotations = original.graph.quantization_annotation
