@@ -80,6 +80,14 @@ class Site:
             raise Refused(f"the rank of '{value.name}' is unknown")
         return rank
 
+    def operand_axis(self, index: int) -> int:
+        """The axis of operand `index` that the map's axis on the output is; the operand must have all channels."""
+        rank = self.rank(self.input(index))
+        axis = self.affine.axis - self.rank(self.node.outputs[0]) + rank
+        if axis < 0 or self.facts.size(self.input(index), axis) != self.affine.size:
+            raise Refused(f"an operand of {self.node.op_type} is broadcast along the channels")
+        return axis
+
     def dtype(self, value: ir.Value) -> ir.DataType:
         """Floating type of a value, which must be known."""
         dtype = self.facts.dtype(value)

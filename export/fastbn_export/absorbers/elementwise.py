@@ -56,12 +56,9 @@ def _replace(site: Site, operand: ConstantOperand, value: Array) -> Edit:
 
 
 def _operand_axis(site: Site, index: int) -> int:
-    """The axis of operand `index` that the map's axis on the output is; the operand must have all channels."""
-    out, mine = site.rank(site.node.outputs[0]), site.rank(site.input(index))
-    axis = site.affine.axis - (out - mine)
-    if axis < 0 or site.facts.size(site.input(index), axis) != site.affine.size:
-        raise Refused(f"an operand of {site.node.op_type} is broadcast along the channels")
-    if site.opset < 7 and mine != out:
+    """The axis of operand `index` that the map's axis on the output is, in the broadcasting rules of the opset."""
+    axis = site.operand_axis(index)
+    if site.opset < 7 and axis != site.affine.axis:
         raise Refused(f"{site.node.op_type} broadcasts by attributes in opset {site.opset}")
     return axis
 
