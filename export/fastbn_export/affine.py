@@ -77,6 +77,11 @@ class ChannelAffine:
         """Whether no value is infinite or NaN."""
         return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
 
+    def equals(self, other: ChannelAffine) -> bool:
+        """Whether it is the same map."""
+        pairs = ((self.scale, other.scale), (self.shift, other.shift))
+        return self is other or (self.axis == other.axis and all(np.array_equal(a, b) for a, b in pairs))
+
     def at(self, axis: int) -> ChannelAffine:
         """The same values along another axis."""
         return ChannelAffine(self.scale, self.shift, axis)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -131,6 +131,12 @@ class Operator:
 
     upstream = ""
     downstream = ""
+    joins = False
+    """Whether maps wanted on several outputs are to be answered together, by `join`."""
+
+    def join(self, site: Site, wanted: Mapping[int, ChannelAffine]) -> Sequence[Step]:
+        """Output k must deliver ``wanted[k]`` of what it delivers now; the others must not change."""
+        raise NotImplementedError
 
     def pull(self, site: Site) -> Sequence[Step]:
         """The output must deliver `site.affine` of what it delivers now."""

@@ -124,9 +124,12 @@ class AddSub(Operator):
     def _branches(self, site: Site) -> Sequence[Step]:
         a, node = site.affine, site.node
         inputs = [site.input(i) for i in range(len(node.inputs))]
-        if len(set(inputs)) != len(inputs):
-            raise Refused(f"{node.op_type} reads '{inputs[0].name}' twice")
         axes = [_operand_axis(site, i) for i in range(len(inputs))]
+        if len(set(inputs)) == 1 and node.op_type != "Sub":  # x + x = 2 x
+            part = ChannelAffine(a.scale, a.shift / len(inputs), axes[0])
+            return [Step.carry(*((value, part) for value in inputs))]
+        if len(set(inputs)) != len(inputs):
+            raise Refused(f"{node.op_type} reads an operand twice")
         constants = [site.facts.constant(v) is not None for v in inputs]
         if any(constants):
             raise Refused(f"{node.op_type} has several operands of which some are constant")
