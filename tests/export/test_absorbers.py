@@ -146,11 +146,43 @@ def test_dequantized_weight(kind):
     is_folded(m.build(y), "DequantizeLinear", "Conv")
 
 
-def test_dequantized_weight_and_a_negative_scale():
+@pytest.mark.parametrize("stored", [np.int8, np.uint8])
+@pytest.mark.parametrize("faked", [False, True])
+def test_dequantized_weight_and_scales_of_both_signs_and_zero(stored, faked):
     m = Model()
-    w = m.op("DequantizeLinear", m.constant(np.ones((4, 3, 1, 1), np.int8)), m.constant(np.float32(0.1)))
-    y = m.bn(m.op("Conv", m.input(2, 3, 5, 5), w), 4, parameters=(-np.ones(4, "f"), *m.statistics(4)[1:]))
-    is_left(m.build(y), "positive factors only")
+    step, zero = m.constant(np.full(4, 0.1, np.float32)), m.constant(np.full(4, 5, stored))
+    if faked:
+        q = m.op("QuantizeLinear", m.weight(4, 3, 1, 1), step, zero, axis=0)
+    else:
+        q = m.constant(m.rng.integers(0, 11, (4, 3, 1, 1)).astype(stored))
+    w = m.op("DequantizeLinear", q, step, zero, axis=0)
+    bias = m.op("DequantizeLinear", m.constant(np.arange(4, dtype=np.int32)), m.constant(np.float32(0.01)))
+    gamma = np.array([1.5, -0.5, 0, -2], np.float32)
+    y = m.bn(m.op("Conv", m.input(2, 3, 4, 4), w, bias), 4, parameters=(gamma, *m.statistics(4)[1:]))
+    is_folded(m.build(m.op("Relu", y)), "DequantizeLinear", "Conv", "Relu")
+
+
+def test_dequantized_weight_that_has_no_room_for_the_sign():
+    m = Model()
+    w = m.op("DequantizeLinear", m.constant(np.full((4, 3, 1, 1), -128, np.int8)), m.constant(np.float32(0.1)))
+    y = m.bn(m.op("Conv", m.input(2, 3, 4, 4), w), 4, parameters=(-np.ones(4, np.float32), *m.statistics(4)[1:]))
+    is_left(m.build(m.op("Relu", y)), "a negative factor does not fit into quantized weights of type int8")
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("shift", [False, True])
+def test_quantized_activations(axis, shift):
+    m = Model()
+    size = () if axis is None else (4,)
+    step, zero = m.constant(np.full(size, 0.1, np.float32)), m.constant(np.full(size, 3, np.uint8))
+    along = {} if axis is None else {"axis": axis}
+    q = m.op("QuantizeLinear", m.op("Conv", m.input(2, 3, 4, 4), m.weight(4, 3, 1, 1)), step, zero, **along)
+    y = m.bn(m.op("DequantizeLinear", q, step, zero, **along), 4, parameters=None if shift else m.positive(4))
+    model = m.build(m.op("Relu", y))
+    if shift:
+        is_left(model, "a shift does not pass DequantizeLinear")
+    else:
+        is_folded(model, "Conv", "QuantizeLinear", "DequantizeLinear", "Relu")
 
 
 # Downstream
