@@ -28,6 +28,8 @@ __all__ = [
     "disk_size",
     "external_files",
     "load_model",
+    "place",
+    "refer",
     "save_model",
 ]
 
@@ -271,7 +273,7 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
         try:
             for tensor in tensors_of(model):
                 if len(tensor.raw_data) >= _EXTERNAL_TENSOR:
-                    moved.append((tensor, *_refer(tensor, sidecar.name, stream)))
+                    moved.append((tensor, *refer(tensor, sidecar.name, stream)))
             skeleton.write_bytes(model.SerializeToString())
         finally:
             for tensor, offset, length in moved:  # the caller's model gets its weights back, read from the new file
@@ -281,15 +283,21 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
                 tensor.ClearField("data_location")
 
 
-def _refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
-    stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
-    offset, length = stream.tell(), len(tensor.raw_data)
+def refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
+    """Move the bytes of a tensor to the end of a data file called `location`; returns where they are."""
+    offset, length = place(tensor, location, stream, len(tensor.raw_data))
     stream.write(tensor.raw_data)
     tensor.ClearField("raw_data")
+    return offset, length
+
+
+def place(tensor: Any, location: str, stream: Any, length: int) -> tuple[int, int]:
+    """Make a tensor point to the next `length` bytes of a data file, which are still to be written."""
+    stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
+    offset = stream.tell()
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
+        tensor.external_data.add(key=key, value=value)
     return offset, length
 
 

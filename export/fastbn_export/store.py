@@ -20,14 +20,16 @@ import onnx_ir as ir
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 from .facts import all_graphs
-from .files import external_files, load_model
+from .files import external_files, load_model, place, refer
 from .originals import originals, remember
+from .protos import tensors_of
 from .sparse import found, hidden
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
 _SPARSE = "fastbn.sparse"
 
+_EXTERNAL = 1024  # bytes: smaller tensors stay among the operators
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
 
@@ -181,7 +183,9 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         temporary = Path(folder) / target.name
         if size >= LIMIT:
             data = f"{target.name}.data"
-            ir.save(model, temporary, external_data=data)
+            with open(Path(folder) / data, "wb") as beside:
+                skeleton = _beside(model, data, beside)
+            temporary.write_bytes(skeleton.SerializeToString())
             os.replace(Path(folder) / data, target.parent / data)
         else:
             with open(temporary, "wb") as file:
@@ -189,6 +193,24 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(model: ir.Model, location: str, file: BinaryIO) -> onnx.ModelProto:
+    """Write the weights to a data file, tensor by tensor, and return the model that points to them."""
+    proto, tensors = _without_initializers(model)
+    if proto.ByteSize() > LIMIT:
+        for inner in tensors_of(proto):
+            if len(inner.raw_data) >= _EXTERNAL:
+                refer(inner, location, file)
+    for value, tensor in tensors:
+        if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+            proto.graph.initializer.append(_whole(value, tensor))
+            continue
+        header = _header(value, tensor)
+        place(header, location, file, tensor.nbytes)
+        _write(tensor, file)
+        proto.graph.initializer.append(header)
+    return proto
 
 
 def _stream(model: ir.Model, file: BinaryIO) -> None:
@@ -210,7 +232,7 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
 
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
     """A TensorProto up to its raw bytes, its whole length, and the tensor whose bytes follow (None: included)."""
-    if tensor.nbytes < 1024 or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+    if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
         text = _whole(value, tensor).SerializeToString()
         return text, len(text), None
     head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)
