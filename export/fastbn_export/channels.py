@@ -1,7 +1,7 @@
 """Ranks and channel counts without shape inference: what a convolution's weights and the operators behind it fix.
 
-Requirement: certain or None, by the operators' specifications alone. Most folds ask for no more than this, and inference
-on a copy of the model costs as much as a third of all folding; it is also all there is inside functions.
+Requirement: certain or None, by the operators' specifications alone. Most folds ask for no more than this, inference on
+a copy of the model costs as much as a third of all folding, and inside functions there is nothing else.
 """
 
 from __future__ import annotations
@@ -162,11 +162,12 @@ def _transpose(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims |
 
 
 _LIKE_INPUT = (
-    "BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LRN "
-    "LpNormalization MeanVarianceNormalization Relu LeakyRelu PRelu ThresholdedRelu Elu Celu Selu Sigmoid HardSigmoid "
-    "HardSwish Swish Mish Gelu Softplus Softsign Softmax LogSoftmax Hardmax Tanh Clip Abs Neg Sqrt Reciprocal Exp Log "
-    "Erf Floor Ceil Round Identity Dropout Cast QuantizeLinear DequantizeLinear"
-).split()
+    *("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
+    *("LRN", "LpNormalization", "MeanVarianceNormalization", "Relu", "LeakyRelu", "PRelu", "ThresholdedRelu", "Elu"),
+    *("Celu", "Selu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Gelu", "Softplus", "Softsign", "Clip"),
+    *("Softmax", "LogSoftmax", "Hardmax", "Tanh", "Abs", "Neg", "Sqrt", "Reciprocal", "Exp", "Log", "Erf", "Floor"),
+    *("Ceil", "Round", "Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear"),
+)
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_LIKE_INPUT, _like_input),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),

@@ -154,7 +154,7 @@ def _byte_size(tensor: Any, name: str) -> int:
     bits = _bits(tensor.data_type)
     if bits is None:
         raise ModelFileError(f"{name}: expected a known element type, got {tensor.data_type}")
-    return -(-prod(dims) * bits // 8)
+    return -(-int(prod(dims)) * bits // 8)
 
 
 @cache

@@ -169,7 +169,7 @@ class _Search:
         raise first
 
     def _wanted(self, task: _Task, node: ir.Node, parked: _Parked) -> _Parked | None:
-        """Park a task at a value with other readers, or whose operator has other outputs; None if nothing is missing."""
+        """Park a task where other readers, or other outputs of the operator, may have a say; None if none has."""
         rule, value = lookup(node), task.value
         tasks = (*parked.get(value, ()), task)
         if not rule.joins and self._complete(tasks):
@@ -196,7 +196,9 @@ class _Search:
     def _unpark(self, parked: _Parked) -> tuple[ir.Node, Iterator[Step], _Parked]:
         """The steps of the last operator that tasks wait for, now that nobody else can ask it for anything."""
         owners = {self._owner(tasks[0]): value for value, tasks in parked.items()}
-        node = next(iter(owners)) if len(owners) == 1 else next(n for n in reversed(self._source.graph) if n in owners)
+        node, graph = next(iter(owners)), self._source.graph
+        if len(owners) > 1 and graph is not None:
+            node = next((n for n in reversed(graph) if n in owners), node)
         rule, value = lookup(node), owners[node]
         if not rule.joins:
             return node, self._steps(parked[value][0], node, self._shared(value)), _without(parked, value)

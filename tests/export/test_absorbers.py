@@ -68,6 +68,14 @@ def test_gemm_rows(trans):
     is_folded(m.build(m.bn(m.op("Transpose", y, perm=[1, 0]), 4)), "Gemm", "Transpose")
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_gemm_with_an_offset_computed_by_another(beta):
+    m = Model()
+    c = m.op("Gemm", m.input(3, 6), m.weight(6, 4), m.weight(4))
+    y = m.op("Gemm", m.input(3, 5), m.weight(5, 4), c, beta=beta, alpha=0.7)
+    is_folded(m.build(m.op("Relu", m.bn(y, 4))), "Gemm", "Gemm", "Relu")
+
+
 def test_gemm_with_an_offset_from_outside():
     m = Model()
     is_left(

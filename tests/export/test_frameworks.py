@@ -246,7 +246,9 @@ def test_names_with_slashes_keep_their_scopes():
             node.input[0] = node.input[0] if node.input[0] == "x" else f"{node.input[0]}_{name}"
         out = helper.make_tensor_value_info(f"{y}_{name}", TensorProto.FLOAT, [2, 4, 4, 4])
         bodies.append(helper.make_graph(nodes, name, [], [out]))
-    choice = helper.make_node("If", ["condition"], ["y"], name="/block/If", then_branch=bodies[0], else_branch=bodies[1])
+    choice = helper.make_node(
+        "If", ["condition"], ["y"], name="/block/If", then_branch=bodies[0], else_branch=bodies[1]
+    )
     graph = helper.make_graph(
         [choice],
         "g",

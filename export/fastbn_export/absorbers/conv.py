@@ -1,4 +1,4 @@
-"""Conv and ConvTranspose: ``y = W * x + b`` with the channel axis at 1; their weights are each other's, turned round."""
+"""Conv and ConvTranspose: ``y = W * x + b`` with channels along axis 1; the weights of one are the other's, turned."""
 
 from __future__ import annotations
 
