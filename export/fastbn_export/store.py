@@ -29,6 +29,7 @@ __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
 _SPARSE = "fastbn.sparse"
 
+_OUTSIDE = onnx.TensorProto.EXTERNAL
 _EXTERNAL = 1024  # bytes: smaller tensors stay among the operators
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
@@ -58,14 +59,15 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
         raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
     if not proto.HasField("graph"):
         raise ArgumentValueError("model", "a graph", "a model without one")
-    if not folder:
-        external_files("model", proto)  # external data of a model in memory lies in the current folder; checks it
+    # External data of a model in memory lies in the current folder; of a file, only the main graph's is left there.
+    held = proto.graph.initializer
+    external = any(t.data_location == _OUTSIDE for t in held) if folder else external_files("model", proto)
     readable = hidden(proto)
     edited = ir.serde.deserialize_model(readable)
     remember(readable, edited)
     if readable is not proto:
         edited.meta[_SPARSE] = True
-    for tensor in _external(edited):
+    for tensor in _external(edited) if external else ():
         tensor.base_dir = folder or os.getcwd()
     return proto, edited
 
