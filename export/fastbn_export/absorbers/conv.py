@@ -11,7 +11,7 @@ from ..plan import Refused, Step
 from ..registry import Operator, Site, operator
 from .common import bias_edit, weight_edit
 
-__all__ = ["Conv", "ConvTranspose"]
+__all__ = ["Conv", "ConvTranspose", "DeformConv"]
 
 
 class Convolution(Operator):
@@ -19,6 +19,8 @@ class Convolution(Operator):
 
     filters = 0
     """The axis of the channels that are delivered; the other one has those that are read."""
+    bias = 2
+    """Which input is the bias."""
 
     def pull(self, site: Site) -> Sequence[Step]:
         """Scale the filters and the bias."""
@@ -26,8 +28,8 @@ class Convolution(Operator):
         weight = site.constant(1, "weight")
         factor = self._spread(site, weight, a.scale, self.filters)
         edits = weight_edit(site, 1, "weight", factor, self.filters)
-        if a.has_shift or site.has(2):
-            edits.append(bias_edit(site, 2, lambda b: a.scale * b + a.shift, a.size, "bias"))
+        if a.has_shift or site.has(self.bias):
+            edits.append(bias_edit(site, self.bias, lambda b: a.scale * b + a.shift, a.size, "bias"))
         return [Step.absorbed(*edits)]
 
     def push(self, site: Site) -> Sequence[Step]:
@@ -44,7 +46,7 @@ class Convolution(Operator):
             shift = self._spread(site, weight, a.shift, 1 - self.filters)
             taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2, dtype=np.float64)
             added = self._collected(site, taps * shift.reshape(shift.shape[:2]))
-            edits.append(bias_edit(site, 2, lambda b: b + added, added.size, "bias"))
+            edits.append(bias_edit(site, self.bias, lambda b: b + added, added.size, "bias"))
         return [Step.absorbed(*edits)]
 
     def _spread(self, site: Site, weight: Array, vector: Array, axis: int) -> Array:
@@ -110,3 +112,16 @@ class ConvTranspose(Convolution):
         plain = not any(site.ints("pads") or ()) and not any(site.ints("output_padding") or ())
         if not point or not plain or site.ints("output_shape") or site.text("auto_pad", "NOTSET") != "NOTSET":
             raise Refused("the next ConvTranspose reaches its borders less often than its middle")
+
+
+@operator("DeformConv")
+class DeformConv(Convolution):
+    """As Conv on what it samples; where it samples, and the mask, do not depend on the weights."""
+
+    upstream = "absorbs as Conv"
+    downstream = "absorbs a scale as Conv; it samples zeros outside, so no shift"
+    bias = 3
+
+    def _must_reach_all(self, site: Site, kernel: Sequence[int]) -> None:
+        """Samples may lie anywhere."""
+        raise Refused("the next DeformConv may sample zeros outside the input, and the shift is not zero")
