@@ -58,7 +58,7 @@ def known_dims(facts: Facts, value: ir.Value, memo: Memo) -> Dims | None:
         if node is None or rule is None or (stated is not None and None not in stated):
             memo[current] = stated
             continue
-        needed = [v for v in node.inputs if v is not None]
+        needed = [v for v in node.inputs[: _READS.get(node.op_type, 1)] if v is not None]
         waiting = [v for v in needed if v not in memo]
         if waiting and current not in waited:  # waited for already: a cycle, or an unknown input
             waited.add(current)
@@ -178,3 +178,5 @@ _RULES: dict[str, Rule] = {
     "Unsqueeze": _unsqueeze,
     "Transpose": _transpose,
 }
+_READS = {"Conv": 2, "ConvTranspose": 2, "Add": 2, "Sub": 2, "Mul": 2, "Div": 2, "Concat": None, "ConstantOfShape": 0}
+"""How many of its inputs' shapes a rule needs, where it is not one; None for all."""

@@ -23,7 +23,7 @@ __all__ = ["evaluate", "tensor_array"]
 _LIMIT = 1 << 28
 """Largest constant, in elements, that an expression may grow to."""
 
-_FLOAT = np.dtype("<f4")
+_PLAIN = {int(ir.DataType.FLOAT): np.dtype("<f4"), int(ir.DataType.INT64): np.dtype("<i8")}
 
 Rule = Callable[[ir.Node, list[Array], int], Array]
 _RULES: dict[str, Rule] = {}
@@ -37,8 +37,8 @@ def tensor_array(tensor: ir.TensorProtocol) -> Array | None:
     """A tensor as an array: a view where the storage allows one, None for strings and packed types."""
     if isinstance(tensor, ir.TensorProtoTensor):
         raw = tensor.raw  # the plain case without the checks of `numpy`, which cost three times as much as the array
-        if raw.data_type == 1 and raw.HasField("raw_data"):
-            return np.frombuffer(raw.raw_data, _FLOAT).reshape(raw.dims)
+        if raw.data_type in _PLAIN and raw.HasField("raw_data"):
+            return np.frombuffer(raw.raw_data, _PLAIN[raw.data_type]).reshape(raw.dims)
     if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         return None
     return np.asarray(tensor.numpy())
