@@ -23,7 +23,7 @@ __all__ = ["evaluate", "tensor_array"]
 _LIMIT = 1 << 28
 """Largest constant, in elements, that an expression may grow to."""
 
-_PLAIN = {int(ir.DataType.FLOAT): np.dtype("<f4"), int(ir.DataType.INT64): np.dtype("<i8")}
+_PLAIN: dict[int, Any] = {int(ir.DataType.FLOAT): np.dtype("<f4"), int(ir.DataType.INT64): np.dtype("<i8")}
 
 Rule = Callable[[ir.Node, list[Array], int], Array]
 _RULES: dict[str, Rule] = {}
