@@ -201,6 +201,10 @@ class _Search:
             node = next((n for n in reversed(graph) if n in owners), node)
         rule, value = lookup(node), owners[node]
         if not rule.joins:
+            if any(not other.affine.equals(parked[value][0].affine) for other in parked[value]):
+                raise Refused(f"the readers of '{value.name}' would need different maps")
+            if len({task.node for task in parked[value]}) > 1:  # a copy of the operator is for one reader
+                raise Refused(self._shared(value))
             return node, self._steps(parked[value][0], node, self._shared(value)), _without(parked, value)
         demands = {}
         for output in node.outputs:

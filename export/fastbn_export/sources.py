@@ -180,6 +180,8 @@ class Run(Source):
     def affine(self, facts: Facts) -> ChannelAffine:
         """All operators as one map."""
         outputs = [node.outputs[0] for node, _ in self._data]
+        if any(len(v.uses()) != 1 or v.is_graph_output() for v in outputs[:-1]):  # a copy reads it since it was found
+            raise Refused("an operator within the run has other readers")
         chained = all(n.inputs[i] is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
         if chained and _same(self._known[0], facts, self._constants()):
             return self._known[1]

@@ -314,3 +314,21 @@ def test_what_does_not_meet_stays():
     m = Model(opset=17)
     y = m.op("GridSample", conv(m, 2, 4, 5, 5), m.input(2, 3, 3, 2))
     is_left(m.build(m.op("Relu", m.bn(y, 4))), "GridSample pads with zeros")
+
+
+def test_a_copy_is_made_for_one_reader_only():
+    m = Model(opset=17)
+    y = conv(m, 2, 4, 5, 5)
+    twice = m.op("Concat", y, y, axis=3)
+    model = m.build(m.op("Relu", m.bn(twice, 4)), m.op("Sigmoid", y))
+    assert folded(check(model, duplicate=True))
+    m = Model(opset=17)
+    y = conv(m, 2, 4, 5, 5)
+    twice = m.op("Concat", y, m.op("Neg", y), axis=3)
+    model = m.build(m.op("Relu", m.bn(twice, 4)), m.op("Sigmoid", y))
+    is_left(model, "", duplicate=True)
+    m = Model(opset=17)
+    y = conv(m, 2, 4, 5, 5)
+    twice = m.op("Concat", y, m.op("Identity", y), axis=3)
+    model = m.build(m.op("Relu", m.bn(twice, 4)), m.op("Sigmoid", y))
+    is_left(model, "has other readers", duplicate=True)
