@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -51,15 +52,15 @@ class ChannelAffine:
         """Number of channels C."""
         return int(self.scale.size)
 
-    @property
+    @cached_property
     def has_scale(self) -> bool:
         """Whether any scale differs from one."""
-        return bool(np.any(self.scale != 1.0))
+        return bool((self.scale != 1.0).any())
 
-    @property
+    @cached_property
     def has_shift(self) -> bool:
         """Whether any shift differs from zero."""
-        return bool(np.any(self.shift != 0.0))
+        return bool(self.shift.any())
 
     @property
     def is_identity(self) -> bool:
@@ -74,7 +75,12 @@ class ChannelAffine:
     @property
     def is_finite(self) -> bool:
         """Whether no value is infinite or NaN."""
-        return bool(np.all(np.isfinite(self.scale)) and np.all(np.isfinite(self.shift)))
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+
+    def equals(self, other: ChannelAffine) -> bool:
+        """Whether it is the same map."""
+        pairs = ((self.scale, other.scale), (self.shift, other.shift))
+        return self is other or (self.axis == other.axis and all(np.array_equal(a, b) for a, b in pairs))
 
     def at(self, axis: int) -> ChannelAffine:
         """The same values along another axis."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .affine import Array, ChannelAffine, Dims
+from .affine import Array, ChannelAffine
 from .facts import Facts
 from .plan import FLOATS
 
@@ -53,14 +53,15 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
     first, second = node.inputs
     if first is None or second is None or first is second:
         return None
-    fixed = [facts.is_constant(first), facts.is_constant(second)]
-    if fixed[0] == fixed[1]:
+    index = _which(facts, node, first, second)
+    if index is None:
         return None
-    index = fixed.index(True)
     data, constant = (second, first) if index == 0 else (first, second)
     if facts.dtype(constant) not in FLOATS and facts.dtype(data) not in FLOATS:
         return None
     array = facts.constant(constant)
+    if array is None:
+        array = facts.constant(_expanded(constant))
     if array is None:
         return None
     rank = facts.rank(data)
@@ -71,15 +72,35 @@ def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:
     aligned = _align(node, facts.opset(node), array.astype(np.float64), rank, index)
     if aligned is None:
         return None
-    return ConstantOperand(node, 1 - index, index, _thin(aligned, facts.dims(data) or ()))
+    return ConstantOperand(node, 1 - index, index, _thin(aligned, facts, data))
 
 
-def _thin(array: Array, dims: Dims) -> Array:
+def _which(facts: Facts, node: ir.Node, first: ir.Value, second: ir.Value) -> int | None:
+    """Which operand is constant, up to being written out to the shape of the other one at run time."""
+    fixed = [facts.is_constant(first), facts.is_constant(second)]
+    if any(fixed):
+        return None if all(fixed) else fixed.index(True)
+    for index, (data, value) in ((1, (first, second)), (0, (second, first))):
+        source = _expanded(value)
+        if source is not None and facts.is_constant(source):
+            dims = facts.dims(data)
+            if dims is not None and None not in dims and dims == facts.dims(node.outputs[0]):
+                return index
+    return None
+
+
+def _expanded(value: ir.Value) -> ir.Value | None:
+    """What an Expand repeats."""
+    maker = value.producer()
+    return maker.inputs[0] if maker is not None and maker.op_type == "Expand" and maker.domain == "" else None
+
+
+def _thin(array: Array, facts: Facts, data: ir.Value) -> Array:
     """Drop what an Expand wrote out: axes along which the constant repeats, where the data has that length anyway."""
     if array.size == max(array.shape, default=1) or array.size > _THIN_LIMIT:
         return array
     for axis, size in enumerate(array.shape):
-        if size > 1 and dims[axis] == size:
+        if size > 1 and facts.size(data, axis) == size:
             first = array.take([0], axis)
             if np.array_equal(np.broadcast_to(first, array.shape), array):
                 array = first
@@ -110,8 +131,7 @@ def own_map(facts: Facts, operand: ConstantOperand) -> ChannelAffine | None:
     axis = axes[0] if axes else -1
     if axis >= 0:
         data = operand.node.inputs[operand.data]
-        dims = None if data is None else facts.dims(data)
-        if dims is None or dims[axis] != value.shape[axis]:
+        if data is None or facts.size(data, axis) != value.shape[axis]:
             return None  # the constant enlarges the data, or may
     c = value.reshape(-1)
     one, zero = np.ones_like(c), np.zeros_like(c)

@@ -12,10 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from .affine import Array
-from .facts import Facts, all_graphs
+from .facts import Facts
 from .plan import AddShift, BecomeGemm, Bypass, Edit, Fork, SetAttribute, SetConstant, SetInput
 
 __all__ = ["Editor"]
+
+_SHAPES = frozenset(("Expand", "Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast"))
+"""What shapes are computed with at run time."""
 
 
 class Editor:
@@ -79,11 +82,14 @@ class Editor:
     def _refill(self, old: ir.Value, array: Array) -> ir.Value | None:
         """A ConstantOfShape that was uniform and still is stays one: its file size was nothing."""
         maker = old.producer()
-        if maker is None or maker.op_type != "ConstantOfShape" or array.size < 2 or np.any(array != array.flat[0]):
+        if maker is None or maker.op_type != "ConstantOfShape" or array.size < 2:
             return None
-        if array.shape != tuple(self._facts.dims(old) or ()) or maker.graph is None:
+        if any(array.strides) and np.any(array != array.flat[0]):
             return None
-        value = ir.AttrTensor("value", ir.Tensor(array.reshape(-1)[:1].copy()))
+        before = self._facts.constant(old)
+        if before is None or array.shape != before.shape or maker.graph is None:
+            return None
+        value = ir.AttrTensor("value", ir.Tensor(array.flat[:1]))
         if len(old.uses()) == 1 and not old.is_graph_output():
             maker.attributes.add(value)
             self._facts.forget(old)
@@ -235,9 +241,11 @@ class Editor:
             stack.extend(inputs)
 
     def _expression(self, node: ir.Node) -> bool:
-        """Whether a node only computed a constant that is now unused."""
+        """Whether a node only computed a constant, or the shape that one was expanded to, that is now unused."""
         if any(o.uses() or o.is_graph_output() for o in node.outputs):
             return False
+        if node.domain == "" and node.op_type in _SHAPES:
+            return True
         return self._facts.constant(node.outputs[0]) is not None
 
     def _drop_initializer(self, value: ir.Value) -> None:
@@ -255,7 +263,7 @@ class Editor:
     def _unique(self, name: str) -> str:
         """A name that no value or node of the model has, `name` itself if possible."""
         if self._names is None:
-            self._names = _all_names(self._model)
+            self._names = _all_names(self._facts)
         candidate, count = name, 0
         while candidate in self._names:
             count += 1
@@ -264,9 +272,9 @@ class Editor:
         return candidate
 
 
-def _all_names(model: ir.Model) -> set[str]:
+def _all_names(facts: Facts) -> set[str]:
     names: set[str] = set()
-    for _, graph in all_graphs(model):
+    for _, graph in facts.graphs:
         names.update(v.name for v in graph.inputs if v.name)
         names.update(n for n in graph.initializers if n)
         for node in graph:

@@ -6,24 +6,24 @@ Requirement: an answer is certain or it is None. Shapes are inferred once, on fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from . import constants
 from .affine import Array, Dims
+from .channels import declared, known_dims, merge
 
 __all__ = ["Facts", "all_graphs", "holding", "subgraphs"]
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs in a node's attributes (bodies of If, Loop, Scan)."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
+    for attribute in node.attributes.data.values():  # the dictionary itself: every fold walks over all nodes
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
             yield from attribute.as_graphs()
 
 
@@ -36,9 +36,9 @@ def all_graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
         yield scope, graph
         inner = []
         for node in graph:
-            if node.attributes:
-                place = f"{scope}/{node.name or node.op_type}" if scope else (node.name or node.op_type)
-                inner += [(place, sub) for sub in subgraphs(node)]
+            for sub in subgraphs(node):
+                place = node.name or node.op_type
+                inner.append((f"{scope}/{place}" if scope else place, sub))
         stack.extend(reversed(inner))
 
 
@@ -56,29 +56,12 @@ def holding(model: ir.Model) -> set[ir.OperatorIdentifier]:
     return found
 
 
-def _declared(value: ir.Value) -> Dims | None:
-    shape = value.shape
-    if shape is None:
-        return None
-    return tuple(d if isinstance(d, int) else d.value for d in shape.dims)
-
-
 def _is_static(dims: Dims | None) -> bool:
     return dims is not None and all(isinstance(d, int) for d in dims)
 
 
-def _merge(first: Dims | None, second: Dims | None) -> Dims | None:
-    """The more precise of two statements about one shape; numbers beat symbols, symbols beat nothing."""
-    if first is None or second is None:
-        return second if first is None else first
-    if len(first) != len(second):
-        return first
-    pairs = zip(first, second, strict=True)
-    return tuple(b if a is None or (isinstance(a, str) and isinstance(b, int)) else a for a, b in pairs)
-
-
 def _written_type(value: ir.Value) -> ir.DataType | None:
-    """The type of a constant expression from the expression itself; nothing infers types inside functions."""
+    """The type of a value from what it is computed from, without inference, which sees no types inside functions."""
     for _ in range(64):
         if value.dtype is not None:
             return value.dtype
@@ -88,12 +71,12 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
         if node.op_type in ("Constant", "ConstantOfShape"):
             written = node.attributes.get("value")
             if written is not None:
-                return written.as_tensor().dtype
+                return ir.DataType(written.value.dtype)
             floats = node.op_type == "ConstantOfShape" or any(a in node.attributes for a in _FLOAT_VALUES)
             return ir.DataType.FLOAT if floats else None
         if node.op_type == "Cast":
             return ir.DataType(node.attributes["to"].as_int())
-        following = 1 if node.op_type in ("CastLike", "DequantizeLinear") else 0
+        following = 1 if node.op_type in ("CastLike", "DequantizeLinear", *_LIKE_WEIGHTS) else 0
         source = node.inputs[following] if following < len(node.inputs) else None
         if source is None or node.op_type not in _KEEP_TYPE:
             return None
@@ -115,7 +98,9 @@ _SHAPERS = (
     "Concat",
 )
 _REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
-_KEEP_TYPE = frozenset((*_SHAPERS, *_REST))
+_LIKE_WEIGHTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_NETWORK = ("BatchNormalization", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", *_LIKE_WEIGHTS)
+_KEEP_TYPE = frozenset((*_SHAPERS, *_REST, *_NETWORK))
 
 
 _SHAPED = frozenset(
@@ -136,7 +121,9 @@ class Facts:
 
     def __init__(self, model: ir.Model):
         self.model = model
+        self.graphs = tuple(all_graphs(model))  # no fold adds or removes a graph
         self._dims: dict[ir.Value, Dims] = {}
+        self._channels: dict[ir.Value, Dims | None] = {}
         self._dtypes: dict[ir.Value, ir.DataType] = {}
         self._inferred = False
         self._folded: dict[ir.Value, Array | None] = {}
@@ -157,36 +144,45 @@ class Facts:
 
     def dims(self, value: ir.Value) -> Dims | None:
         """Shape of a value as far as it is known; None when even the rank is unknown."""
-        if value.const_value is not None:
-            return tuple(int(d) for d in value.const_value.shape.numpy())
-        known = self._dims.get(value)
-        if known is None:
-            known = _declared(value)
+        known = self._cheap(value)
         if not self._inferred and (known is None or None in known):
             self._infer()
-            known = self._dims.get(value, known)
+            known = self._cheap(value)
         return known
+
+    def _cheap(self, value: ir.Value) -> Dims | None:
+        """What is known without inference, or known since it ran."""
+        known = self._dims.get(value)
+        return known if known is not None else known_dims(self, value, self._channels)
 
     def rank(self, value: ir.Value) -> int | None:
         """Number of dimensions, or None."""
-        dims = self.dims(value)
+        dims = self._cheap(value) or self.dims(value)
         return None if dims is None else len(dims)
+
+    def size(self, value: ir.Value, axis: int) -> int | str | None:
+        """Length of one axis (a symbol where it is symbolic), None where it is unknown or there is no such axis."""
+        for ask in (self._cheap, self.dims):
+            dims = ask(value)
+            if dims is not None and (axis >= len(dims) or dims[axis] is not None):
+                break
+        return None if dims is None or axis >= len(dims) else dims[axis]
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """Element type, or None."""
         if value.const_value is not None:
             return value.const_value.dtype
-        known = value.dtype or self._dtypes.get(value)
+        known = value.dtype or self._dtypes.get(value) or _written_type(value)
         if known is None and not self._inferred:
             self._infer()
             known = self._dtypes.get(value)
-        return known if known is not None else _written_type(value)
+        return known
 
     def learn(self, value: ir.Value, like: ir.Value) -> None:
         """A new value has the shape and type of `like`."""
-        if (dims := self.dims(like)) is not None:
+        if (dims := self._dims.get(like)) is not None:
             self._dims[value] = dims
-        if (dtype := self.dtype(like)) is not None:
+        if (dtype := self._dtypes.get(like)) is not None:
             self._dtypes[value] = dtype
 
     def forget(self, value: ir.Value) -> None:
@@ -216,6 +212,12 @@ class Facts:
             constants.evaluate(self, value, self._folded)
         return self._folded.get(value)
 
+    def stored(self, value: ir.Value | None) -> Any:
+        """Where a known constant is stored: another object when it has changed; None when it was never asked for."""
+        if value is None:
+            return None
+        return value.const_value if value.is_initializer() else self._folded.get(value)
+
     def is_constant(self, value: ir.Value | None) -> bool:
         """Whether `constant` has an answer, found more cheaply for plain initializers."""
         if value is None:
@@ -242,7 +244,7 @@ class Facts:
     def _learn(self, inferred: Mapping[ir.Value, tuple[Dims | None, ir.DataType | None]]) -> None:
         self._dims.clear()  # symbols that inference makes up mean something within one run only
         for value, (dims, dtype) in inferred.items():
-            merged = _merge(_declared(value), dims)
+            merged = merge(declared(value), dims)
             if merged is not None:
                 self._dims[value] = merged
             if dtype is not None:

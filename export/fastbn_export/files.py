@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ __all__ = [
     "check_output",
     "disk_size",
     "external_files",
-    "fill",
     "load_model",
+    "place",
+    "refer",
     "save_model",
 ]
 
@@ -42,7 +44,9 @@ class ModelFileError(FastbnError, ValueError):
     """A file that is no readable ONNX model, or an output that cannot be written."""
 
 
-def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> onnx.ModelProto:
+def load_model(
+    path: str | os.PathLike[str], *, external_data: bool = True, initializers: bool = True
+) -> onnx.ModelProto:
     """Read an ONNX model from a file.
 
     Parameters
@@ -51,6 +55,8 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
         The binary ONNX file.
     external_data : bool
         Read the external tensors as well (False leaves them as references).
+    initializers : bool
+        Read also those that are initializers of the main graph, which hold most of a large model.
 
     Returns
     -------
@@ -64,10 +70,11 @@ def load_model(path: str | os.PathLike[str], *, external_data: bool = True) -> o
     """
     file = Path(path)
     model = _parse(file, _read(file))
-    for tensor in tensors_of(model):
+    streamed = 0 if initializers else len(model.graph.initializer)  # tensors_of begins with these
+    for index, tensor in enumerate(tensors_of(model)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             where = _external(file, tensor)
-            if external_data:
+            if external_data and index >= streamed:
                 _move_in(tensor, *where)
         elif tensor.HasField("raw_data"):
             name = f"{file}: tensor {tensor.name!r}"
@@ -141,22 +148,24 @@ def _external(file: Path, tensor: Any) -> tuple[Path, int, int]:
 
 
 def _byte_size(tensor: Any, name: str) -> int:
-    if any(dim < 0 for dim in tensor.dims):
-        raise ModelFileError(f"{name}: expected sizes >= 0, got {list(tensor.dims)}")
+    dims = tensor.dims
+    if dims and min(dims) < 0:
+        raise ModelFileError(f"{name}: expected sizes >= 0, got {list(dims)}")
+    bits = _bits(tensor.data_type)
+    if bits is None:
+        raise ModelFileError(f"{name}: expected a known element type, got {tensor.data_type}")
+    return -(-int(prod(dims)) * bits // 8)
+
+
+@cache
+def _bits(data_type: int) -> int | None:
+    """Bits of one element; None for an unknown type."""
     try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
     except (KeyError, ValueError):
-        raise ModelFileError(f"{name}: expected a known element type, got {tensor.data_type}") from None
-    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-    per_element = bits.get(onnx.TensorProto.DataType.Name(tensor.data_type), dtype.itemsize * 8)
-    return -(-int(prod(tensor.dims)) * int(per_element) // 8)
-
-
-def fill(path: str | os.PathLike[str], tensors: Iterable[Any]) -> None:
-    """Read the external ones among the tensors of the model at ``path`` into it."""
-    for tensor in tensors:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _move_in(tensor, *_external(Path(path), tensor))
+        return None
+    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    return packed.get(onnx.TensorProto.DataType.Name(data_type), int(dtype.itemsize) * 8)
 
 
 def _move_in(tensor: Any, data: Path, offset: int, length: int) -> None:
@@ -264,7 +273,7 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
         try:
             for tensor in tensors_of(model):
                 if len(tensor.raw_data) >= _EXTERNAL_TENSOR:
-                    moved.append((tensor, *_refer(tensor, sidecar.name, stream)))
+                    moved.append((tensor, *refer(tensor, sidecar.name, stream)))
             skeleton.write_bytes(model.SerializeToString())
         finally:
             for tensor, offset, length in moved:  # the caller's model gets its weights back, read from the new file
@@ -274,15 +283,21 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
                 tensor.ClearField("data_location")
 
 
-def _refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
-    stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
-    offset, length = stream.tell(), len(tensor.raw_data)
+def refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
+    """Move the bytes of a tensor to the end of a data file called `location`; returns where they are."""
+    offset, length = place(tensor, location, stream, len(tensor.raw_data))
     stream.write(tensor.raw_data)
     tensor.ClearField("raw_data")
+    return offset, length
+
+
+def place(tensor: Any, location: str, stream: Any, length: int) -> tuple[int, int]:
+    """Make a tensor point to the next `length` bytes of a data file, which are still to be written."""
+    stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
+    offset = stream.tell()
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
+        tensor.external_data.add(key=key, value=value)
     return offset, length
 
 

@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import onnx
@@ -24,10 +25,12 @@ from fastbn.errors import ArgumentTypeError
 
 from . import search
 from .editor import Editor
-from .facts import Facts, all_graphs, holding
+from .facts import Facts, holding
+from .files import save_model
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
-from .sources import Source, find
+from .sources import BatchNorm, Source, find
+from .sparse import MARK
 from .store import inline_proto, load, save
 
 __all__ = ["FoldResult", "Keep", "fold"]
@@ -68,7 +71,11 @@ class FoldResult:
         OSError
             The file cannot be written.
         """
-        save(self._edited if self._edited is not None else ir.serde.deserialize_model(self.model), path)
+        if self._edited is None:
+            save_model(self.model, path)
+            return
+        with _uncollected():
+            save(self._edited, path)
 
 
 def fold(
@@ -135,6 +142,9 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # straight to the oldest generation: the next allocation walks over nothing
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -191,6 +201,7 @@ class _Engine:
         self._editor = Editor(self._facts)
         self._entries: dict[ir.Node, BnEntry] = {}
         self._minor: set[ir.Node] = set()
+        self._known: dict[ir.Node, BatchNorm] = {}
 
     def run(self) -> FoldReport:
         report = FoldReport()
@@ -205,8 +216,10 @@ class _Engine:
 
     def _sources(self) -> list[Source]:
         found: list[Source] = []
-        for scope, graph in all_graphs(self.model):
+        for scope, graph in self._facts.graphs:
             for source in find(self._facts, graph):
+                if isinstance(source, BatchNorm):  # the one of the round before knows its map already
+                    source = self._known.setdefault(source.anchor, source)
                 found.append(source)
                 if source.anchor not in self._entries:
                     self._entries[source.anchor] = BnEntry(source.name, source.kind, scope=scope)
@@ -258,14 +271,22 @@ class _Engine:
     def _count(self) -> tuple[dict[str, int], int]:
         ops: Counter[str] = Counter()
         parameters = 0
-        for _, graph in all_graphs(self.model):
-            parameters += sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None)
+        for _, graph in self._facts.graphs:
+            parameters += sum(_elements(v.const_value) for v in graph.initializers.values())
             for node in graph:
+                if MARK in node.attributes:
+                    continue
                 ops[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
                 value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
                 if value is not None and not value.is_ref():
-                    parameters += value.as_tensor().size
+                    parameters += _elements(value.value)
         return dict(sorted(ops.items())), parameters
+
+
+def _elements(tensor: ir.TensorProtocol | None) -> int:
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return prod(tensor.raw.dims)  # without making a Shape
+    return 0 if tensor is None else int(tensor.size)
 
 
 def _note(entry: BnEntry, upstream: bool, reason: str) -> None:

@@ -189,12 +189,22 @@ class Step:
 
 def scaled(weight: Array, factor: Array) -> Array:
     """``weight * factor`` computed in float64 and rounded once to the weight's type, without a float64 copy."""
+    core = _distinct(weight)
+    shape = np.broadcast_shapes(weight.shape, factor.shape)
     with np.errstate(all="ignore"):
-        if weight.dtype in (np.float32, np.float64):
-            out = np.empty(np.broadcast_shapes(weight.shape, factor.shape), weight.dtype)
-            return np.multiply(weight, factor, out=out, dtype=np.float64, casting="same_kind")
-        wide: Array = weight.astype(np.float64) * factor
-        return wide
+        if core.dtype in (np.float32, np.float64):
+            out = np.empty(np.broadcast_shapes(core.shape, factor.shape), core.dtype)
+            np.multiply(core, factor, out=out, dtype=np.float64, casting="same_kind")
+        else:
+            out = core.astype(np.float64) * factor
+    return out if out.shape == shape else np.broadcast_to(out, shape)
+
+
+def _distinct(array: Array) -> Array:
+    """One of each run of entries that share their memory: what an expression like ConstantOfShape really holds."""
+    if array.size < 2 or 0 not in array.strides:
+        return array
+    return array[tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)]
 
 
 def to_dtype(value: Array, dtype: ir.DataType, axis: int | tuple[int, ...] | None) -> Array:
@@ -205,19 +215,22 @@ def to_dtype(value: Array, dtype: ir.DataType, axis: int | tuple[int, ...] | Non
     """
     if dtype not in FLOATS:
         raise Refused(f"weights of type {dtype.name} cannot be rescaled exactly")
-    name = dtype.name.lower()
+    core = _distinct(value)
     with np.errstate(all="ignore"):
-        out: Array = value if value.dtype == dtype.numpy() else value.astype(dtype.numpy())
-    if out.size == 0:
-        return out
-    if out.dtype.itemsize < 4:
-        wide: Array = out.astype(np.float32)
-    else:
-        wide = out
+        out: Array = core if core.dtype == dtype.numpy() else core.astype(dtype.numpy())
+    if out.size:
+        _must_keep_range(core, out, dtype, axis)
+    return out if out.shape == value.shape else np.broadcast_to(out, value.shape)
+
+
+def _must_keep_range(value: Array, out: Array, dtype: ir.DataType, axis: int | tuple[int, ...] | None) -> None:
+    """Refuse `out`, which is `value` in another type, if it overflows or a channel along `axis` loses its range."""
+    name = dtype.name.lower()
+    wide: Array = out.astype(np.float32) if out.dtype.itemsize < 4 else out
     keep = () if axis is None else (axis,) if isinstance(axis, int) else axis
     others = tuple(i for i in range(out.ndim) if i not in keep)
     top = np.maximum(wide.max(axis=others), -wide.min(axis=others))
-    if not np.all(np.isfinite(top)):
+    if not np.isfinite(top).all():
         raise Refused(f"the folded weights overflow or are not finite in {name}")
     if axis is not None:
         smallest = float(ir_smallest_normal(dtype))
@@ -227,7 +240,6 @@ def to_dtype(value: Array, dtype: ir.DataType, axis: int | tuple[int, ...] | Non
             exact = np.abs(reference).max(axis=others)
             if np.any(lost & (exact > 0)):
                 raise Refused(f"the folded weights lose range in {name}: a channel falls below {smallest:.3g}")
-    return out
 
 
 def ir_smallest_normal(dtype: ir.DataType) -> float:

@@ -15,6 +15,7 @@ import onnx
 
 __all__ = [
     "graphs_of",
+    "holders_of",
     "nodes_of",
     "operator_counts",
     "parameter_count",
@@ -22,20 +23,37 @@ __all__ = [
     "used_names",
 ]
 
-_GRAPH = onnx.AttributeProto.GRAPH
-_GRAPHS = onnx.AttributeProto.GRAPHS
+_KIND = onnx.AttributeProto
+_PLAIN = frozenset((_KIND.INT, _KIND.INTS, _KIND.FLOAT, _KIND.FLOATS, _KIND.STRING, _KIND.STRINGS))
+_GRAPH = frozenset((_KIND.GRAPH, _KIND.GRAPHS, _KIND.UNDEFINED))
+
+
+def _holders(nodes: Any) -> Iterator[Any]:
+    """Yield the attributes that may hold tensors or graphs, of these nodes and of all below them, in one pass."""
+    stack = [nodes]
+    while stack:
+        for node in stack.pop():
+            for attribute in node.attribute:
+                if attribute.type not in _PLAIN:
+                    yield attribute
+                    stack.extend(graph.node for graph in _graphs_in(attribute))
+
+
+def _graphs_in(attribute: Any) -> Any:
+    if attribute.type not in _GRAPH:  # files of IR version 1 do not say the type
+        return ()
+    return [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def holders_of(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield every attribute that may hold tensors or graphs, wherever its node is."""
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        yield from _holders(nodes)
 
 
 def _graphs_below(nodes: Any) -> Iterator[Any]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == _GRAPH:
-                yield attribute.g
-                yield from _graphs_below(attribute.g.node)
-            elif attribute.type == _GRAPHS:
-                for graph in attribute.graphs:
-                    yield graph
-                    yield from _graphs_below(graph.node)
+    for attribute in _holders(nodes):
+        yield from _graphs_in(attribute)
 
 
 def graphs_of(model: onnx.ModelProto) -> Iterator[Any]:
@@ -54,21 +72,26 @@ def nodes_of(model: onnx.ModelProto) -> Iterator[Any]:
         yield from function.node
 
 
+def _initializers(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+
+
 def tensors_of(model: onnx.ModelProto) -> Iterator[Any]:
     """Yield every constant tensor, the initialisers of the main graph first; sparse ones' parts and attributes too."""
-    for graph in graphs_of(model):
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
+    yield from _initializers(model.graph)
+    for attribute in holders_of(model):
+        for graph in _graphs_in(attribute):
+            yield from _initializers(graph)
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        for sparse in (*single, *attribute.sparse_tensors):
             yield sparse.values
             yield sparse.indices
-    for node in nodes_of(model):
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("sparse_tensor"):
-                yield attribute.sparse_tensor.values
-                yield attribute.sparse_tensor.indices
 
 
 def operator_counts(model: onnx.ModelProto) -> Counter[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -75,7 +75,18 @@ class Site:
 
     def rank(self, value: ir.Value) -> int:
         """Rank of a value, which must be known."""
-        return len(self.dims(value))
+        rank = self.facts.rank(value)
+        if rank is None:
+            raise Refused(f"the rank of '{value.name}' is unknown")
+        return rank
+
+    def operand_axis(self, index: int) -> int:
+        """The axis of operand `index` that the map's axis on the output is; the operand must have all channels."""
+        rank = self.rank(self.input(index))
+        axis = self.affine.axis - self.rank(self.node.outputs[0]) + rank
+        if axis < 0 or self.facts.size(self.input(index), axis) != self.affine.size:
+            raise Refused(f"an operand of {self.node.op_type} is broadcast along the channels")
+        return axis
 
     def dtype(self, value: ir.Value) -> ir.DataType:
         """Floating type of a value, which must be known."""
@@ -120,6 +131,12 @@ class Operator:
 
     upstream = ""
     downstream = ""
+    joins = False
+    """Whether maps wanted on several outputs are to be answered together, by `join`."""
+
+    def join(self, site: Site, wanted: Mapping[int, ChannelAffine]) -> Sequence[Step]:
+        """Output k must deliver ``wanted[k]`` of what it delivers now; the others must not change."""
+        raise NotImplementedError
 
     def pull(self, site: Site) -> Sequence[Step]:
         """The output must deliver `site.affine` of what it delivers now."""

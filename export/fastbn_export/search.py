@@ -6,6 +6,7 @@ backtracking over an explicit stack, and gives up after a fixed number of steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,7 +65,19 @@ class _Task:
 
 # A persistent list of tasks, so that a choice point can be returned to by keeping a reference.
 _Todo = tuple[_Task, "_Todo"] | None
-_Choice = tuple[_Todo, int, ir.Node, Iterator[Step]]
+# Upstream, what waits at a value until all its readers have said what they want; never changed in place.
+_Parked = dict[ir.Value, tuple[_Task, ...]]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A place to come back to: what was to do there, how long the plan was, and the alternatives not yet tried."""
+
+    todo: _Todo
+    parked: _Parked
+    length: int
+    node: ir.Node
+    steps: Iterator[Step]
 
 
 def upstream(
@@ -106,45 +119,108 @@ class _Search:
 
     def run(self, tasks: list[_Task]) -> Plan:
         """Follow all tasks to their ends; raises `Refused` with the reason of the best alternative."""
-        todo = _stack(tasks, None)
+        todo, parked = _stack(tasks, None), _Parked()
         choices: list[_Choice] = []
         first: Refused | None = None
         while True:
             try:
-                if todo is None:
+                if todo is None and not parked:
                     self._must_not_grow()
                     return self._plan
-                task, todo = todo
-                if task.affine.is_identity:
-                    continue
-                node = self._owner(task)
-                steps = self._steps(task, node)
-                todo = self._take(todo, node, steps, choices)
+                if todo is None:
+                    node, steps, parked = self._unpark(parked)
+                else:
+                    task, todo = todo
+                    if task.affine.is_identity:
+                        continue
+                    node = self._owner(task)
+                    if self._up and (wanted := self._wanted(task, node, parked)) is not None:
+                        parked = wanted
+                        continue
+                    parked = _without(parked, task.value)
+                    steps = self._steps(task, node, None)
+                todo = self._take(todo, parked, node, steps, choices)
             except Refused as refusal:
                 first = first or refusal
                 if self._budget < 0:
                     raise
-                todo = self._back(choices, first)
+                todo, parked = self._back(choices, first)
 
-    def _take(self, todo: _Todo, node: ir.Node, steps: Iterator[Step], choices: list[_Choice]) -> _Todo:
+    def _take(
+        self, todo: _Todo, parked: _Parked, node: ir.Node, steps: Iterator[Step], choices: list[_Choice]
+    ) -> _Todo:
         """Go on with the next alternative at `node`."""
         step = next(steps, None)
         if step is None:
             raise Refused(f"{node.op_type} has no place for the map")
-        choices.append((todo, len(self._plan.trail), node, steps))
+        choices.append(_Choice(todo, parked, len(self._plan.trail), node, steps))
         self._plan.trail.append((node, step))
         self._seen.add(node)
         return _stack(self._following(node, step), todo)
 
-    def _back(self, choices: list[_Choice], first: Refused) -> _Todo:
+    def _back(self, choices: list[_Choice], first: Refused) -> tuple[_Todo, _Parked]:
         """Undo up to the last place that has another alternative, and take it."""
         while choices:
-            todo, length, node, steps = choices.pop()
-            self._seen.difference_update(n for n, _ in self._plan.trail[length:])
-            del self._plan.trail[length:]
+            choice = choices.pop()
+            self._seen.difference_update(n for n, _ in self._plan.trail[choice.length :])
+            del self._plan.trail[choice.length :]
             with suppress(Refused):
-                return self._take(todo, node, steps, choices)
+                return self._take(choice.todo, choice.parked, choice.node, choice.steps, choices), choice.parked
         raise first
+
+    def _wanted(self, task: _Task, node: ir.Node, parked: _Parked) -> _Parked | None:
+        """Park a task where other readers, or other outputs of the operator, may have a say; None if none has."""
+        rule, value = lookup(node), task.value
+        tasks = (*parked.get(value, ()), task)
+        if not rule.joins and self._complete(tasks):
+            return None
+        return {**parked, value: tasks}
+
+    def _complete(self, tasks: tuple[_Task, ...]) -> bool:
+        """Whether all readers of a value have asked for its map, or see only channels that do not change."""
+        value, affine = tasks[0].value, tasks[0].affine
+        if value.is_graph_output():
+            return False
+        uses = _uses(value)
+        if len(uses) > 1 or len(tasks) > 1:
+            asked = Counter(task.node for task in tasks)
+            for node, count in Counter(use.node for use in uses).items():
+                if asked[node] != count:
+                    others = [use for use in uses if use.node is node]
+                    if asked[node] or not all(unaffected(self._facts, node, use.idx, affine) for use in others):
+                        return False
+            if any(not task.affine.equals(affine) for task in tasks[1:]):
+                raise Refused(f"the readers of '{value.name}' would need different maps")
+        return True
+
+    def _unpark(self, parked: _Parked) -> tuple[ir.Node, Iterator[Step], _Parked]:
+        """The steps of the last operator that tasks wait for, now that nobody else can ask it for anything."""
+        owners = {self._owner(tasks[0]): value for value, tasks in parked.items()}
+        node, graph = next(iter(owners)), self._source.graph
+        if len(owners) > 1 and graph is not None:
+            node = next((n for n in reversed(graph) if n in owners), node)
+        rule, value = lookup(node), owners[node]
+        if not rule.joins:
+            if any(not other.affine.equals(parked[value][0].affine) for other in parked[value]):
+                raise Refused(f"the readers of '{value.name}' would need different maps")
+            if len({task.node for task in parked[value]}) > 1:  # a copy of the operator is for one reader
+                raise Refused(self._shared(value))
+            return node, self._steps(parked[value][0], node, self._shared(value)), _without(parked, value)
+        demands = {}
+        for output in node.outputs:
+            if output in parked:
+                if not self._complete(parked[output]):
+                    raise Refused(self._shared(output))
+                demands[output.index() or 0] = parked[output][0].affine
+                parked = _without(parked, output)
+        self._may_pass(node, value)
+        return node, iter(rule.join(Site(self._facts, node, *next(iter(demands.items()))), demands)), parked
+
+    def _shared(self, value: ir.Value) -> str:
+        """Why the output of an operator cannot change."""
+        maker = value.producer()
+        of = f"the output of {'' if maker is None else maker.op_type} '{value.name}'"
+        return f"{of} is also a graph output" if value.is_graph_output() else f"{of} has other readers"
 
     def _following(self, node: ir.Node, step: Step) -> list[_Task]:
         if self._up:
@@ -161,38 +237,30 @@ class _Search:
             raise Refused(f"'{task.value.name}' is {what}")
         return node
 
-    def _steps(self, task: _Task, node: ir.Node) -> Iterator[Step]:
-        """The alternatives of one operator, once the place itself allows any."""
+    def _may_pass(self, node: ir.Node, value: ir.Value) -> None:
+        """Refuse what no rule decides: too long a search, another graph, an operator that has a map already."""
         self._budget -= 1
         if self._budget < 0:
             raise Refused("the search for an absorber was given up: too many operators on the way")
-        value = task.value
         if node.graph is not self._source.graph:
             raise Refused(f"'{value.name}' crosses the border of a control-flow body")
-        rule = lookup(node)
         if node in self._seen:
             raise Refused(f"two branches of the map meet at {node.op_type}")
+
+    def _steps(self, task: _Task, node: ir.Node, shared: str | None) -> Iterator[Step]:
+        """The alternatives of one operator; copies of it only, if its output is `shared`."""
+        rule = lookup(node)
+        self._may_pass(node, task.value)
         if not self._up:
             return iter(rule.push(Site(self._facts, node, task.index, task.affine)))
-        index = value.index()
+        index = task.value.index()
         steps = rule.pull(Site(self._facts, node, 0 if index is None else index, task.affine))
-        shared = None
-        if value.is_graph_output():
-            shared = f"the output of {node.op_type} '{value.name}' is also a graph output"
-        elif not self._alone(value, task):
-            shared = f"the output of {node.op_type} '{value.name}' has other readers"
         if shared is None:
             return iter(steps)
-        copies = [_copy(node, value, task.node, s) for s in steps if s.absorbs and not s.onward]
+        copies = [_copy(node, task.value, task.node, s) for s in steps if s.absorbs and not s.onward]
         if not self._duplicate or not copies:
             raise Refused(shared)
         return iter(copies)
-
-    def _alone(self, value: ir.Value, task: _Task) -> bool:
-        """Whether every other reader sees only channels that do not change."""
-        others = [u for u in _uses(value) if u.node is not task.node]
-        mine = len(_uses(value)) - len(others)
-        return mine == 1 and all(unaffected(self._facts, u.node, u.idx, task.affine) for u in others)
 
     def _must_not_grow(self) -> None:
         if sum(edit.grows for edit in self._plan.edits) > self._growth:
@@ -203,6 +271,10 @@ def _copy(node: ir.Node, value: ir.Value, reader: ir.Node | None, step: Step) ->
     """The same step on a copy of the operator that only `reader` reads."""
     assert reader is not None
     return Step.absorbed(Fork(node, value, reader, step.edits))
+
+
+def _without(parked: _Parked, value: ir.Value) -> _Parked:
+    return {v: tasks for v, tasks in parked.items() if v is not value} if value in parked else parked
 
 
 def _stack(tasks: list[_Task], rest: _Todo) -> _Todo:

@@ -11,9 +11,11 @@ import onnx
 import onnx_ir as ir
 
 from .affine import Array, Dims
+from .originals import originals
 
 __all__ = ["infer"]
 
+_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _SMALL = 1024
 """Initializers up to this many bytes stay in the skeleton: shapes, axes and repeats are among them."""
 
@@ -41,7 +43,7 @@ def _skeleton(model: ir.Model, known: Mapping[ir.Value, Array]) -> onnx.ModelPro
         proto.opset_import.add(domain=domain, version=version)
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
-    _skeleton_graph(model.graph, proto.graph)
+    _skeleton_graph(model, proto.graph)
     if known:
         _feed(model.graph, proto.graph, known)
     return proto
@@ -58,31 +60,26 @@ def _feed(graph: ir.Graph, proto: onnx.GraphProto, known: Mapping[ir.Value, Arra
                 node_proto.input[i] = names[operand]
 
 
-def _skeleton_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
-    proto.name = graph.name or "graph"
-    names = set()
-    for value in graph.inputs:
-        names.add(value.name)
-        ir.serde.serialize_value_into(proto.input.add(), value)
-    for value in graph.outputs:
-        ir.serde.serialize_value_into(proto.output.add(), value)
-    for value in graph.initializers.values():
+def _skeleton_graph(model: ir.Model, proto: onnx.GraphProto) -> None:
+    proto.name = model.graph.name or "graph"
+    source = originals(model)
+    source.graph(model.graph, proto)
+    names = {value.name for value in model.graph.inputs}
+    for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None:
             continue
         if tensor.nbytes <= _SMALL and not isinstance(tensor, ir.ExternalTensor):
-            ir.serde.serialize_tensor_into(proto.initializer.add(), tensor)
+            if isinstance(tensor, ir.TensorProtoTensor):
+                proto.initializer.add().CopyFrom(tensor.raw)
+            else:
+                ir.serde.serialize_tensor_into(proto.initializer.add(), tensor)
             proto.initializer[-1].name = value.name or ""
         elif value.name not in names:
             info = proto.input.add(name=value.name or "")
             info.type.tensor_type.elem_type = int(tensor.dtype)
             for d in tensor.shape.numpy():
                 info.type.tensor_type.shape.dim.add(dim_value=int(d))
-    for node in graph:
-        ir.serde.serialize_node_into(proto.node.add(), node)
-        for value in node.outputs:
-            if value.name and value.type is not None and not value.is_graph_output():
-                ir.serde.serialize_value_into(proto.value_info.add(), value)
 
 
 def _collect(
@@ -92,6 +89,8 @@ def _collect(
     values = list(graph.inputs)
     for node, node_proto in zip(graph, proto.node, strict=True):
         values.extend(node.outputs)
+        if not any(a.type in _BODIES for a in node.attributes.data.values()):
+            continue
         for attribute in node_proto.attribute:
             mine = node.attributes.get(attribute.name)
             if mine is None or mine.is_ref():

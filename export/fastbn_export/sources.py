@@ -5,7 +5,7 @@ Requirement: training forms, per-activation forms and anything not certain are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,15 @@ class Source:
         raise NotImplementedError
 
 
+def _stored(facts: Facts, values: Iterable[ir.Value | None]) -> tuple[Any, ...]:
+    return tuple(facts.stored(v) for v in values)
+
+
+def _same(before: tuple[Any, ...], facts: Facts, values: Iterable[ir.Value | None]) -> bool:
+    """Whether constants are stored where they were, so that what was computed from them still holds."""
+    return all(a is not None and a is b for a, b in zip(before, _stored(facts, values), strict=True))
+
+
 class BatchNorm(Source):
     """``y = (x - mean) / sqrt(var + epsilon) * scale + B``, every opset."""
 
@@ -79,9 +88,9 @@ class BatchNorm(Source):
         if len(node.inputs) < 5 or node.inputs[0] is None:
             raise Refused("BatchNormalization lacks inputs")
         # What no fold has touched since it was last read need not be computed again.
-        key = tuple(None if v is None else v.const_value for v in node.inputs[1:5])
-        if self._known is None or any(a is None or a is not b for a, b in zip(key, self._known[0], strict=True)):
-            self._known = key, self._compute(facts)
+        if self._known is None or not _same(self._known[0], facts, node.inputs[1:5]):
+            computed = self._compute(facts)
+            self._known = _stored(facts, node.inputs[1:5]), computed  # expressions are stored when they are read
         return self._known[1]
 
     def _compute(self, facts: Facts) -> ChannelAffine:
@@ -149,10 +158,11 @@ class Run(Source):
 
     kind = "decomposed"
 
-    def __init__(self, operands: list[ConstantOperand], anchor: ir.Node):
+    def __init__(self, operands: list[ConstantOperand], anchor: ir.Node, facts: Facts, total: ChannelAffine):
         super().__init__(tuple(o.node for o in operands))
         self._data = [(o.node, o.data) for o in operands]
         self._anchor = anchor
+        self._known = _stored(facts, self._constants()), total
         self.complete = any(o.node.op_type in ("Add", "Sub") for o in operands)
 
     @property
@@ -164,8 +174,17 @@ class Run(Source):
         """The operand that is not constant."""
         return self._data
 
+    def _constants(self) -> Iterator[ir.Value | None]:
+        return (node.inputs[1 - data] for node, data in self._data)
+
     def affine(self, facts: Facts) -> ChannelAffine:
         """All operators as one map."""
+        outputs = [node.outputs[0] for node, _ in self._data]
+        if any(len(v.uses()) != 1 or v.is_graph_output() for v in outputs[:-1]):  # a copy reads it since it was found
+            raise Refused("an operator within the run has other readers")
+        chained = all(n.inputs[i] is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
+        if chained and _same(self._known[0], facts, self._constants()):
+            return self._known[1]
         total: ChannelAffine | None = None
         before: ir.Value | None = None
         for node, data in self._data:
@@ -232,4 +251,4 @@ def _run(facts: Facts, node: ir.Node) -> Run | None:
         uses = out.uses()
         only = next(iter(uses)).node if len(uses) == 1 and not out.is_graph_output() else None
         current = only if only is not None and only.graph is node.graph and only.op_type in BINARY else None
-    return None if anchor is None else Run(operands, anchor)
+    return None if anchor is None or total is None else Run(operands, anchor, facts, total)

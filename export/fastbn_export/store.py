@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +20,17 @@ import onnx_ir as ir
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 from .facts import all_graphs
-from .files import external_files, fill, load_model
+from .files import external_files, load_model, place, refer
+from .originals import originals, remember
 from .protos import tensors_of
+from .sparse import found, hidden
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
 
-_ORIGINAL = "fastbn.original"
+_SPARSE = "fastbn.sparse"
+
+_OUTSIDE = onnx.TensorProto.EXTERNAL
+_EXTERNAL = 1024  # bytes: smaller tensors stay among the operators
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
 
@@ -44,8 +48,8 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
     TypeError
         `model` is neither a ModelProto nor a path.
     ValueError
-        The file is no ONNX model (`files.ModelFileError`), the model has no graph, or sparse initializers in a
-        control-flow body, or its external data is missing, too short, or outside the model's folder.
+        The file is no ONNX model (`files.ModelFileError`), the model has no graph, or its external data is missing,
+        too short, or outside the model's folder.
     """
     if isinstance(model, onnx.ModelProto):
         proto, folder = model, ""
@@ -55,13 +59,15 @@ def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
         raise ArgumentTypeError("model", "an onnx.ModelProto or a path", type(model).__name__)
     if not proto.HasField("graph"):
         raise ArgumentValueError("model", "a graph", "a model without one")
-    if not folder:
-        external_files("model", proto)  # external data of a model in memory lies in the current folder; checks it
-    if any(_sparse_inside(node) for node in proto.graph.node):
-        raise ArgumentValueError("model", "sparse initializers in the main graph only", "one in a control-flow body")
-    edited = ir.serde.deserialize_model(proto)
-    edited.meta[_ORIGINAL] = proto
-    for tensor in _external(edited):
+    # External data of a model in memory lies in the current folder; of a file, only the main graph's is left there.
+    held = proto.graph.initializer
+    external = any(t.data_location == _OUTSIDE for t in held) if folder else external_files("model", proto)
+    readable = hidden(proto)
+    edited = ir.serde.deserialize_model(readable)
+    remember(readable, edited)
+    if readable is not proto:
+        edited.meta[_SPARSE] = True
+    for tensor in _external(edited) if external else ():
         tensor.base_dir = folder or os.getcwd()
     return proto, edited
 
@@ -72,25 +78,16 @@ def _read(path: str | os.PathLike[str]) -> onnx.ModelProto:
     The rest (tensors of Constant nodes and bodies, sparse ones) is read in: only initializers of the main graph are
     streamed when the model is written, a reference from anywhere else would be lost in another folder.
     """
-    proto = load_model(path, external_data=False)
-    streamed = len(proto.graph.initializer)  # tensors_of begins with these
-    fill(path, islice(tensors_of(proto), streamed, None))
-    return proto
-
-
-def _sparse_inside(node: onnx.NodeProto) -> bool:
-    """Whether a body in the node's attributes has sparse initializers, which the editor does not know."""
-    if node.op_type not in ("If", "Loop", "Scan", "SequenceMap"):
-        return False
-    graphs = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
-    return any(g.sparse_initializer or any(_sparse_inside(n) for n in g.node) for g in graphs)
+    return load_model(path, initializers=False)
 
 
 def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
     """Put back what the editor does not carry: sparse initializers, training info, quantization annotations."""
-    original = model.meta.get(_ORIGINAL)
+    original = originals(model).proto
     if original is None:
         return
+    if model.meta.get(_SPARSE):
+        found(proto)
     proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
     proto.training_info.extend(original.training_info)
     annotations = original.graph.quantization_annotation
@@ -129,15 +126,25 @@ def inline_proto(model: ir.Model) -> onnx.ModelProto:
 def _without_initializers(model: ir.Model) -> tuple[onnx.ModelProto, list[tuple[ir.Value, ir.TensorProtocol]]]:
     """The proto of a model whose main graph has no initializers, and these."""
     graph = model.graph
-    held = list(graph.initializers.values())
-    graph.initializers.clear()
-    try:
-        proto = ir.serde.serialize_model(model)
-    finally:
-        for value in held:
-            graph.initializers.add(value)
+    shell = ir.Graph([], [], nodes=[], name=graph.name, doc_string=graph.doc_string, opset_imports=graph.opset_imports)
+    shell.metadata_props.update(graph.metadata_props)
+    proto = ir.serde.serialize_model(
+        ir.Model(
+            shell,
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            domain=model.domain,
+            model_version=model.model_version,
+            doc_string=model.doc_string,
+            functions=list(model.functions.values()),
+            metadata_props=model.metadata_props,
+            device_configurations=model.device_configurations,
+        )
+    )
+    originals(model).graph(graph, proto.graph)
     _restore(proto, model)
-    return proto, [(v, v.const_value) for v in held if v.const_value is not None]
+    return proto, [(v, v.const_value) for v in graph.initializers.values() if v.const_value is not None]
 
 
 def _header(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
@@ -156,6 +163,8 @@ def _whole(value: ir.Value, tensor: ir.TensorProtocol) -> onnx.TensorProto:
         for key, text in tensor.metadata_props.items():
             proto.metadata_props.add(key=key, value=text)
         return proto
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.name == value.name:
+        return tensor.raw
     proto = ir.serde.serialize_tensor(tensor)
     proto.name = value.name or ""
     return proto
@@ -176,7 +185,9 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         temporary = Path(folder) / target.name
         if size >= LIMIT:
             data = f"{target.name}.data"
-            ir.save(model, temporary, external_data=data)
+            with open(Path(folder) / data, "wb") as beside:
+                skeleton = _beside(model, data, beside)
+            temporary.write_bytes(skeleton.SerializeToString())
             os.replace(Path(folder) / data, target.parent / data)
         else:
             with open(temporary, "wb") as file:
@@ -184,6 +195,24 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(model: ir.Model, location: str, file: BinaryIO) -> onnx.ModelProto:
+    """Write the weights to a data file, tensor by tensor, and return the model that points to them."""
+    proto, tensors = _without_initializers(model)
+    if proto.ByteSize() > LIMIT:
+        for inner in tensors_of(proto):
+            if len(inner.raw_data) >= _EXTERNAL:
+                refer(inner, location, file)
+    for value, tensor in tensors:
+        if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+            proto.graph.initializer.append(_whole(value, tensor))
+            continue
+        header = _header(value, tensor)
+        place(header, location, file, tensor.nbytes)
+        _write(tensor, file)
+        proto.graph.initializer.append(header)
+    return proto
 
 
 def _stream(model: ir.Model, file: BinaryIO) -> None:
@@ -205,7 +234,7 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
 
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
     """A TensorProto up to its raw bytes, its whole length, and the tensor whose bytes follow (None: included)."""
-    if tensor.nbytes < 1024 or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+    if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
         text = _whole(value, tensor).SerializeToString()
         return text, len(text), None
     head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)

@@ -454,3 +454,42 @@ def _norm(f: Fuzz, x: str, s: Shape) -> Any:
 def _cast(f: Fuzz, x: str, s: Shape) -> Any:
     y = f.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(np.float64)))
     return f.op("Cast", y, to=helper.np_dtype_to_tensor_dtype(f.dtype)), s
+
+
+@maker(2)
+def _again(f: Fuzz, x: str, s: Shape) -> Any:
+    """One value read several times, or cut up and put together again."""
+    axis = int(f.rng.integers(len(s)))
+    if f.chance(0.3):
+        return f.op("Add", x, x), s
+    if f.chance(0.3):
+        return f.op("Concat", x, x, axis=axis), (*s[:axis], 2 * s[axis], *s[axis + 1 :])
+    if s[axis] % 2 or f.opset < 13:
+        return None
+    halves = f.op("Split", x, f.ints(s[axis] // 2, s[axis] // 2), axis=axis, outputs=2)
+    if f.chance(0.5):
+        return f.op("Concat", *(halves if f.chance(0.5) else halves[::-1]), axis=axis), s
+    return f.op("Add", *halves), (*s[:axis], s[axis] // 2, *s[axis + 1 :])
+
+
+@maker(1)
+def _choice(f: Fuzz, x: str, s: Shape) -> Any:
+    """Branches of which one is chosen, or that are averaged."""
+    made = [_linear(f, x, s) for _ in range(2)]
+    if made[0] is None or made[1] is None:
+        return None
+    values = [name for name, _ in made] if made[0][1] == made[1][1] else [made[0][0], made[0][0]]
+    kind = f.pick("Where", "Max", "Min", "Mean") if f.opset >= 13 else "Mean"
+    if kind == "Where":
+        mask = f.constant(f.rng.random(made[0][1][-1:]) < 0.5)
+        return f.op("Where", mask, *values), made[0][1]
+    return f.op(kind, *values), made[0][1]
+
+
+@maker(1)
+def _repeat(f: Fuzz, x: str, s: Shape) -> Any:
+    axis = int(f.rng.integers(len(s)))
+    new = (*s[:axis], 2 * s[axis], *s[axis + 1 :])
+    if np.prod(new) < 1000 and f.chance(0.5):
+        return f.op("Tile", x, f.ints(*(2 if i == axis else 1 for i in range(len(s))))), new
+    return f.op("Expand", x, f.ints(*s)), s

@@ -68,6 +68,14 @@ def test_gemm_rows(trans):
     is_folded(m.build(m.bn(m.op("Transpose", y, perm=[1, 0]), 4)), "Gemm", "Transpose")
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_gemm_with_an_offset_computed_by_another(beta):
+    m = Model()
+    c = m.op("Gemm", m.input(3, 6), m.weight(6, 4), m.weight(4))
+    y = m.op("Gemm", m.input(3, 5), m.weight(5, 4), c, beta=beta, alpha=0.7)
+    is_folded(m.build(m.op("Relu", m.bn(y, 4))), "Gemm", "Gemm", "Relu")
+
+
 def test_gemm_with_an_offset_from_outside():
     m = Model()
     is_left(
@@ -146,11 +154,72 @@ def test_dequantized_weight(kind):
     is_folded(m.build(y), "DequantizeLinear", "Conv")
 
 
-def test_dequantized_weight_and_a_negative_scale():
+@pytest.mark.parametrize("stored", [np.int8, np.uint8])
+@pytest.mark.parametrize("faked", [False, True])
+def test_dequantized_weight_and_scales_of_both_signs_and_zero(stored, faked):
     m = Model()
-    w = m.op("DequantizeLinear", m.constant(np.ones((4, 3, 1, 1), np.int8)), m.constant(np.float32(0.1)))
-    y = m.bn(m.op("Conv", m.input(2, 3, 5, 5), w), 4, parameters=(-np.ones(4, "f"), *m.statistics(4)[1:]))
-    is_left(m.build(y), "positive factors only")
+    step, zero = m.constant(np.full(4, 0.1, np.float32)), m.constant(np.full(4, 5, stored))
+    if faked:
+        q = m.op("QuantizeLinear", m.weight(4, 3, 1, 1), step, zero, axis=0)
+    else:
+        q = m.constant(m.rng.integers(0, 11, (4, 3, 1, 1)).astype(stored))
+    w = m.op("DequantizeLinear", q, step, zero, axis=0)
+    bias = m.op("DequantizeLinear", m.constant(np.arange(4, dtype=np.int32)), m.constant(np.float32(0.01)))
+    gamma = np.array([1.5, -0.5, 0, -2], np.float32)
+    y = m.bn(m.op("Conv", m.input(2, 3, 4, 4), w, bias), 4, parameters=(gamma, *m.statistics(4)[1:]))
+    is_folded(m.build(m.op("Relu", y)), "DequantizeLinear", "Conv", "Relu")
+
+
+def test_dequantized_weight_that_has_no_room_for_the_sign():
+    m = Model()
+    w = m.op("DequantizeLinear", m.constant(np.full((4, 3, 1, 1), -128, np.int8)), m.constant(np.float32(0.1)))
+    y = m.bn(m.op("Conv", m.input(2, 3, 4, 4), w), 4, parameters=(-np.ones(4, np.float32), *m.statistics(4)[1:]))
+    is_left(m.build(m.op("Relu", y)), "a negative factor does not fit into quantized weights of type int8")
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("shift", [False, True])
+def test_quantized_activations(axis, shift):
+    m = Model()
+    size = () if axis is None else (4,)
+    step, zero = m.constant(np.full(size, 0.1, np.float32)), m.constant(np.full(size, 3, np.uint8))
+    along = {} if axis is None else {"axis": axis}
+    q = m.op("QuantizeLinear", m.op("Conv", m.input(2, 3, 4, 4), m.weight(4, 3, 1, 1)), step, zero, **along)
+    y = m.bn(m.op("DequantizeLinear", q, step, zero, **along), 4, parameters=None if shift else m.positive(4))
+    model = m.build(m.op("Relu", y))
+    if shift:
+        is_left(model, "a shift does not pass DequantizeLinear")
+    else:
+        is_folded(model, "Conv", "QuantizeLinear", "DequantizeLinear", "Relu")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+def test_dequantized_weight_behind_transpositions(kind):
+    m = Model()
+    q = m.constant(m.rng.integers(-90, 90, (4, 6)).astype(np.int8))
+    step = m.constant(np.full(() if kind == "tensor" else 4, 0.01, np.float32))
+    w = m.op("DequantizeLinear", q, step, **({} if kind == "tensor" else {"axis": 0}))
+    y = m.op("MatMul", m.input(3, 6), m.op("Identity", m.op("Transpose", w, perm=[1, 0])))
+    result = is_folded(m.build(m.op("Relu", m.bn(m.op("Add", y, m.weight(4)), 4))))
+    assert ops(result.model) == ["DequantizeLinear", "Transpose", "Identity", "MatMul", "Add", "Relu"]
+
+
+def deformed(m, x, channels, biased):
+    weight, offsets = m.weight(channels, 2, 3, 3), m.input(2, 18, 4, 4)
+    return m.op("DeformConv", x, weight, offsets, *([m.weight(channels)] if biased else []), group=2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_deformed_convolution(biased):
+    m = Model(opset=19)
+    y = m.bn(deformed(m, m.input(2, 4, 6, 6), 6, biased), 6)
+    is_folded(m.build(m.op("Relu", y)), "DeformConv", "Relu")
+    m = Model(opset=19)
+    y = m.bn(m.op("Sigmoid", m.input(2, 4, 6, 6)), 4, parameters=m.positive(4))
+    is_folded(m.build(deformed(m, y, 6, biased)), "Sigmoid", "DeformConv")
+    m = Model(opset=19)
+    y = m.bn(m.op("Sigmoid", m.input(2, 4, 6, 6)), 4)
+    is_left(m.build(deformed(m, y, 6, biased)), "may sample zeros outside")
 
 
 # Downstream
@@ -406,3 +475,28 @@ def test_overridable_initializer():
     x = m.input(2, 3, 6, 6)
     m.input(4, 3, 3, 3, name="w")
     is_left(m.build(m.bn(m.op("Conv", x, w), 4)), "the caller may override")
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+def test_into_a_recurrent_layer(kind, direction, bias, shift):
+    m = Model()
+    hidden, features, ways = 3, 5, 2 if direction == "bidirectional" else 1
+    gates = hidden * {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    x = m.op("Tanh", m.input(6, features, 2))  # time, features, batch
+    x = m.op("Transpose", m.bn(x, features, parameters=None if shift else m.positive(features)), perm=[0, 2, 1])
+    extra = [m.weight(ways, 2 * gates)] if bias else []
+    w, r = m.weight(ways, gates, features), m.weight(ways, gates, hidden)
+    y = m.op(kind, x, w, r, *extra, outputs=1, hidden_size=hidden, direction=direction)
+    m.output(y, shape=[6, ways, 2, hidden])
+    is_folded(m.build(), "Tanh", "Transpose", kind)
+
+
+def test_a_map_along_the_time_of_a_recurrent_layer_stays():
+    m = Model()
+    x = m.op("Transpose", m.bn(m.op("Tanh", m.input(2, 6, 5)), 6), perm=[1, 0, 2])
+    y = m.op("RNN", x, m.weight(1, 3, 5), m.weight(1, 3, 3), outputs=1, hidden_size=3)
+    m.output(y, shape=[6, 1, 2, 3])
+    is_left(m.build(), "does not lie along the features that RNN reads")

@@ -22,12 +22,12 @@ from .fuzzing import random_model
 def judge(seed, dtype):
     """Fold one random model and compare: float64 in the reference evaluator, float32 in onnxruntime."""
     model = random_model(seed, dtype)
-    before = model.SerializeToString()
-    result = fold(model)
+    before, copies = model.SerializeToString(), seed % 3 == 0
+    result = fold(model, duplicate=copies)
     assert model.SerializeToString() == before
     onnx.checker.check_model(result.model, full_check=True)
-    assert fold(result.model).model.SerializeToString() == result.model.SerializeToString()
-    assert sum(result.report.ops_after.values()) <= sum(result.report.ops_before.values())
+    assert fold(result.model, duplicate=copies).model.SerializeToString() == result.model.SerializeToString()
+    assert copies or sum(result.report.ops_after.values()) <= sum(result.report.ops_before.values())
     assert [o.name for o in result.model.graph.output] == [o.name for o in model.graph.output]
     feeds = feeds_for(model)
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx_ir as ir
 
 from ..affine import Array
 from ..plan import Edit, Refused, SetConstant, scaled
@@ -25,10 +26,30 @@ def weight_edit(site: Site, index: int, what: str, factor: Array, axis: int | tu
     weight = site.constant(index, what)
     quantized = dequantizer(value)
     if quantized is not None:
-        if quantized is not value.producer() or len(value.uses()) != 1:
+        inner = _untransposed(value, factor, quantized)
+        if inner is None:
             raise Refused(f"the {what} of {site.node.op_type} is dequantized, and transformed or shared after that")
-        return rescale(site, quantized, weight.shape, factor)
+        shape = site.facts.constant(quantized.outputs[0])
+        return rescale(site, quantized, weight.shape if shape is None else shape.shape, inner)
     return [SetConstant(site.node, index, lambda: scaled(weight, factor), site.dtype(value), axis)]
+
+
+def _untransposed(value: ir.Value, factor: Array, maker: ir.Node) -> Array | None:
+    """The factor on the output of `maker` that `factor` is on `value`, behind nothing but transpositions."""
+    while len(value.uses()) == 1 and not value.is_graph_output():
+        node = value.producer()
+        if node is None or node is maker:
+            return None if node is None else factor
+        if node.op_type == "Transpose":
+            perm = node.attributes.get_ints("perm", tuple(range(factor.ndim))[::-1])
+            factor = factor.transpose(np.argsort(np.asarray(perm)))
+        elif node.op_type != "Identity":
+            return None
+        before = node.inputs[0]
+        if before is None:
+            return None
+        value = before
+    return None
 
 
 def bias_edit(site: Site, index: int, compute: Callable[[Array], Array], size: int, hint: str) -> Edit:

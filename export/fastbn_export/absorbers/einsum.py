@@ -41,8 +41,10 @@ def _holder(site: Site, inputs: list[str], label: str, data: int = -1) -> int:
 class Einsum(Operator):
     """Linear in each operand."""
 
-    upstream = "absorbs into a constant operand that has the axis; a shift becomes an Add"
-    downstream = "absorbs into a constant operand that has the axis; a shift only if it stays a vector"
+    upstream = "absorbs into a constant operand that has the axis; a shift becomes an Add; a transposition carries"
+    downstream = (
+        "absorbs into a constant operand that has the axis; a shift only if it stays a vector; a transposition carries"
+    )
 
     def pull(self, site: Site) -> Sequence[Step]:
         """Scale a constant operand along the label of the map's axis."""
@@ -50,6 +52,8 @@ class Einsum(Operator):
         a = site.affine
         if a.axis >= len(out):
             raise Refused("the map's axis is not one of the Einsum")
+        if len(inputs) == 1 and len(inputs[0]) == len(out):  # a transposition
+            return [Step.carry((site.input(0), a.at(inputs[0].index(out[a.axis]))))]
         index = _holder(site, inputs, out[a.axis])
         edits = self._scale(site, index, inputs[index].index(out[a.axis])) if a.has_scale else []
         if not a.has_shift:
@@ -61,6 +65,8 @@ class Einsum(Operator):
         inputs, out = _labels(site)
         a = site.affine
         label = inputs[site.index][a.axis]
+        if len(inputs) == 1 and len(inputs[0]) == len(out):
+            return [Step.carry((site.node.outputs[0], a.at(out.index(label))))]
         index = _holder(site, inputs, label, site.index)
         edits = self._scale(site, index, inputs[index].index(label)) if a.has_scale else []
         if not a.has_shift:

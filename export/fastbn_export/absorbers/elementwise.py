@@ -36,10 +36,9 @@ def _compose(site: Site, operand: ConstantOperand, up: bool) -> Step | None:
 def _replace(site: Site, operand: ConstantOperand, value: Array) -> Edit:
     """Write a new constant, in as few dimensions as it needs."""
     data = site.input(operand.data)
-    dims = site.facts.dims(data)
     if value.size > max(operand.value.size, site.affine.size):
         raise Refused(f"the constant of {site.node.op_type} would grow beyond both of its axes")
-    if dims is None or len(dims) != value.ndim:
+    if site.facts.rank(data) != value.ndim:
         raise Refused(f"the rank of '{data.name}' is unknown")
     if site.opset < 7 and operand.value.shape != value.shape:
         raise Refused(f"{site.node.op_type} broadcasts by attributes in opset {site.opset}")
@@ -57,21 +56,18 @@ def _replace(site: Site, operand: ConstantOperand, value: Array) -> Edit:
 
 
 def _operand_axis(site: Site, index: int) -> int:
-    """The axis of operand `index` that the map's axis on the output is; the operand must have all channels."""
-    out, mine = site.rank(site.node.outputs[0]), site.dims(site.input(index))
-    axis = site.affine.axis - (out - len(mine))
-    if axis < 0 or mine[axis] != site.affine.size:
-        raise Refused(f"an operand of {site.node.op_type} is broadcast along the channels")
-    if site.opset < 7 and len(mine) != out:
+    """The axis of operand `index` that the map's axis on the output is, in the broadcasting rules of the opset."""
+    axis = site.operand_axis(index)
+    if site.opset < 7 and axis != site.affine.axis:
         raise Refused(f"{site.node.op_type} broadcasts by attributes in opset {site.opset}")
     return axis
 
 
 def _output_axis(site: Site) -> int:
     """The axis on the output of the map on the data; it must keep its length."""
-    out, mine = site.dims(site.node.outputs[0]), site.rank(site.input(site.index))
-    axis = site.affine.axis + len(out) - mine
-    if out[axis] != site.affine.size:
+    out, mine = site.rank(site.node.outputs[0]), site.rank(site.input(site.index))
+    axis = site.affine.axis + out - mine
+    if site.facts.size(site.node.outputs[0], axis) != site.affine.size:
         raise Refused(f"{site.node.op_type} broadcasts along the channels")
     return axis
 
@@ -128,9 +124,12 @@ class AddSub(Operator):
     def _branches(self, site: Site) -> Sequence[Step]:
         a, node = site.affine, site.node
         inputs = [site.input(i) for i in range(len(node.inputs))]
-        if len(set(inputs)) != len(inputs):
-            raise Refused(f"{node.op_type} reads '{inputs[0].name}' twice")
         axes = [_operand_axis(site, i) for i in range(len(inputs))]
+        if len(set(inputs)) == 1 and node.op_type != "Sub":  # x + x = 2 x
+            part = ChannelAffine(a.scale, a.shift / len(inputs), axes[0])
+            return [Step.carry(*((value, part) for value in inputs))]
+        if len(set(inputs)) != len(inputs):
+            raise Refused(f"{node.op_type} reads an operand twice")
         constants = [site.facts.constant(v) is not None for v in inputs]
         if any(constants):
             raise Refused(f"{node.op_type} has several operands of which some are constant")

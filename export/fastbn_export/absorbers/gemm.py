@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..affine import Array
+from ..affine import Array, ChannelAffine
 from ..plan import Edit, Refused, SetAttribute, SetConstant, Step
 from ..registry import Operator, Site, operator
 from .common import weight_edit
@@ -19,7 +19,10 @@ __all__ = ["Gemm"]
 class Gemm(Operator):
     """Columns of Y belong to B', rows to A'; the constant one of them takes the scale, C takes the shift."""
 
-    upstream = "absorbs: B'[:, n] *= scale[n] (A'[m] along axis 0), C = scale*beta*C + shift, beta = 1; any shape of C"
+    upstream = (
+        "absorbs: B'[:, n] *= scale[n] (A'[m] along axis 0), C = scale*beta*C + shift, beta = 1; any shape of C; "
+        "a C that is computed takes the map too"
+    )
     downstream = "absorbs: B'[k] *= scale[k] (A'[:, k]), C = beta*C + alpha*shift B', beta = 1"
 
     def pull(self, site: Site) -> Sequence[Step]:
@@ -35,6 +38,9 @@ class Gemm(Operator):
         edits = weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), axis)
         along = (1, -1) if a.axis == 1 else (-1, 1)
         scale, shift = a.scale.reshape(along), a.shift.reshape(along)
+        beta = site.float("beta", 1.0)
+        if site.has(2) and beta != 0.0 and not site.facts.is_constant(site.input(2)):
+            return [Step(edits, [_branch(site, beta)], True)]
         if a.has_shift or (site.has(2) and site.float("beta", 1.0) != 0.0):
             edits += _offset(site, lambda c: c * scale + shift)
         return [Step.absorbed(*edits)]
@@ -60,6 +66,14 @@ class Gemm(Operator):
             added = added.reshape((1, -1) if index == 1 else (-1, 1))
             edits += _offset(site, lambda c: c + added)
         return [Step.absorbed(*edits)]
+
+
+def _branch(site: Site, beta: float) -> tuple[ir.Value, ChannelAffine]:
+    """What a C that is computed at run time must deliver: ``s (x + beta C) + t = s x + beta (s C + t / beta)``."""
+    a, c = site.affine, site.input(2)
+    if c.producer() is None:
+        site.constant(2, "offset C")
+    return c, ChannelAffine(a.scale, a.shift / beta, site.operand_axis(2))
 
 
 def _offset(site: Site, compute: Callable[[Array], Array]) -> list[Edit]:

@@ -111,11 +111,10 @@ class LayerNormalization(Operator):
         """Scale and shift its result."""
         if site.index != 0:
             raise Refused("the map stands on a statistic of a normalization")
-        a, dims = site.affine, site.dims(site.input(0))
-        rank = len(dims)
+        a, rank = site.affine, site.rank(site.input(0))
         if a.axis < site.int("axis", -1) % rank:
             raise Refused(f"the map lies along an axis that {site.node.op_type} does not normalise")
-        if a.axis >= rank or dims[a.axis] != a.size:
+        if site.facts.size(site.input(0), a.axis) != a.size:
             raise Refused(f"the number of channels of {site.node.op_type} is unknown")
         behind = rank - 1 - a.axis
         scale, shift = (v.reshape(-1, *[1] * behind) for v in (a.scale, a.shift))

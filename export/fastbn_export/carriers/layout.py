@@ -11,7 +11,7 @@ from ..plan import FLOATS, Refused, Step
 from ..registry import Operator, Site, operator
 from .shuffle import through_run
 
-__all__ = ["Cast", "Dropout", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]
+__all__ = ["Cast", "Clip", "Dropout", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]
 
 
 class Relabel(Operator):
@@ -64,7 +64,24 @@ class Dropout(Relabel):
         return self.back(site)
 
 
-@operator("Cast")
+@operator("Clip")
+class Clip(Relabel):
+    """Without bounds, as some exporters leave it."""
+
+    upstream = downstream = "carries where it has no bounds"
+
+    def back(self, site: Site) -> ChannelAffine:
+        """Unchanged."""
+        if any(site.has(i) for i in (1, 2)) or any(name in site.node.attributes for name in ("min", "max")):
+            raise Refused("Clip is not linear: no map passes its bounds")
+        return site.affine
+
+    def forth(self, site: Site) -> ChannelAffine:
+        """Unchanged."""
+        return self.back(site)
+
+
+@operator("Cast", "CastLike")
 class Cast(Relabel):
     """Between floating types; each side then works in its own precision, as before."""
 
@@ -73,8 +90,9 @@ class Cast(Relabel):
     def back(self, site: Site) -> ChannelAffine:
         """Unchanged."""
         site.dtype(site.input(0))
-        if ir.DataType(site.int("to", 0)) not in FLOATS:
-            raise Refused("Cast does not deliver a floating type")
+        to = site.facts.dtype(site.input(1)) if site.node.op_type == "CastLike" else ir.DataType(site.int("to", 0))
+        if to not in FLOATS:
+            raise Refused(f"{site.node.op_type} does not deliver a floating type")
         return site.affine
 
     def forth(self, site: Site) -> ChannelAffine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +15,7 @@ __all__ = ["Concat", "Gather", "Slice", "Split"]
 
 
 def _length(site: Site, value: ir.Value, axis: int) -> int:
-    dims = site.dims(value)
-    size = dims[axis] if axis < len(dims) else None
+    size = site.facts.size(value, axis)
     if not isinstance(size, int):
         raise Refused(f"the number of channels of '{value.name}' is unknown")
     return size
@@ -60,20 +59,33 @@ class Concat(Operator):
 class Split(Operator):
     """The inverse of Concat."""
 
-    upstream = "carries along the channel axis, as the identity on the other outputs"
+    upstream = "carries along the channel axis, as the identity on the other outputs; along another axis all must agree"
     downstream = "carries: each output lacks its piece (the whole, along another axis)"
 
     def _axis(self, site: Site) -> int:
         return site.int("axis", 0) % site.rank(site.input(0))
 
-    def pull(self, site: Site) -> Sequence[Step]:
-        """The other outputs have the identity."""
-        axis, a = self._axis(site), site.affine
+    joins = True
+
+    def join(self, site: Site, wanted: Mapping[int, ChannelAffine]) -> Sequence[Step]:
+        """Along the channels the outputs that nobody asked have the identity; along another axis all must agree."""
+        axis, node = self._axis(site), site.node
+        a = next(iter(wanted.values()))
+        if any(other.axis != a.axis for other in wanted.values()):
+            raise Refused("the outputs of Split would need maps along different axes")
         if axis != a.axis:
-            raise Refused("the other outputs of Split would get the same map")
-        sizes = [_length(site, v, axis) for v in site.node.outputs[: site.index]]
+            read = [i for i, v in enumerate(node.outputs) if v.uses() or v.is_graph_output()]
+            if any(i not in wanted or not wanted[i].equals(a) for i in read):
+                raise Refused("the other outputs of Split would get the same map")
+            return [Step.carry((site.input(0), a))]
         total = _length(site, site.input(0), axis)
-        return [Step.carry((site.input(0), a.within(sum(sizes), total)))]
+        scale, shift, start = np.ones(total), np.zeros(total), 0
+        for i, value in enumerate(node.outputs[: max(wanted) + 1]):
+            size = _length(site, value, axis)
+            if i in wanted:
+                scale[start : start + size], shift[start : start + size] = wanted[i].scale, wanted[i].shift
+            start += size
+        return [Step.carry((site.input(0), ChannelAffine(scale, shift, axis)))]
 
     def push(self, site: Site) -> Sequence[Step]:
         """Cut the map into pieces."""

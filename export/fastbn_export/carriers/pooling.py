@@ -11,7 +11,7 @@ from ..affine import ChannelAffine
 from ..plan import Refused, Step
 from ..registry import Operator, Site, operator
 
-__all__ = ["AveragePool", "GlobalAveragePool", "MaxPool", "Reduce", "Resize"]
+__all__ = ["AveragePool", "GlobalAveragePool", "GridSample", "MaxPool", "Reduce", "Resize"]
 
 
 def _through(site: Site, up: bool, affine: ChannelAffine | None = None) -> Sequence[Step]:
@@ -149,7 +149,19 @@ class Resize(Commuting):
             site.affine.has_shift or site.float("extrapolation_value", 0.0) != 0.0
         ):
             raise Refused("Resize fills in values from outside the input")
-        before, after = site.dims(site.input(0)), site.dims(site.node.outputs[0])
-        axis = site.affine.axis
-        if axis >= len(before) or not isinstance(before[axis], int) or before[axis] != after[axis]:
+        before, after = (site.facts.size(v, site.affine.axis) for v in (site.input(0), site.node.outputs[0]))
+        if not isinstance(before, int) or before != after:
             raise Refused(f"{site.node.op_type} may resize the channel axis")
+
+
+@operator("GridSample")
+class GridSample(Commuting):
+    """Interpolation weights sum to one, but for what zero padding takes away."""
+
+    upstream = downstream = "carries; a shift only where nothing is padded with zeros"
+
+    def check(self, site: Site) -> None:
+        """Refuse what does not commute."""
+        _channels_first(site)
+        if site.affine.has_shift and site.text("padding_mode", "zeros") == "zeros":
+            raise Refused("GridSample pads with zeros, and the shift is not zero")
