@@ -469,3 +469,41 @@ def widen_add(typingctx, acc, i, v):
         return ctx.get_dummy_value()
 
     return types.void(acc, types.intp, v), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, i):
+    """Ask for the line of x[i], which may lie behind the array; nothing for None."""
+    if isinstance(x, types.NoneType):
+        return types.void(x, types.intp), _nothing
+
+    def codegen(ctx, builder, sig, args):
+        byte = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+        fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fn, [byte, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        return ctx.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
+
+
+@intrinsic
+def load_or_splat(typingctx, x, w, i):
+    """w[i:i+W] of an array w, a number w in every lane of x's vectors, None of None."""
+    if isinstance(w, types.CPointer):
+
+        def codegen(ctx, builder, sig, args):
+            vec, size = _memory_vector(sig.args[1])
+            raw = builder.load(_pointer(builder, args[1], args[2], vec))
+            raw.align = size
+            return _decode(builder, sig.args[1], raw)
+
+        return vector_of(w)(x, w, types.intp), codegen
+    if isinstance(w, types.NoneType):
+        return types.none(x, w, types.intp), _nothing
+    vector = vector_of(x)
+
+    def spread(ctx, builder, sig, args):
+        return _splat(builder, vector.ir, ctx.cast(builder, args[1], sig.args[1], vector.scalar))
+
+    return vector(x, w, types.intp), spread
