@@ -32,6 +32,17 @@ def _kernels(interpreted: bool) -> ModuleType:
     return launch
 
 
+def set_kernels() -> ModuleType:
+    """Return the module with ``train`` and ``backward`` of sets whose affine varies inside of them (layer, group norm)."""
+    if numba.config.DISABLE_JIT:
+        from fastbn.cpu import fallback_sets
+
+        return fallback_sets
+    from fastbn.cpu import launch_sets
+
+    return launch_sets
+
+
 def refuse_device(name: str) -> DeviceError:
     """Return the error for an array that lives on a GPU."""
     return DeviceError(

@@ -223,8 +223,9 @@ def _across(x, w, col, S, n, period):
 def begin(x, y, weight, bias, at, L, S, col, c, period):
     """Write the elements of a set in front of the first whole line; returns where that begins."""
     n = min(head(y, at), L) if L >= lanes(x) else 0
-    w, b = across(x, weight, col, S, n, period), across(x, bias, col, S, n, period)
-    store_n(y, at, output_part(x, at, n, c, w, b), n)
+    if n > 0:  # a masked store of nothing costs 100 ns
+        w, b = across(x, weight, col, S, n, period), across(x, bias, col, S, n, period)
+        store_n(y, at, output_part(x, at, n, c, w, b), n)
     return at + n
 
 

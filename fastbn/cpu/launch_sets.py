@@ -1,0 +1,98 @@
+# mypy: allow-untyped-calls
+"""From the sizes of layer and group norm to one call of the kernels in ``sets`` and ``sets_backward``.
+
+Tensors arrive flat and contiguous, half types as 16-bit integers, parameters in the arithmetic type or both None.
+``d`` is (B, G, C, S): samples, groups, channels, values behind a channel; layer norm is (R, 1, D, 1). Statistics are
+float64 of 3*B*G: means, invstds, biased variances.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastbn.cpu import pool, sets, sets_backward, tuning
+
+Array = npt.NDArray[Any]
+Sizes = tuple[int, int, int, int]
+
+LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
+SPARE = 64  # bytes that a vector may read behind the last weight
+BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
+LEAST = 16
+
+
+def _by_element(parameter: Array, d: Sizes) -> Array:
+    """Give each element of a sample its number, on a line, and the first ones again behind the last."""
+    spread = np.repeat(parameter, d[3]) if d[3] > 1 else parameter
+    size, spare = spread.size, SPARE // spread.itemsize
+    memory = np.empty(size + 2 * spare, spread.dtype)
+    start = -memory.ctypes.data % SPARE // spread.itemsize
+    result = memory[start : start + size + spare]
+    result[:size] = spread
+    result[size:] = spread[:spare] if size >= spare else np.resize(spread, spare)
+    return result
+
+
+def _shape(d: Sizes, affine: bool) -> tuple[int, int, int | None]:
+    """Return the number of sets, their length, and the length of a run if the affine comes by run."""
+    B, G, C, S = d
+    return B * G, C // G * S, S if affine and S >= LONG else None
+
+
+def train(
+    x: Array, out: Array, weight: Array | None, bias: Array | None, d: Sizes, eps: float
+) -> Array:  # fmt: skip
+    """Normalise each set by its own statistics into ``out``; returns the statistics."""
+    count, length, run = _shape(d, weight is not None)
+    stats = np.empty(3 * count)
+    if run is None and weight is not None and bias is not None:
+        weight, bias = _by_element(weight, d), _by_element(bias, d)
+    streamed = out.nbytes >= tuning.STREAM
+    work = (x, out, weight, bias, stats, count, length, d[1], run, eps, streamed)
+    pool.run(sets.train, *work, units=count, parallel=x.size >= tuning.PARALLEL)
+    return stats
+
+
+def _large(grad: Array, length: int) -> bool:
+    """Tell whether products of the gradient and xhat, which is below sqrt(length), may leave float32's range."""
+    if grad.dtype == np.uint16:  # float16
+        return False
+    if grad.dtype == np.int16:  # bfloat16, by its codes: from 2**64 on
+        return bool((grad.max() & 0x7FFF) >= 0x5F80 or (grad.view(np.uint16).max() & 0x7FFF) >= 0x5F80)
+    most = float(np.finfo(grad.dtype).max) / (2 * sets_backward.ROWS * length**0.5)
+    return not (float(grad.max()) < most and float(grad.min()) > -most)
+
+
+def backward(
+    x: Array, grad: Array, out: Array, weight: Array | None, stats: Array, d: Sizes
+) -> tuple[Array, Array]:  # fmt: skip
+    """Input gradient into ``out``, which may be grad; returns dweight and dbias in float64, zero without a weight."""
+    B, G, C, S = d
+    count, length, run = _shape(d, weight is not None)
+    kind = np.empty(0, np.float64 if x.dtype == np.float64 else np.float32)
+    per = max(LEAST, -(-B // BLOCKS)) if weight is not None and run is None else max(1, B // BLOCKS)
+    if weight is None:
+        sums = np.empty(0)
+    elif run is None:
+        sums, weight = np.zeros((-(-B // per), 2, C * S)), _by_element(weight, d)
+    else:
+        sums = np.empty((2, B, C))
+    streamed = out.nbytes >= tuning.STREAM
+    if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
+        grad = grad.copy()  # it may be wanted again below
+    work = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length, G, run, per, streamed)
+    pool.run(sets_backward.backward, *work, units=B, parallel=x.size >= tuning.PARALLEL)
+    if weight is None:
+        return np.zeros(C), np.zeros(C)
+    if run is not None:
+        return sums[0].sum(0), sums[1].sum(0)
+    merged = sums.sum(0)
+    if not np.isfinite(merged).all():
+        wide = np.zeros((2, C * S))
+        sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
+        merged = np.where(np.isfinite(merged), merged, wide)
+    dweight, dbias = merged.reshape(2, C, S).sum(2) if S > 1 else merged
+    return dweight, dbias
