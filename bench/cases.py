@@ -41,7 +41,7 @@ class Case(NamedTuple):
     @property
     def floor(self) -> float:
         """Bytes that must move, in copies of the tensor."""
-        reads, writes = READS_WRITES[self.op]
+        reads, writes = (READS_WRITES | NORMS)[self.op]
         if self.rows and self.op.startswith(("train", "backward")) and self.nbytes > 1 << 20:
             reads *= 2 if self.op in ("train", "backward") else 1.5
         return (reads + writes) / 2
@@ -55,6 +55,16 @@ class Case(NamedTuple):
 # Tensors read and written once at least. "_fused" is batch norm + residual + ReLU: the residual is one more read
 # forward; backward reads y for the ReLU's sign and writes the residual's gradient.
 READS_WRITES = {"infer": (1, 1), "train": (1, 1), "backward": (2, 1), "train_fused": (2, 1), "backward_fused": (3, 2)}
+
+NORMS = {
+    name + back: (2 if back else 1, 1)
+    for name in ("layer_norm", "group_norm", "instance_norm")
+    for back in ("", "_backward")
+}
+NORM_SHAPES = [
+    ("layer_norm", (8192, 768)), ("group_norm", (32, 64, 56, 56)), ("group_norm", (64, 256, 14, 14)),
+    ("instance_norm", (32, 64, 56, 56)),
+]  # fmt: skip
 
 RESNET50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]
 DENSENET = [(32, 64, 56, 56), (32, 128, 28, 28), (32, 32, 14, 14), (32, 1000, 7, 7)]
@@ -71,6 +81,7 @@ def quick() -> list[Case]:
     cases += [Case(op, shape) for op in ("train", "backward") for shape in ((64, 100), (8192, 1024))]
     cases += [Case(op, RESNET50[1]) for op in ("train_fused", "backward_fused")]
     cases += [Case(op, RESNET50[1], dtype=dtype) for op in ("train", "infer") for dtype in ("float16", "bfloat16")]
+    cases += [Case(name + back, shape) for name, shape in NORM_SHAPES for back in ("", "_backward")]
     return cases
 
 

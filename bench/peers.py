@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bench import family
+from bench.cases import NORMS
 from bench.data import Data
 
 Call = Callable[[], object]
@@ -26,6 +28,8 @@ def fastbn(data: Data) -> Call:
     import fastbn as f
 
     d, op = data, data.case.op
+    if op in NORMS:
+        return family.fastbn(data)
     relu = {"activation": "relu", "residual": d.residual} if op.endswith("_fused") else {}
     if op == "infer":
         return lambda: f.batch_norm_infer(d.x, d.mean, d.var, d.weight, d.bias, axis=d.axis, out=d.out, **relu)
@@ -49,6 +53,8 @@ def torch(data: Data) -> Call:
     import torch as t
 
     d, op = data, data.case.op
+    if op in NORMS:
+        return family.torch(data)
     x, grad, residual, out, out2 = (_tensor(a, d) for a in (d.x, d.grad, d.residual, d.out, d.out2))
     w, b, m, v = (t.from_numpy(a.copy()) for a in (d.weight, d.bias, d.mean, d.var))
     save = (t.empty(w.numel(), dtype=w.dtype), t.empty(w.numel(), dtype=w.dtype))

@@ -33,7 +33,7 @@ def _kernels(interpreted: bool) -> ModuleType:
 
 
 def set_kernels() -> ModuleType:
-    """Return the module with ``train`` and ``backward`` of sets whose affine varies inside of them (layer, group norm)."""
+    """Return the module with ``train`` and ``backward`` of sets whose affine varies inside: layer and group norm."""
     if numba.config.DISABLE_JIT:
         from fastbn.cpu import fallback_sets
 

@@ -222,7 +222,7 @@ def _across(x, w, col, S, n, period):
 @part
 def begin(x, y, weight, bias, at, L, S, col, c, period):
     """Write the elements of a set in front of the first whole line; returns where that begins."""
-    n = min(head(y, at), L) if L >= lanes(x) else 0
+    n = min(head(y, at), L) if lanes(x) <= L else 0
     if n > 0:  # a masked store of nothing costs 100 ns
         w, b = across(x, weight, col, S, n, period), across(x, bias, col, S, n, period)
         store_n(y, at, output_part(x, at, n, c, w, b), n)
@@ -284,12 +284,10 @@ def train(x, y, weight, bias, stats, sets, L, G, S, eps, streamed, claim):
         if not together:
             i = begin(x, y, weight, bias, at, L, S, col, c, period)
         following = t + 1 if t + 1 < hi else min(fetch_add(claim, 0, per), sets)
-        ahead, together = following < sets, t + 1 < hi and L >= lanes(x)
+        ahead, together = following < sets, t + 1 < hi and lanes(x) <= L
         other = following * L if ahead else at
         start = pivot(x, other, L)
-        i, s, q = write_and_sum_set(
-            x, y, weight, bias, i, at, col, c, streamed, far, other, L, S, start, ahead, period
-        )
+        i, s, q = write_and_sum_set(x, y, weight, bias, i, at, col, c, streamed, far, other, L, S, start, ahead, period)
         d = settle(x, stats, sets, L, length, following, start, s, q, eps) if ahead else c
         i = finish(x, y, weight, bias, i, at + L, col + L, S, c, d, together, period, streamed)
         if t + 1 == hi:
