@@ -170,7 +170,7 @@ def _normalise(
         arguments.apart("x", out, x, exact_allowed=False)
         y = out
     result = GroupSaved()
-    result.axis, result.sizes, result.shape, result.count = axis, d, shape, d.count
+    result.axis, result.sizes, result.shape, result.count = axis, d, shape, d.length
     result.affine = (None if w is None else param, None if b is None else param)
     result.x, result.weight, result.updated = x, w, 0
     if x.size == 0:
@@ -243,7 +243,7 @@ def group_norm(
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
     d = Groups(N, int(num_groups), C, x.size // (N * C) if x.size else 0)
-    if N * d.count == 1:
+    if N * d.length == 1:
         raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {x.shape}")
     return _normalise(x, weight, bias, (C,), d, (N, d.G), axis, eps, out)
 

@@ -24,7 +24,7 @@ class Groups(NamedTuple):
     S: int
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """Values that share statistics."""
         return self.C // self.G * self.S
 

@@ -31,4 +31,4 @@ def test_kernels_and_fallback_agree(rng, monkeypatch, d, affine):
 
 def test_sizes():
     d = Groups(23, 2, 6, 3)
-    assert d.count == 9
+    assert d.length == 9

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Sets of contiguous values normalised by their own statistics, with an affine that varies inside of a set: forward.
 
 Layer norm: an affine per element. Group norm: an affine per run of S elements, one channel's. While a set is written

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Gradients of sets of contiguous values whose affine varies inside of a set (see ``sets`` for the shapes).
 
 With u = weight*g and xhat = (x - m)*k + r: dx = k*(u + c1*xhat + c0), c1 = -mean(u*xhat), c0 = -mean(u) over the set
