@@ -52,7 +52,7 @@ def train(
         weight, bias = _by_element(weight, d), _by_element(bias, d)
     streamed = out.nbytes >= tuning.STREAM
     work = (x, out, weight, bias, stats, count, length, d[1], run, eps, streamed)
-    pool.run(sets.train, *work, units=count, parallel=x.size >= tuning.PARALLEL)
+    pool.run(sets.train, work, count, x.size >= tuning.PARALLEL)
     return stats
 
 
@@ -84,7 +84,7 @@ def backward(
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again below
     work = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length, G, run, per, streamed)
-    pool.run(sets_backward.backward, *work, units=B, parallel=x.size >= tuning.PARALLEL)
+    pool.run(sets_backward.backward, work, B, x.size >= tuning.PARALLEL)
     if weight is None:
         return np.zeros(C), np.zeros(C)
     if run is not None:

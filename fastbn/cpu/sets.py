@@ -26,7 +26,7 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.finalize import FAR, TINY, wide_sums
+from fastbn.cpu.finalize import near, wide_sums
 from fastbn.cpu.simd import (
     base,
     blend,
@@ -96,10 +96,9 @@ def _sum_again(x, sets, L, S, t, start, s, eps):
     if math.isfinite(mean):
         start = rounded(x, mean)
         s, q = sum_set(x, t * L, L, S, start)
-        shift = s / L
-        var = max((q - s * shift) / L, 0.0)
-        if shift * shift <= FAR * var and q < 1e38 and var + eps > TINY:
-            return start + shift, var
+        mean, var, fine = near(start, s, q, L, eps)
+        if fine:
+            return mean, var
     return wide_sums(x, 1, sets, L, t)
 
 
@@ -113,10 +112,8 @@ def constants(x, mean, invstd):
 @part
 def settle(x, stats, sets, L, S, t, start, s, q, eps):
     """Statistics of set t from its sums about ``start``; returns its constants."""
-    shift = s / L
-    var = max((q - s * shift) / L, 0.0)
-    mean = start + shift
-    if not (shift * shift <= FAR * var and q < 1e38 and var + eps > TINY):
+    mean, var, fine = near(start, s, q, L, eps)
+    if not fine:
         mean, var = _sum_again(x, sets, L, S, t, start, s, eps)
     invstd = 1.0 / math.sqrt(var + eps)
     put(stats, t, mean)
