@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, views
+from fastbn import arguments, dispatch, layout, recycled, views
 from fastbn.core import Forward
 from fastbn.errors import ArgumentValueError
 from fastbn.saved import Gradients, check_gradient, output
@@ -65,7 +65,7 @@ class BlockForward(Forward):
             if out is not None:
                 output(out, x, axis)
                 arguments.apart("x", out, x, exact_allowed=False)
-            self.target = np.empty_like(x) if out is None else out
+            self.target = recycled.empty_like(x) if out is None else out
             x, out = np.array(x, order="C"), None
         super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
         before, C, S = self.layout.dims
@@ -148,7 +148,7 @@ def train(
         if d.N == 1:
             whole: Array = kernels.train(x, residual, out, weights, biases, none, none, dims, eps, 0.0, relu)
             return whole
-        y = np.empty_like(out)
+        y = recycled.empty_like(out)
         beside: Array = kernels.train(
             _aside(x, d), _aside(residual, d), y, weights, biases, none, none, dims, eps, 0.0, relu
         )
@@ -177,7 +177,7 @@ def backward(
         weights, biases = np.tile(weight, d.B), np.tile(bias, d.B)
         tensors: list[Any] = [x, grad, y, out, gated]
         if d.N > 1:
-            tensors = [_aside(x, d), _aside(grad, d), _aside(y, d), np.empty_like(out), _aside(gated, d)]
+            tensors = [_aside(x, d), _aside(grad, d), _aside(y, d), recycled.empty_like(out), _aside(gated, d)]
         parts = kernels.backward(*tensors, weights, biases, stats, dims, False, relu)
         if d.N > 1:
             _back(tensors[3], out, d)

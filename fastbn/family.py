@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, groups, layout, saved, views
+from fastbn import arguments, dispatch, groups, layout, recycled, saved, views
 from fastbn.blocks import BlockForward, Piece
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.groups import Groups
@@ -126,7 +126,7 @@ class GroupSaved(Saved):
         """See ``fastbn.backward``."""
         grad = arguments.same_kind("grad_output", grad_output, self.x)
         if out is None:
-            out = np.empty_like(self.x)
+            out = recycled.empty_like(self.x)
         else:
             saved.output(out, self.x, 0)
             arguments.apart("x", out, self.x, exact_allowed=False)
@@ -164,7 +164,7 @@ def _normalise(
     eps = arguments.epsilon(eps, positive=True)
     w, b = _parameter("weight", weight, param, x), _parameter("bias", bias, param, x)
     if out is None:
-        y = np.empty_like(x)
+        y = recycled.empty_like(x)
     else:
         saved.output(out, x, 0)
         arguments.apart("x", out, x, exact_allowed=False)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments
+from fastbn import arguments, recycled
 from fastbn.blocks import BlockForward, Blocks, Piece
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
@@ -100,7 +100,7 @@ class TurnSaved(Ghosts):
 def _target(out: Any, x: Array, axis: int) -> Array:
     """Return the checked output, or a new array like x."""
     if out is None:
-        return np.empty_like(x)
+        return recycled.empty_like(x)
     output(out, x, axis)
     arguments.apart("x", out, x, exact_allowed=False)
     target: Array = out

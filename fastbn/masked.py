@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, layout
+from fastbn import arguments, layout, recycled
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
@@ -40,7 +40,7 @@ def pack(x: Array, axis: int, mask: Array) -> Array:
 
 def unpack(packed: Array, like: Array, axis: int, mask: Array, out: Array | None) -> Array:
     """Put rows back where they came from, zero elsewhere."""
-    result: Array = np.empty_like(like) if out is None else out
+    result: Array = recycled.empty_like(like) if out is None else out
     result[...] = 0
     np.moveaxis(result, axis, -1)[mask] = packed
     return result

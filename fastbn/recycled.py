@@ -75,6 +75,11 @@ def empty(shape: tuple[int, ...] | list[int], dtype: np.dtype[Any]) -> Array:
     return root[at : at + nbytes].view(dtype).reshape(shape)
 
 
+def empty_like(x: Array) -> Array:
+    """Return ``numpy.empty_like(x)``, from such memory where x is C-contiguous."""
+    return empty(x.shape, x.dtype) if x.flags.c_contiguous else np.empty_like(x)
+
+
 def _forget() -> None:
     """A forked child may find the lock held by a thread that it does not have."""
     global _lock
