@@ -38,6 +38,7 @@ class Access(NamedTuple):
 if SIMULATED:
     from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
 else:
-    from fastbn.cuda._lowered import access, add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
+    from fastbn.cuda._lowered import access
+    from fastbn.cuda._lowered_lanes import add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
 
 __all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "join", "mul", "pick", "sqrt", "sub", "total"]

@@ -20,13 +20,14 @@ import numpy as np, numba
 from numba import njit, types
 from numba.extending import intrinsic
 from fastbn.cuda import _lowered
+from fastbn.cuda import _lowered_lanes as arithmetic
 
 def on_cpu(of):
     return intrinsic(of._defn)
 
 rng = np.random.default_rng(0)
-add, sub, mul, fma, gate, total = (on_cpu(getattr(_lowered, n)) for n in ("add", "sub", "mul", "fma", "gate", "total"))
-sqrt, invsqrt, finite = (on_cpu(getattr(_lowered, n)) for n in ("sqrt", "invsqrt", "finite"))
+add, sub, mul, fma, gate, total = (on_cpu(getattr(arithmetic, n)) for n in ("add", "sub", "mul", "fma", "gate", "total"))
+sqrt, invsqrt, finite = (on_cpu(getattr(arithmetic, n)) for n in ("sqrt", "invsqrt", "finite"))
 
 # -- arithmetic, lane by lane, tuples and numbers mixed
 a, b, c = (tuple(np.float32(v) for v in rng.standard_normal(4)) for _ in range(3))

@@ -1,0 +1,272 @@
+"""Vectors to and from memory: loads, masked loads, ordinary and streaming stores, hints, atomic counters."""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from fastbn.cpu._jit import part
+from fastbn.cpu._vectors import (
+    F16,
+    F32,
+    F64,
+    I32,
+    I64,
+    broadcast,
+    decode,
+    encode,
+    half,
+    lanes_below,
+    masked,
+    memory_vector,
+    nothing,
+    vector_of,
+    vector_pointer,
+)
+
+
+@intrinsic
+def base(typingctx, array):
+    """Address of a contiguous array's first element, None of None; the caller keeps the array alive."""
+    if isinstance(array, types.NoneType):
+        return types.none(array), nothing
+
+    def codegen(ctx, builder, sig, args):
+        return ctx.make_array(sig.args[0])(ctx, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def load(typingctx, x, i):
+    """x[i:i+W], None of None; no alignment is asked for."""
+    if isinstance(x, types.NoneType):
+        return types.none(x, types.intp), nothing
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        raw = builder.load(vector_pointer(builder, args[0], args[1], vec))
+        raw.align = size
+        return decode(builder, sig.args[0], raw)
+
+    return vector_of(x)(x, types.intp), codegen
+
+
+@intrinsic
+def load_n(typingctx, x, i, n):
+    """The first n lanes of x[i:i+W], zero behind them, None of None; reads nothing past x[i+n-1]."""
+    if isinstance(x, types.NoneType):
+        return types.none(x, types.intp, types.intp), nothing
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        ptr = vector_pointer(builder, args[0], args[1], vec)
+        mask = lanes_below(builder, vec.count, args[2])
+        zero = ir.Constant(vec, None)
+        raw = masked(builder, "load", vec, [ptr, ir.Constant(I32, size), mask, zero], vec)
+        return decode(builder, sig.args[0], raw)
+
+    return vector_of(x)(x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, y, i, v):
+    """y[i:i+W] = v, rounded to y's dtype; nothing into None."""
+    if isinstance(y, types.NoneType):
+        return types.void(y, types.intp, v), nothing
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        raw = encode(builder, sig.args[0], args[2])
+        builder.store(raw, vector_pointer(builder, args[0], args[1], vec)).align = size
+        return ctx.get_dummy_value()
+
+    return types.void(y, types.intp, v), codegen
+
+
+@intrinsic
+def store_n(typingctx, y, i, v, n):
+    """Write the first n lanes of v to y[i:i+n]; nothing into None."""
+    if isinstance(y, types.NoneType):
+        return types.void(y, types.intp, v, types.intp), nothing
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        raw = encode(builder, sig.args[0], args[2])
+        ptr = vector_pointer(builder, args[0], args[1], vec)
+        mask = lanes_below(builder, vec.count, args[3])
+        masked(builder, "store", vec, [raw, ptr, ir.Constant(I32, size), mask], ir.VoidType())
+        return ctx.get_dummy_value()
+
+    return types.void(y, types.intp, v, types.intp), codegen
+
+
+@intrinsic
+def stream(typingctx, y, i, v):
+    """y[i:i+W] = v past the caches; y + i must be aligned to the vector (see ``head``). End with ``fence``."""
+    if isinstance(y, types.NoneType):
+        return types.void(y, types.intp, v), nothing
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        raw = encode(builder, sig.args[0], args[2])
+        op = builder.store(raw, vector_pointer(builder, args[0], args[1], vec))
+        op.align = size * vec.count
+        op.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        return ctx.get_dummy_value()
+
+    return types.void(y, types.intp, v), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Make streamed data visible to other threads."""
+
+    def codegen(ctx, builder, sig, args):
+        builder.fence("seq_cst")
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def head(typingctx, y, i):
+    """Return how many elements lie between y + i and the next address that ``stream`` may write to; 0 for None."""
+    if isinstance(y, types.NoneType):
+        return types.intp(y, types.intp), lambda ctx, builder, sig, args: ir.Constant(I64, 0)
+
+    def codegen(ctx, builder, sig, args):
+        vec, size = memory_vector(sig.args[0])
+        address = builder.ptrtoint(vector_pointer(builder, args[0], args[1], vec), I64)
+        gap = builder.and_(builder.neg(address), ir.Constant(I64, size * vec.count - 1))
+        return builder.lshr(gap, ir.Constant(I64, size.bit_length() - 1))
+
+    return types.intp(y, types.intp), codegen
+
+
+@intrinsic
+def get(typingctx, x, i):
+    """x[i] as float64, half types decoded."""
+
+    def codegen(ctx, builder, sig, args):
+        raw = builder.load(builder.gep(args[0], [args[1]]))
+        kind = half(sig.args[0])
+        if kind == "f16":
+            raw = builder.bitcast(raw, F16)
+        elif kind == "bf16":
+            raw = builder.bitcast(builder.shl(builder.zext(raw, I32), ir.Constant(I32, 16)), F32)
+        return raw if raw.type == F64 else builder.fpext(raw, F64)
+
+    return types.float64(x, types.intp), codegen
+
+
+@intrinsic
+def clear(typingctx, y, n):
+    """y[:n] = 0."""
+
+    def codegen(ctx, builder, sig, args):
+        size = sig.args[0].dtype.bitwidth // 8
+        cgutils.memset(builder, args[0], builder.mul(args[1], ir.Constant(I64, size)), 0)
+        return ctx.get_dummy_value()
+
+    return types.void(y, types.intp), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, counter, i, value):
+    """Add to counter[i] atomically and return what it held before."""
+
+    def codegen(ctx, builder, sig, args):
+        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), args[2], "seq_cst")
+
+    return types.int64(counter, types.intp, types.int64), codegen
+
+
+@intrinsic
+def put(typingctx, y, i, value):
+    """y[i] = value for float32 and float64."""
+
+    def codegen(ctx, builder, sig, args):
+        number = ctx.cast(builder, args[2], sig.args[2], sig.args[0].dtype)
+        builder.store(number, builder.gep(args[0], [args[1]]))
+        return ctx.get_dummy_value()
+
+    return types.void(y, types.intp, value), codegen
+
+
+@part
+def aligned(array):
+    """Address of the first element of a contiguous scratch array that begins a vector; up to W - 1 lie before it.
+
+    Column constants at other addresses cost two cache lines a load: 1.4x on a whole normalisation.
+    """
+    p = base(array)
+    return p + head(p, 0)
+
+
+@intrinsic
+def lanes(typingctx, x):
+    """Return W, the number of lanes of the vectors that fit array x, as a constant."""
+    count = vector_of(x).lanes
+
+    def codegen(ctx, builder, sig, args):
+        return ir.Constant(I64, count)
+
+    return types.intp(x), codegen
+
+
+@intrinsic
+def widen_add(typingctx, acc, i, v):
+    """acc[i:i+W] += v for a float64 array acc: how short float32 sums are put away."""
+
+    def codegen(ctx, builder, sig, args):
+        n = sig.args[2].lanes
+        vec = ir.VectorType(F64, n)
+        ptr = vector_pointer(builder, args[0], args[1], vec)
+        old = builder.load(ptr)
+        old.align = 8
+        value = builder.fpext(args[2], vec) if sig.args[2].bits == 32 else args[2]
+        builder.store(builder.fadd(old, value), ptr).align = 8
+        return ctx.get_dummy_value()
+
+    return types.void(acc, types.intp, v), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, i):
+    """Ask for the line of x[i], which may lie behind the array; nothing for None."""
+    if isinstance(x, types.NoneType):
+        return types.void(x, types.intp), nothing
+
+    def codegen(ctx, builder, sig, args):
+        byte = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+        fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(fn, [byte, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+        return ctx.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
+
+
+@intrinsic
+def load_or_splat(typingctx, x, w, i):
+    """w[i:i+W] of an array w, a number w in every lane of x's vectors, None of None."""
+    if isinstance(w, types.CPointer):
+
+        def codegen(ctx, builder, sig, args):
+            vec, size = memory_vector(sig.args[1])
+            raw = builder.load(vector_pointer(builder, args[1], args[2], vec))
+            raw.align = size
+            return decode(builder, sig.args[1], raw)
+
+        return vector_of(w)(x, w, types.intp), codegen
+    if isinstance(w, types.NoneType):
+        return types.none(x, w, types.intp), nothing
+    vector = vector_of(x)
+
+    def spread(ctx, builder, sig, args):
+        return broadcast(builder, vector.ir, ctx.cast(builder, args[1], sig.args[1], vector.scalar))
+
+    return vector(x, w, types.intp), spread

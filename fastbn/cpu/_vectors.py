@@ -1,0 +1,116 @@
+"""The vector type of the kernels and how its lanes lie in memory: what ``_memory`` and ``_lanes`` are written with."""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.extending import register_model
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+
+class Vector(types.Type):
+    """A SIMD value: ``lanes`` x float32 or float64. Lives in registers; has no Python counterpart."""
+
+    def __init__(self, bits: int):
+        self.bits, self.lanes = bits, 512 // bits
+        super().__init__(name=f"vector{self.lanes}xf{bits}")
+
+    @property
+    def ir(self) -> ir.VectorType:
+        return ir.VectorType(F32 if self.bits == 32 else F64, self.lanes)
+
+    @property
+    def scalar(self) -> types.Float:
+        return types.float32 if self.bits == 32 else types.float64
+
+
+V32, V64 = Vector(32), Vector(64)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, fe_type.ir)
+
+
+def vector_of(pointer: types.CPointer) -> Vector:
+    """Return the vector type that arithmetic on this array uses."""
+    return V64 if pointer.dtype == types.float64 else V32
+
+
+def half(pointer: types.CPointer) -> str | None:
+    return {types.uint16: "f16", types.int16: "bf16"}.get(pointer.dtype)
+
+
+def constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
+
+
+def broadcast(builder, vec: ir.VectorType, scalar):
+    undef = ir.Constant(vec, ir.Undefined)
+    first = builder.insert_element(undef, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undef, constant(I32, vec.count, 0))
+
+
+def vector_pointer(builder, base, index, vec: ir.VectorType):
+    return builder.bitcast(builder.gep(base, [index]), vec.as_pointer())
+
+
+def memory_vector(pointer: types.CPointer) -> tuple[ir.VectorType, int]:
+    """Return the vector as it lies in memory, and the size of one element in bytes."""
+    lanes = vector_of(pointer).lanes
+    if half(pointer):
+        return ir.VectorType(ir.IntType(16), lanes), 2
+    return vector_of(pointer).ir, pointer.dtype.bitwidth // 8
+
+
+def decode(builder, pointer: types.CPointer, raw):
+    """float16: hardware conversion. bfloat16: the upper half of a float32."""
+    kind = half(pointer)
+    if kind is None:
+        return raw
+    lanes = V32.lanes
+    if kind == "f16":
+        return builder.fpext(builder.bitcast(raw, ir.VectorType(F16, lanes)), V32.ir)
+    wide = builder.zext(raw, ir.VectorType(I32, lanes))
+    return builder.bitcast(builder.shl(wide, constant(I32, lanes, 16)), V32.ir)
+
+
+def encode(builder, pointer: types.CPointer, value):
+    """Round to nearest even; a NaN stays a (quiet) NaN."""
+    kind = half(pointer)
+    if kind is None:
+        return value
+    lanes = V32.lanes
+    raw = ir.VectorType(ir.IntType(16), lanes)
+    if kind == "f16":
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(F16, lanes)), raw)
+    bits = builder.bitcast(value, ir.VectorType(I32, lanes))
+    odd = builder.and_(builder.lshr(bits, constant(I32, lanes, 16)), constant(I32, lanes, 1))
+    rounded = builder.add(builder.add(bits, odd), constant(I32, lanes, 0x7FFF))
+    quiet = builder.or_(bits, constant(I32, lanes, 0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, constant(I32, lanes, 16)), raw)
+
+
+def lanes_below(builder, lanes: int, n):
+    """Mask of the lanes whose number is < n."""
+    number = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", number, broadcast(builder, ir.VectorType(I64, lanes), n))
+
+
+def masked(builder, name: str, vec: ir.VectorType, args: list, result: ir.Type):
+    element = {"half": "f16", "float": "f32", "double": "f64"}.get(str(vec.element), str(vec.element))
+    kinds = [a.type for a in args]
+    fn = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, kinds), f"llvm.masked.{name}.v{vec.count}{element}.p0"
+    )
+    return builder.call(fn, args)
+
+
+def nothing(ctx, builder, sig, args):
+    return ctx.get_dummy_value()
