@@ -27,7 +27,6 @@ def on_cpu(of):
 
 ARITHMETIC = ("add", "sub", "mul", "fma", "gate", "total")
 add, sub, mul, fma, gate, total = (on_cpu(getattr(arithmetic, n)) for n in ARITHMETIC)
-add, sub, mul, fma, gate, total = (on_cpu(getattr(arithmetic, n)) for n in ("add", "sub", "mul", "fma", "gate", "total"))
 sqrt, invsqrt, finite = (on_cpu(getattr(arithmetic, n)) for n in ("sqrt", "invsqrt", "finite"))
 
 # -- arithmetic, lane by lane, tuples and numbers mixed
