@@ -25,6 +25,7 @@ from fastbn.cuda import _lowered_lanes as arithmetic
 def on_cpu(of):
     return intrinsic(of._defn)
 
+rng = np.random.default_rng(0)
 ARITHMETIC = ("add", "sub", "mul", "fma", "gate", "total")
 add, sub, mul, fma, gate, total = (on_cpu(getattr(arithmetic, n)) for n in ARITHMETIC)
 sqrt, invsqrt, finite = (on_cpu(getattr(arithmetic, n)) for n in ("sqrt", "invsqrt", "finite"))
