@@ -76,6 +76,8 @@ class VerifyReport:
         shapes = ", ".join(f"{name}: {what}" for name, what in self.inputs.items())
         lines = [f"{'same' if self.ok else 'NOT the same'} on {self.samples} samples ({shapes or 'no inputs'})"]
         lines += [f"checked: {', '.join(self.checks) or 'nothing'}"]
+        if self.ok and not self.checks and not self.outputs:  # nothing was run, so nothing is claimed
+            lines = ["checked: nothing"]
         for output in self.outputs:
             numbers = {
                 "error": output.max_abs,
