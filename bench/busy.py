@@ -11,12 +11,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from bench import machine
 from bench.cases import RESNET50, Case
+from bench.copying import stream_copy
+from bench.data import Data
 from bench.interleave import Worker
 
 CASES = [
@@ -24,6 +27,7 @@ CASES = [
 ]
 CASES += [Case(op, RESNET50[3]) for op in ("train", "backward")]
 CASES += [Case("train", (8192, 1024)), Case("infer", RESNET50[1])]
+RESNET50_CASE = Case("infer", RESNET50[1])
 SPIN = "import os\nos.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\nwhile True: pass"
 
 
@@ -40,9 +44,31 @@ def compare(case: Case, workers: list[Worker]) -> dict[str, Any]:
     return {t: {"min": min(values), "p50": sorted(values)[len(values) // 2]} for t, values in times.items()}
 
 
+def copies() -> dict[str, Any]:
+    """Return how much faster two threads copy a tensor than one: no kernel that moves memory can gain more for long."""
+    data = Data(RESNET50_CASE)
+    x, y = data.x.reshape(-1), data.out.reshape(-1)
+    half = x.size // 32 * 16
+
+    def two() -> None:
+        other = threading.Thread(target=stream_copy, args=(x[:half], y[:half]))
+        other.start()
+        stream_copy(x[half:], y[half:])
+        other.join()
+
+    best = [float("inf"), float("inf")]
+    for _ in range(30):
+        for n, call in enumerate((lambda: stream_copy(x, y), two)):
+            start = time.perf_counter()
+            call()
+            best[n] = min(best[n], time.perf_counter() - start)
+    return {"case": f"copy-{RESNET50_CASE.id}", "busy": False, "unit": "s", "speedup_min": best[0] / best[1]}
+
+
 def main() -> None:
     """Measure and write."""
-    rows = []
+    rows = [copies()]
+    print(f"copy  {rows[0]['speedup_min']:.2f}")
     for busy in (False, True):
         spinner = subprocess.Popen([sys.executable, "-c", SPIN]) if busy else None
         workers = [Worker("fastbn", threads) for threads in (1, 2)]
