@@ -234,20 +234,27 @@ def widen_add(typingctx, acc, i, v):
     return types.void(acc, types.intp, v), codegen
 
 
-@intrinsic
-def prefetch(typingctx, x, i):
-    """Ask for the line of x[i], which may lie behind the array; nothing for None."""
-    if isinstance(x, types.NoneType):
-        return types.void(x, types.intp), nothing
+def _asking(locality):
+    """Intrinsic that asks for the line of x[i], which may lie behind the array; nothing for None."""
 
-    def codegen(ctx, builder, sig, args):
-        byte = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
-        fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fn, [byte, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
-        return ctx.get_dummy_value()
+    def prefetch(typingctx, x, i):
+        if isinstance(x, types.NoneType):
+            return types.void(x, types.intp), nothing
 
-    return types.void(x, types.intp), codegen
+        def codegen(ctx, builder, sig, args):
+            byte = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+            fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(fn, [byte, ir.Constant(I32, 0), ir.Constant(I32, locality), ir.Constant(I32, 1)])
+            return ctx.get_dummy_value()
+
+        return types.void(x, types.intp), codegen
+
+    return intrinsic(prefetch)
+
+
+prefetch = _asking(3)
+ask = _asking(2)
 
 
 @intrinsic

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fastbn.cpu._jit import helper, part
 from fastbn.cpu.simd import (
+    ask,
     clear,
     first,
     fma,
@@ -25,48 +26,38 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.sweep import gradient_value, output, term, through_relu
 
-ROWS = 128  # rows that are summed in float32 before they join the float64 sums: 16 or 32 additions a lane
+ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
+AHEAD = 4096  # elements ahead whose lines are asked for: what lies two pages on costs no waiting
 
 
 @part
-def _four(x, g, y, at, V, m, k, b, relu):
-    """Sums of u and u*v over four rows of one whole vector of columns."""
-    at1, at2, at3 = at + V, at + 2 * V, at + 3 * V
-    v0, v1, v2, v3 = load(x, at) - m, load(x, at1) - m, load(x, at2) - m, load(x, at3) - m
-    u0, u1 = term(load(g, at), v0, load(y, at), k, b, relu), term(load(g, at1), v1, load(y, at1), k, b, relu)
-    u2, u3 = term(load(g, at2), v2, load(y, at2), k, b, relu), term(load(g, at3), v3, load(y, at3), k, b, relu)
-    return (u0 + u1) + (u2 + u3), fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3)))
+def _one(x, g, y, at, m, k, b, relu):
+    """First factor u and value v of one vector of columns in one row."""
+    v = load(x, at) - m
+    return term(load(g, at), v, load(y, at), k, b, relu), v
 
 
 @part
 def _one_edge(x, g, y, at, n, m, k, b, relu):
+    """As ``_one`` where only n lanes count."""
     v = first(load_n(x, at, n) - m, n)
     return first(term(load_n(g, at, n), v, load_n(y, at, n), k, b, relu), n), v
 
 
 @part
-def _four_edge(x, g, y, at, V, end, n, m, k, b, relu):
-    """As ``_four`` where only n lanes count, and of those only what lies before ``end``."""
-    at1, at2, at3 = at + V, at + 2 * V, at + 3 * V
-    u0, v0 = _one_edge(x, g, y, at, min(n, max(0, end - at)), m, k, b, relu)
-    u1, v1 = _one_edge(x, g, y, at1, min(n, max(0, end - at1)), m, k, b, relu)
-    u2, v2 = _one_edge(x, g, y, at2, min(n, max(0, end - at2)), m, k, b, relu)
-    u3, v3 = _one_edge(x, g, y, at3, min(n, max(0, end - at3)), m, k, b, relu)
-    return (u0 + u1) + (u2 + u3), fma(u0, v0, fma(u1, v1, fma(u2, v2, u3 * v3)))
-
-
-@part
 def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q):
-    """Add eight rows (forward) or four (backward) of ``width`` columns, whole vectors, to the sums s and q."""
-    W = lanes(x)
+    """Add two rows of ``width`` columns, whole vectors, to the sums s and q; ask for lines ahead, one by one."""
+    W, far = lanes(x), at + AHEAD
     for i in range(0, width, W):
+        ask(x, far + 2 * i)
+        ask(x, far + 2 * i + W)
+        ask(g, far + 2 * i)
+        ask(g, far + 2 * i + W)
         mv, kv, bv = load(m, i), load(k, i), load(b, i)
-        sv, qv = _four(x, g, y, at + i, V, mv, kv, bv, relu)
-        if g is None:
-            s2, q2 = _four(x, g, y, at + i + 4 * V, V, mv, kv, bv, relu)
-            sv, qv = sv + s2, qv + q2
-        store(s, i, load(s, i) + sv)
-        store(q, i, load(q, i) + qv)  # one rounding at q's size, not eight
+        u0, v0 = _one(x, g, y, at + i, mv, kv, bv, relu)
+        u1, v1 = _one(x, g, y, at + i + V, mv, kv, bv, relu)
+        store(s, i, load(s, i) + (u0 + u1))
+        store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
 
 
 @helper
@@ -75,12 +66,11 @@ def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
     W = lanes(x)
     while i < width:
         n, mv, kv, bv = min(W, width - i), load(m, i), load(k, i), load(b, i)
-        sv, qv = _four_edge(x, g, y, at + i, V, end, n, mv, kv, bv, relu)
-        if g is None:
-            s2, q2 = _four_edge(x, g, y, at + i + 4 * V, V, end, n, mv, kv, bv, relu)
-            sv, qv = sv + s2, qv + q2
-        store(s, i, load(s, i) + sv)
-        store(q, i, load(q, i) + qv)
+        below = at + i + V
+        u0, v0 = _one_edge(x, g, y, at + i, min(n, max(0, end - at - i)), mv, kv, bv, relu)
+        u1, v1 = _one_edge(x, g, y, below, min(n, max(0, end - below)), mv, kv, bv, relu)
+        store(s, i, load(s, i) + (u0 + u1))
+        store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
         i += W
 
 
@@ -107,19 +97,18 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     clear(total_s, padded)
     clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
-    step = 8 if g is None else 4  # as many streams as the memory likes: 8 rows forward are 1.15x as fast as 4
     r, end = r0, min(T, (r1 - 1) * V + v1)
-    whole, vectors = r0 + max(0, min(r1, T // V) - r0) // step * step, width // W * W
+    whole, vectors = r0 + max(0, min(r1, T // V) - r0) // 2 * 2, width // W * W
     while r < r1:
         stop = min(r + ROWS, whole)
         while r < stop:
             _add_whole(x, g, y, r * V + v0, V, vectors, m, k, b, relu, s, q)
             if vectors < width:
                 _add_edge(x, g, y, r * V + v0, V, end, vectors, width, m, k, b, relu, s, q)
-            r += step
+            r += 2
         if r >= whole and r < r1:
             _add_edge(x, g, y, r * V + v0, V, end, 0, width, m, k, b, relu, s, q)
-            r += step
+            r += 2
         _put_away(s, q, total_s, total_q, padded)
 
 

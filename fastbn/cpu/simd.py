@@ -18,6 +18,7 @@ from __future__ import annotations
 from fastbn.cpu._lanes import blend, first, fma, rounded, splat, total, where_nonzero, where_positive
 from fastbn.cpu._memory import (
     aligned,
+    ask,
     base,
     clear,
     fence,
@@ -42,6 +43,7 @@ __all__ = [
     "V64",
     "Vector",
     "aligned",
+    "ask",
     "base",
     "blend",
     "clear",
