@@ -47,14 +47,13 @@ from fastbn.cpu.sweep import (
 
 BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
 SLAB = 1_600_000  # elements of a block: longer runs read faster (C*S apart), up to what the shared cache holds twice
-SHORT = 512  # elements of a run below which longer stretches count for more than the cache next to the core
 RUN = 4096  # elements of a channel that are summed in float32: 64 additions a lane
 
 
 @helper
-def block_channels(N, C, S):
-    """Channels of a block, from the shape alone: an eighth of all, but within BLOCK and SLAB."""
-    return max(1, min(SLAB, max(BLOCK, N * S * (C // 8))) // (N * S))
+def block_channels(N, C, S, tensors):
+    """Channels of a block, from the shape alone: an eighth of all, but within BLOCK and SLAB for all tensors read."""
+    return max(1, min(SLAB // tensors, max(BLOCK, N * S * (C // 8))) // (N * S))
 
 
 @helper
@@ -119,7 +118,7 @@ def _begin(x, stats, N, C, S, lo, hi, short, long):
 @jit
 def moments(x, stats, kind, N, C, S, eps, claim):
     """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
-    per = block_channels(N, C, S)
+    per = block_channels(N, C, S, 1)
     scratch, sums = np.empty(32 * per, kind.dtype), np.empty(32 * per, np.float64)
     x, stats, claim, short, long = base(x), base(stats), base(claim), base(scratch), base(sums)
     every = max(1, RUN // S)
@@ -193,7 +192,7 @@ def train(
     Every thread claims block after block and writes one while it sums the next.
     """
     tracked = running_mean.size > 0
-    per, every = block_channels(N, C, S), max(1, RUN // S)
+    per, every = block_channels(N, C, S, 1), max(1, RUN // S)
     scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, y, residual = base(x), base(y), base(residual)
     weight, bias, stats = base(weight), base(bias), base(stats)
@@ -297,9 +296,11 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
     """Gradients. Floor: two reads and one write (and y, dr where they exist).
 
     Tried and rejected: writing one block while summing the next, as ``train`` does. Four streams to read at once (two
-    from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4.
+    from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4; blocks of one channel
+    whose two slabs fit in the cache next to the core, 2.8 at S = 3136 and 3.5 at S = 784: what counts is how long the
+    stretches are that are read from memory.
     """
-    per, every = max(1, (SLAB if S < SHORT else BLOCK) // (N * S)), max(1, RUN // S)
+    per, every = block_channels(N, C, S, 2), max(1, RUN // S)
     scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from fastbn.cpu._jit import part
 from fastbn.cpu.simd import (
+    ask,
     blend,
     first,
     fma,
@@ -26,6 +27,30 @@ from fastbn.cpu.simd import (
     where_nonzero,
     where_positive,
 )
+
+
+SHORT, NEAR, FAR = 128, 512, 2048  # lines of the next NEAR elements are asked for; FAR for runs below SHORT
+
+
+@part
+def ahead(n):
+    """How many elements ahead lines are asked for into the second cache, for runs of n elements.
+
+    Backward, S = 784: 2.2 copies instead of 2.35; S = 196: 2.5 instead of 2.85; S = 49: 3.2 instead of 3.5, training
+    1.65 instead of 1.85. Rejected: into the first cache, no gain; 1024 for long runs, 2.5 (it reaches far into what
+    another block reads); FAR for S = 196, 2.9; NEAR for S = 49, 4.6.
+    """
+    return NEAR if n >= SHORT else FAR
+
+
+@part
+def ask_four(x, i):
+    """Ask for the lines of four vectors."""
+    W = lanes(x)
+    ask(x, i)
+    ask(x, i + W)
+    ask(x, i + 2 * W)
+    ask(x, i + 3 * W)
 
 
 @part
@@ -85,8 +110,11 @@ def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
     W = lanes(x)
     m, k, b, zero = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0)
     s1 = s2 = s3 = q1 = q2 = q3 = zero
-    i, end = at, at + n
+    i, end, far = at, at + n, ahead(n)
     while i + 4 * W <= end:
+        if g is not None:
+            ask_four(x, i + far)
+            ask_four(g, i + far)
         v0, v1 = load(x, i) - m, load(x, i + W) - m
         v2, v3 = load(x, i + 2 * W) - m, load(x, i + 3 * W) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
@@ -97,6 +125,9 @@ def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
         q, q1, q2, q3 = fma(u0, v0, q), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
         i += 4 * W
     while i + W <= end:
+        if g is not None:
+            ask(x, i + far)
+            ask(g, i + far)
         v0 = load(x, i) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
         s, q = s + u0, fma(u0, v0, q)
@@ -142,7 +173,9 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
     W, stop = lanes(x), at + n
     m, k, b, start, zero = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, start), splat(x, 0.0)
     s1 = s2 = s3 = q1 = q2 = q3 = zero
+    far = ahead(n)
     while at + 4 * W <= stop and i + 4 * W <= end:
+        ask_four(x, at + far)
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         s, s1, q, q1 = s + v0, s1 + v1, fma(v0, v0, q), fma(v1, v1, q1)
         write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
