@@ -5,6 +5,7 @@ from __future__ import annotations
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.core.extending import intrinsic
 
 from fastbn.cpu._jit import part
@@ -14,6 +15,7 @@ from fastbn.cpu._vectors import (
     F64,
     I32,
     I64,
+    WidePointer,
     broadcast,
     decode,
     encode,
@@ -37,6 +39,13 @@ def base(typingctx, array):
         return ctx.make_array(sig.args[0])(ctx, builder, args[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def like(typingctx, x, p):
+    """Address p of numbers of the lanes' type, to be read and written in vectors as long as those of x."""
+    result = WidePointer(p.dtype) if vector_of(x).lanes != vector_of(p).lanes else p
+    return result(x, p), lambda ctx, builder, sig, args: args[1]
 
 
 @intrinsic
@@ -71,11 +80,19 @@ def load_n(typingctx, x, i, n):
     return vector_of(x)(x, types.intp, types.intp), codegen
 
 
+def _check(y, v):
+    """Refuse a vector that is not as long as those of array y."""
+    if v != vector_of(y):
+        raise TypingError(f"v: expected {vector_of(y).lanes} lanes of float{vector_of(y).bits}, got {v.name}")
+
+
 @intrinsic
 def store(typingctx, y, i, v):
     """y[i:i+W] = v, rounded to y's dtype; nothing into None."""
     if isinstance(y, types.NoneType):
         return types.void(y, types.intp, v), nothing
+
+    _check(y, v)
 
     def codegen(ctx, builder, sig, args):
         vec, size = memory_vector(sig.args[0])
@@ -91,6 +108,8 @@ def store_n(typingctx, y, i, v, n):
     """Write the first n lanes of v to y[i:i+n]; nothing into None."""
     if isinstance(y, types.NoneType):
         return types.void(y, types.intp, v, types.intp), nothing
+
+    _check(y, v)
 
     def codegen(ctx, builder, sig, args):
         vec, size = memory_vector(sig.args[0])
@@ -108,6 +127,8 @@ def stream(typingctx, y, i, v):
     """y[i:i+W] = v past the caches; y + i must be aligned to the vector (see ``head``). End with ``fence``."""
     if isinstance(y, types.NoneType):
         return types.void(y, types.intp, v), nothing
+
+    _check(y, v)
 
     def codegen(ctx, builder, sig, args):
         vec, size = memory_vector(sig.args[0])
@@ -259,19 +280,18 @@ ask = _asking(2)
 
 @intrinsic
 def load_or_splat(typingctx, x, w, i):
-    """w[i:i+W] of an array w, a number w in every lane of x's vectors, None of None."""
-    if isinstance(w, types.CPointer):
-
-        def codegen(ctx, builder, sig, args):
-            vec, size = memory_vector(sig.args[1])
-            raw = builder.load(vector_pointer(builder, args[1], args[2], vec))
-            raw.align = size
-            return decode(builder, sig.args[1], raw)
-
-        return vector_of(w)(x, w, types.intp), codegen
+    """w[i:i+W] of an array w of the lanes' type, a number w in every lane of x's vectors, None of None."""
     if isinstance(w, types.NoneType):
         return types.none(x, w, types.intp), nothing
     vector = vector_of(x)
+    if isinstance(w, types.CPointer):
+
+        def codegen(ctx, builder, sig, args):
+            raw = builder.load(vector_pointer(builder, args[1], args[2], vector.ir))
+            raw.align = vector.bits // 8
+            return raw
+
+        return vector(x, w, types.intp), codegen
 
     def spread(ctx, builder, sig, args):
         return broadcast(builder, vector.ir, ctx.cast(builder, args[1], sig.args[1], vector.scalar))

@@ -35,25 +35,25 @@ class Plan(NamedTuple):
         return -(-matrix_rows // self.height), -(-self.V // self.width)
 
 
-def _side_by_side(V: int, N: int, most: int) -> int:
+def _side_by_side(V: int, N: int, most: int, lanes: int) -> int:
     """Rows of V columns to lay side by side: ``most`` columns, or up to four times that for whole vectors."""
     count = max(1, min(N, most // V))
-    step = 16 // math.gcd(V, 16)
+    step = lanes // math.gcd(V, lanes)
     if count >= step:
         return count - count % step
     return step if step <= N and step * V <= 4 * most else count
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(dims: Dims) -> Plan:
-    """Choose the kernel for a shape."""
+def plan(dims: Dims, lanes: int = 16) -> Plan:
+    """Choose the kernel for a shape and vectors of so many lanes."""
     N, C, S = dims
     size = N * C * S
     parallel = size >= tuning.PARALLEL
-    if S >= tuning.RUN:
+    if S >= lanes:  # from one vector on the channels-first kernel is as fast as any
         return Plan("planes", parallel)
     V = C * S
-    V *= _side_by_side(V, N, tuning.MATRIX)
+    V *= _side_by_side(V, N, tuning.MATRIX, lanes)
     if size <= tuning.WHOLE:
         return Plan("rows", False, V, C)
     if V == C * S and N <= tuning.TALL:
@@ -70,6 +70,11 @@ def _swept(p: Plan, size: int) -> Plan:
     least, most = tuning.BAND
     height = max(4, min(most, max(least, size // 16)) // width // 4 * 4)
     return p._replace(kind="swept", height=height, width=width)
+
+
+def _lanes(x: Array) -> int:
+    """Return the lanes of the vectors for this array, 16 for float64 too: two of them are one step there."""
+    return 32 if x.itemsize == 2 else 16
 
 
 def _streams(out: Array) -> bool:
@@ -89,7 +94,7 @@ def train(
     dims: Dims, eps: float, momentum: float, relu: bool | None,
 ) -> Array:  # fmt: skip
     """Training forward into ``out``; moves the running statistics if they have elements."""
-    p = plan(dims)
+    p = plan(dims, _lanes(x))
     N, C, S = dims
     stats = np.empty(3 * C)
     params = (weight, bias, running_mean, running_var, stats)
@@ -130,7 +135,7 @@ def _swept_normalise(
 
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     """Statistics alone; ``weight`` only tells the arithmetic type."""
-    p = plan(dims)
+    p = plan(dims, _lanes(x))
     N, C, S = dims
     stats, none = np.empty(3 * C), weight[:0]
     if p.kind == "planes":
@@ -152,7 +157,7 @@ def infer(
     relu: bool | None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` with the means and invstds in ``stats``."""
-    p = plan(dims)
+    p = plan(dims, _lanes(x))
     N, C, S = dims
     if p.kind == "planes":
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
@@ -169,7 +174,7 @@ def backward(
     stats: Array, dims: Dims, frozen: bool, relu: bool | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``; returns the gradients of weight and bias."""
-    p = plan(dims)
+    p = plan(dims, _lanes(x))
     N, C, S = dims
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
     streamed = _streams(out)

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
 
 LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
-SPARE = 64  # bytes that a vector may read behind the last weight
+LINE, SPARE = 64, 128  # bytes: of a cache line, and that a vector may read behind the last weight
 BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
 LEAST = 16
 
@@ -29,7 +29,7 @@ def _by_element(parameter: Array, d: Sizes) -> Array:
     spread = np.repeat(parameter, d[3]) if d[3] > 1 else parameter
     size, spare = spread.size, SPARE // spread.itemsize
     memory = np.empty(size + 2 * spare, spread.dtype)
-    start = -memory.ctypes.data % SPARE // spread.itemsize
+    start = -memory.ctypes.data % LINE // spread.itemsize
     result = memory[start : start + size + spare]
     result[:size] = spread
     result[size:] = spread[:spare] if size >= spare else np.resize(spread, spare)

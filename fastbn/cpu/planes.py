@@ -26,6 +26,7 @@ from fastbn.cpu.simd import (
     get,
     head,
     lanes,
+    like,
     load,
     put,
     rounded,
@@ -119,8 +120,10 @@ def _begin(x, stats, N, C, S, lo, hi, short, long):
 def moments(x, stats, kind, N, C, S, eps, claim):
     """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
     per = block_channels(N, C, S, 1)
-    scratch, sums = np.empty(32 * per, kind.dtype), np.empty(32 * per, np.float64)
-    x, stats, claim, short, long = base(x), base(stats), base(claim), base(scratch), base(sums)
+    x, stats, claim = base(x), base(stats), base(claim)
+    size = 2 * lanes(x) * per
+    scratch, sums = np.empty(size, kind.dtype), np.empty(size, np.float64)
+    short, long = like(x, base(scratch)), base(sums)
     every = max(1, RUN // S)
     lo = fetch_add(claim, 0, per)
     while lo < C:
@@ -193,11 +196,12 @@ def train(
     """
     tracked = running_mean.size > 0
     per, every = block_channels(N, C, S, 1), max(1, RUN // S)
-    scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, y, residual = base(x), base(y), base(residual)
+    size = 2 * lanes(x) * per
+    scratch, sums = np.empty(size, weight.dtype), np.empty(size, np.float64)
     weight, bias, stats = base(weight), base(bias), base(stats)
     running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
-    short, long = base(scratch), base(sums)
+    short, long = like(x, base(scratch)), base(sums)
     old = old_hi = 0
     lo = fetch_add(claim, 0, per)
     while lo < C or old < old_hi:
@@ -301,11 +305,11 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
     stretches are that are read from memory.
     """
     per, every = block_channels(N, C, S, 2), max(1, RUN // S)
-    scratch, sums = np.empty(32 * per, weight.dtype), np.empty(32 * per, np.float64)
     x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
-    weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim, short, long = base(stats), base(claim), base(scratch), base(sums)
     W = lanes(x)
+    scratch, sums = np.empty(2 * W * per, weight.dtype), np.empty(2 * W * per, np.float64)
+    weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
+    stats, claim, short, long = base(stats), base(claim), like(x, base(scratch)), base(sums)
     lo = fetch_add(claim, 0, per)
     while lo < C:
         hi = min(lo + per, C)

@@ -16,14 +16,14 @@ import numpy as np
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
-from fastbn.cpu.simd import aligned, base, fence, fetch_add
+from fastbn.cpu.simd import aligned, base, fence, fetch_add, like
 
-PAD = 16  # spare elements of a scratch array, so that its first column can begin a vector
+PAD = 32  # spare elements of a scratch array, so that its first column can begin a vector
 
 
 def stride(V: int) -> int:
     """Distance of two column arrays of V elements: whole vectors, and one more that may be read and written."""
-    return V // 16 * 16 + 32
+    return V // 32 * 32 + 64
 
 
 column_stride = helper(stride)
@@ -50,7 +50,7 @@ def train(
     scratch, totals = np.empty(5 * wide + PAD, weight.dtype), np.empty(2 * wide + PAD, np.float64)
     weight, bias, stats = base(weight), base(bias), base(stats)
     running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
-    m, ts = aligned(scratch), aligned(totals)
+    m, ts = like(x, aligned(scratch)), aligned(totals)
     k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
@@ -76,7 +76,7 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
     wide = column_stride(V if per >= dims[1] else per * dims[2])
     scratch, totals = np.empty(7 * wide + PAD, weight.dtype), np.empty(2 * wide + PAD, np.float64)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim, m, ts = base(stats), base(claim), aligned(scratch), aligned(totals)
+    stats, claim, m, ts = base(stats), base(claim), like(x, aligned(scratch)), aligned(totals)
     k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
     c1, c0 = m + 5 * wide, m + 6 * wide
     lo = fetch_add(claim, 0, per)

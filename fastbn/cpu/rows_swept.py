@@ -17,7 +17,7 @@ from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.rows import PAD, column_stride
-from fastbn.cpu.simd import aligned, base, fence, fetch_add, get, put
+from fastbn.cpu.simd import aligned, base, fence, fetch_add, get, like, put
 
 
 @helper
@@ -38,14 +38,16 @@ def _count(T, V, height, width):
 @jit
 def pivots(x, columns, dims, V):
     """First step forward: the pivots into m."""
-    spread_pivots(base(x), dims, (0, dims[1], V), aligned(columns))
+    x = base(x)
+    spread_pivots(x, dims, (0, dims[1], V), like(x, aligned(columns)))
 
 
 @jit
 def affines(x, stats, weight, bias, columns, dims, V):
     """Column constants m, k, b: for the output, and as the first step backward."""
-    m, wide = aligned(columns), column_stride(V)
-    spread_affine(base(x), base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
+    x = base(x)
+    m, wide = like(x, aligned(columns)), column_stride(V)
+    spread_affine(x, base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
 
 
 @jit
@@ -53,15 +55,8 @@ def sums(x, g, y, columns, part, V, height, width, relu, claim):
     """Sums of u and u*v of every band (see ``sweep.sums``)."""
     T, wide = x.size, column_stride(V)
     scratch = np.empty(2 * column_stride(width) + PAD, columns.dtype)
-    x, g, y, m, part, claim, s = (
-        base(x),
-        base(g),
-        base(y),
-        aligned(columns),
-        aligned(part),
-        base(claim),
-        aligned(scratch),
-    )
+    x, g, y, part, claim = base(x), base(g), base(y), aligned(part), base(claim)
+    m, s = like(x, aligned(columns)), like(x, aligned(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
@@ -88,10 +83,10 @@ def _add_bands(part, V, count):
 def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, count, eps, momentum):
     """Statistics of all channels from the sums of ``count`` rows of bands."""
     tracked = running_mean.size > 0
-    s = aligned(part)
+    x, s = base(x), aligned(part)
     _add_bands(s, V, count)
     settle_moments(
-        base(x), dims, (0, dims[1], V), aligned(columns), s, s + column_stride(V),
+        x, dims, (0, dims[1], V), like(x, aligned(columns)), s, s + column_stride(V),
         base(stats), base(running_mean), base(running_var), tracked, eps, momentum,
     )  # fmt: skip
 
@@ -99,10 +94,11 @@ def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, co
 @jit
 def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu):
     """Parameter gradients of all channels, and the column constants c1 and c0."""
-    s, m, wide = aligned(part), aligned(columns), column_stride(V)
+    x, s, wide = base(x), aligned(part), column_stride(V)
+    m = like(x, aligned(columns))
     _add_bands(s, V, count)
     settle_gradients(
-        base(x), base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
+        x, base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
         base(stats), base(weight), base(bias), base(dweight), base(dbias), frozen, relu, m + 3 * wide, m + 4 * wide,
     )  # fmt: skip
 
@@ -111,7 +107,8 @@ def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias,
 def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
     """Output of every band, last band first."""
     T, wide = x.size, column_stride(V)
-    x, residual, y, m, claim = base(x), base(residual), base(y), aligned(columns), base(claim)
+    x, residual, y, claim = base(x), base(residual), base(y), base(claim)
+    m = like(x, aligned(columns))
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
@@ -126,7 +123,8 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
 def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     """Input gradient of every band, last band first."""
     T, wide = x.size, column_stride(V)
-    x, g, y, dx, dr, m, claim = base(x), base(g), base(y), base(dx), base(dr), aligned(columns), base(claim)
+    x, g, y, dx, dr, claim = base(x), base(g), base(y), base(dx), base(dr), base(claim)
+    m = like(x, aligned(columns))
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

@@ -32,6 +32,7 @@ from fastbn.cpu.simd import (
     get,
     head,
     lanes,
+    like,
     load,
     load_n,
     load_or_splat,
@@ -237,7 +238,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, S, per, streamed, 
     period, sums = G * L, base(sums)
     by_element = S is None and weight is not None
     scratch = np.zeros(2 * (period + lanes(x)) if by_element else 1, kind.dtype)
-    short = base(scratch)
+    short = like(x, base(scratch))
     samples = sets // G
     lo = fetch_add(claim, 0, per)
     while lo < samples:

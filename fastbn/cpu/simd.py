@@ -2,8 +2,9 @@
 
 What this file must give the kernels:
 
-- one arithmetic width everywhere: 16 lanes of float32 or 8 of float64. LLVM splits them where the CPU is narrower;
-- half types for free: a ``uint16`` array is float16, an ``int16`` array bfloat16, decoded to float32 lanes;
+- one width everywhere, a cache line: 16 lanes of float32 or 8 of float64. LLVM splits them where the CPU is narrower;
+- half types for free: a ``uint16`` array is float16, an ``int16`` array bfloat16, decoded to 32 lanes of float32, two
+  registers. With 16 lanes half a line was streamed at a time: 5-30x slower wherever two streams are written in turn;
 - streaming (non-temporal) stores: a scalar ``!nontemporal`` one becomes ``movntss``, the explicit vector ``vmovntps``;
 - a tail of ``n`` lanes by masked loads and stores, so that the last lanes run through the same instructions as the rest
   and are rounded alike;
@@ -26,6 +27,7 @@ from fastbn.cpu._memory import (
     get,
     head,
     lanes,
+    like,
     load,
     load_n,
     load_or_splat,
@@ -54,6 +56,7 @@ __all__ = [
     "get",
     "head",
     "lanes",
+    "like",
     "load",
     "load_n",
     "load_or_splat",

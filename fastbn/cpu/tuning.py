@@ -2,7 +2,6 @@
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
 STREAM = 4 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
-RUN = 16  # elements of a run: from one vector on the channels-first kernel is as fast as any
 MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slower to sum, their rows lie 4 KB apart
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
 WHOLE = 1 << 18  # elements of a tensor that is one block

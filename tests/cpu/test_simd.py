@@ -17,7 +17,8 @@ if numba.config.DISABLE_JIT:
 def copy(x, y, n):
     """Whole vectors, then the tail."""
     count = x.size
-    x, y = simd.base(x), simd.base(y)
+    p, q = simd.base(x), simd.base(y)
+    x, y = simd.like(q, p), simd.like(p, q)
     W, i = simd.lanes(x), 0
     while i + W <= n:
         simd.store(y, i, simd.load(x, i))
@@ -98,25 +99,38 @@ def test_tails_read_nothing_behind_them():
         pytest.skip("mprotect is not available")
     try:
         x = np.frombuffer(memory, np.float32, page // 4)
-        for n in (1, 5, 15, 17, 31):
-            part, y = x[-n:], np.empty(n, np.float32)
-            copy(part, y, n)
-            copy(y, part, n)
+        for dtype in (np.float32, np.uint16):
+            for n in (1, 5, 15, 17, 31, 33):
+                part, y = x.view(dtype)[-n:], np.empty(n, dtype)
+                copy(part, y, n)
+                copy(y, part, n)
     finally:
         libc.mprotect(ctypes.c_void_p(address + page), page, 3)
 
 
-@pytest.mark.parametrize(("dtype", "lanes"), [(np.float32, 16), (np.float64, 8), (np.uint16, 16)])
+@pytest.mark.parametrize(("dtype", "lanes"), [(np.float32, 16), (np.float64, 8), (np.uint16, 32)])
 def test_numbers(dtype, lanes):
-    memory = np.zeros(256, np.uint8)
+    memory = np.zeros(512, np.uint8)
     start = -memory.ctypes.data % 64
     for at in (0, 8, 24, 56):
-        x = memory[start + at : start + at + 16 * np.dtype(dtype).itemsize].view(dtype)
-        values = np.arange(1, 17, dtype=np.float32)
+        x = memory[start + at : start + at + 32 * np.dtype(dtype).itemsize].view(dtype)
+        values = np.arange(1, 33, dtype=np.float32)
         x[:] = values.astype(np.float16).view(np.uint16) if dtype is np.uint16 else values
         got = numbers(x, 5)
         line = lanes * x.itemsize
         assert got[:3] == (15.0, 4.0, lanes) and got[3] == (-x.ctypes.data % line) // x.itemsize
+
+
+def test_vectors_of_another_length_are_refused():
+    """A line of float16 is 32 lanes, a line of float32 16."""
+
+    @numba.njit
+    def mixed(x, y):
+        simd.store(simd.base(y), 0, simd.load(simd.base(x), 0))
+        return x.size + y.size
+
+    with pytest.raises(numba.TypingError, match="lanes"):
+        mixed(np.zeros(32, np.float32), np.zeros(32, np.uint16))
 
 
 def test_relu_keeps_nan_and_drops_negative_zero():
