@@ -23,6 +23,7 @@ from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.simd import (
+    ask,
     base,
     clear,
     fence,
@@ -36,7 +37,6 @@ from fastbn.cpu.simd import (
     load,
     load_n,
     load_or_splat,
-    prefetch,
     put,
     splat,
     store,
@@ -183,8 +183,8 @@ def write_run(x, g, dx, w, i, end, col, c, other, streamed):
     """Write whole vectors from i on that end by ``end``; ask for the lines that lie ``other`` elements ahead."""
     W, c = lanes(x), spread(x, c)
     while i + W <= end:
-        prefetch(x, i + other)
-        prefetch(g, i + other)
+        ask(x, i + other)
+        ask(g, i + other)
         write(dx, i, gradient(load(x, i), load(g, i), c, load_or_splat(x, w, col)), streamed)
         i += W
         col += W
