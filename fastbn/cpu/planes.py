@@ -272,8 +272,8 @@ def _constants(x, stats, weight, bias, long, C, c, j):
 
 
 @helper
-def _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, relu, streamed):
-    """Row r: write dx and dr of the channels lo..hi - 1, one stretch."""
+def _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, following, relu, streamed):
+    """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
     i, c = at + min(head(dx, at), S), _constants(x, stats, weight, bias, long, C, lo, 0)
     z, u = gradient_part(x, g, y, at, i - at, c, relu)
@@ -281,7 +281,7 @@ def _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, r
     store_n(dr, at, u, i - at)
     for ch in range(lo, hi):
         end = at + S
-        i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed)
+        i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, (following - lo) * S)
         if ch + 1 < hi:
             d = _constants(x, stats, weight, bias, long, C, ch + 1, ch + 1 - lo)
             if i < end:
@@ -322,9 +322,11 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
             if (r + 1) % every == 0 or r == N - 1:
                 _put_away(short, long, 2 * (hi - lo))
         _gradients(x, g, y, long, stats, weight, bias, dweight, dbias, N, C, S, lo, hi, frozen, relu)
+        following = fetch_add(claim, 0, per)
+        ahead = following if following < C else lo
         for r in range(N - 1, -1, -1):
-            _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, relu, streamed)
+            _gradient_row(x, g, y, dx, dr, weight, bias, stats, long, r, C, S, lo, hi, ahead, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
-        lo = fetch_add(claim, 0, per)
+        lo = following
     return scratch.size + sums.size

@@ -220,12 +220,20 @@ def gradient_part(x, g, y, i, n, c, relu):
 
 
 @part
-def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed):
-    """Write dx and dr = u of the whole vectors from i on that end by ``end``. Floor: two reads and one write."""
+def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, other):
+    """Write dx and dr = u of the whole vectors from i on that end by ``end``. Floor: two reads and one write.
+
+    Asks for the lines of x that lie ``other`` elements further on, which will be wanted next: writing from the cache
+    leaves the memory's read side idle. S = 3136: 1.95 copies instead of 2.15; with g's lines too 2.03, but fused 3.27
+    instead of 3.6.
+    """
     W = lanes(x)
     m, k, b, c1, c0 = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, c[3]), splat(x, c[4])
     aligned = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
     while i + W <= end:
+        ask(x, i + other)
+        if dr is not None:  # twice the writing: time for both
+            ask(g, i + other)
         v = load(x, i) - m
         u = through_relu(load(g, i), v, load(y, i), k, b, relu)
         write(dr, i, u, aligned)
