@@ -27,6 +27,7 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.sweep import gradient_value, output, term, through_relu
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
+NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
 AHEAD = 4096  # elements ahead whose lines are asked for: what lies two pages on costs no waiting
 
 
@@ -44,7 +45,7 @@ def _one_edge(x, g, y, at, n, m, k, b, relu):
     return first(term(load_n(g, at, n), v, load_n(y, at, n), k, b, relu), n), v
 
 
-@part
+@helper
 def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q):
     """Add two rows of ``width`` columns, whole vectors, to the sums s and q; ask for lines ahead, one by one."""
     W, far = lanes(x), at + AHEAD
@@ -58,6 +59,15 @@ def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q):
         u1, v1 = _one(x, g, y, at + i + V, mv, kv, bv, relu)
         store(s, i, load(s, i) + (u0 + u1))
         store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
+
+
+@helper
+def _add_narrow(x, g, y, at, width, m, k, b, relu, s, q):
+    """Add one row of ``width`` columns, whole vectors, to the sums s and q."""
+    for i in range(0, width, lanes(x)):
+        u, v = _one(x, g, y, at + i, load(m, i), load(k, i), load(b, i), relu)
+        store(s, i, load(s, i) + u)
+        store(q, i, fma(u, v, load(q, i)))
 
 
 @helper
@@ -97,12 +107,17 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     clear(total_s, padded)
     clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
+    narrow = g is not None and V <= NARROW
     r, end = r0, min(T, (r1 - 1) * V + v1)
     whole, vectors = r0 + max(0, min(r1, T // V) - r0) // 2 * 2, width // W * W
     while r < r1:
         stop = min(r + ROWS, whole)
         while r < stop:
-            _add_whole(x, g, y, r * V + v0, V, vectors, m, k, b, relu, s, q)
+            if narrow:
+                _add_narrow(x, g, y, r * V + v0, vectors, m, k, b, relu, s, q)
+                _add_narrow(x, g, y, (r + 1) * V + v0, vectors, m, k, b, relu, s, q)
+            else:
+                _add_whole(x, g, y, r * V + v0, V, vectors, m, k, b, relu, s, q)
             if vectors < width:
                 _add_edge(x, g, y, r * V + v0, V, end, vectors, width, m, k, b, relu, s, q)
             r += 2

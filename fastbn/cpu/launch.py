@@ -50,7 +50,7 @@ def plan(dims: Dims, lanes: int = 16) -> Plan:
     N, C, S = dims
     size = N * C * S
     parallel = size >= tuning.PARALLEL
-    if S >= lanes:  # from one vector on the channels-first kernel is as fast as any
+    if lanes <= S:  # from one vector on the channels-first kernel is as fast as any
         return Plan("planes", parallel)
     V = C * S
     V *= _side_by_side(V, N, tuning.MATRIX, lanes)

@@ -28,7 +28,6 @@ from fastbn.cpu.simd import (
     where_positive,
 )
 
-
 SHORT, NEAR, FAR = 128, 256, 2048
 
 
