@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic, lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
-from fastbn.cpu._vectors import F64, I32, Vector, broadcast, lanes_below, vector_of
+from fastbn.cpu._vectors import F64, I32, Vector, broadcast, elements_below, vector_of
 
 
 @intrinsic
@@ -99,7 +99,7 @@ def first(typingctx, v, n):
     """Zero all lanes of v from number n on."""
 
     def codegen(ctx, builder, sig, args):
-        mask = lanes_below(builder, sig.args[0].lanes, args[1])
+        mask = elements_below(builder, sig.args[0], args[1])
         return builder.select(mask, args[0], ir.Constant(args[0].type, None))
 
     return v(v, types.intp), codegen
@@ -110,7 +110,7 @@ def blend(typingctx, n, a, b):
     """The first n lanes of a, then those of b."""
 
     def codegen(ctx, builder, sig, args):
-        return builder.select(lanes_below(builder, sig.args[1].lanes, args[0]), args[1], args[2])
+        return builder.select(elements_below(builder, sig.args[1], args[0]), args[1], args[2])
 
     return a(types.intp, a, b), codegen
 

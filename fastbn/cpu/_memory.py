@@ -15,6 +15,7 @@ from fastbn.cpu._vectors import (
     F64,
     I32,
     I64,
+    SplitPointer,
     WidePointer,
     broadcast,
     decode,
@@ -43,9 +44,19 @@ def base(typingctx, array):
 
 @intrinsic
 def like(typingctx, x, p):
-    """Address p of numbers of the lanes' type, to be read and written in vectors as long as those of x."""
-    result = WidePointer(p.dtype) if vector_of(x).lanes != vector_of(p).lanes else p
+    """Address p, to be read and written in vectors as those of x if its numbers are of the lanes' type."""
+    wide = vector_of(x) != vector_of(p) and not half(p)
+    result = WidePointer(p.dtype, vector_of(x)) if wide else p
     return result(x, p), lambda ctx, builder, sig, args: args[1]
+
+
+@intrinsic
+def split(typingctx, x):
+    """Address x; of bfloat16 numbers, to be read in split vectors (order within a vector must not matter)."""
+    if isinstance(x, types.NoneType):
+        return types.none(x), nothing
+    result = SplitPointer(x.dtype) if half(x) == "bf16" else x
+    return result(x), lambda ctx, builder, sig, args: args[0]
 
 
 @intrinsic

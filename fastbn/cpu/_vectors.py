@@ -13,11 +13,14 @@ F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 class Vector(types.Type):
-    """A SIMD value: ``lanes`` x float32 or float64. Lives in registers; has no Python counterpart."""
+    """A SIMD value: ``lanes`` x float32 or float64. Lives in registers; has no Python counterpart.
 
-    def __init__(self, bits: int, lanes: int):
-        self.bits, self.lanes = bits, lanes
-        super().__init__(name=f"vector{lanes}xf{bits}")
+    ``split``: the elements at even places come first, then those at odd ones.
+    """
+
+    def __init__(self, bits: int, lanes: int, split: bool = False):
+        self.bits, self.lanes, self.split = bits, lanes, split
+        super().__init__(name=f"vector{lanes}xf{bits}{'split' if split else ''}")
 
     @property
     def ir(self) -> ir.VectorType:
@@ -28,31 +31,48 @@ class Vector(types.Type):
         return types.float32 if self.bits == 32 else types.float64
 
 
-V32, V64 = Vector(32, 16), Vector(64, 8)
-V32_OF_HALF = Vector(32, 32)  # two registers: in memory a whole line of half types
-
-
-class WidePointer(types.CPointer):
-    """Address of float32 numbers that are read and written as many at a time as half types are."""
-
-    def __init__(self, dtype: types.Float):
-        super().__init__(dtype)
-        self.name = f"wide {self.name}"
-
-
-register_model(WidePointer)(models.PointerModel)
-
-
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
         super().__init__(dmm, fe_type, fe_type.ir)
 
 
+V32, V64 = Vector(32, 16), Vector(64, 8)
+V32_OF_HALF = Vector(32, 32)  # two registers: in memory a whole line of half types
+V32_SPLIT = Vector(32, 32, split=True)
+
+
+class SplitPointer(types.CPointer):
+    """Address of bfloat16 numbers whose vectors are split: a shift and a mask decode them."""
+
+    def __init__(self, dtype: types.Integer):
+        super().__init__(dtype)
+        self.name = f"split {self.name}"
+
+
+class WidePointer(types.CPointer):
+    """Address of float32 numbers that are read and written as vectors of another array's."""
+
+    def __init__(self, dtype: types.Float, vector: Vector):
+        super().__init__(dtype)
+        self.vector = vector
+        self.name = f"{vector.name} {self.name}"
+
+    @property
+    def key(self):
+        return super().key, self.vector
+
+
+for _pointer in (SplitPointer, WidePointer):
+    register_model(_pointer)(models.PointerModel)
+
+
 def vector_of(pointer: types.CPointer) -> Vector:
     """Return the vector type that arithmetic on this array uses: what 64 bytes of it hold."""
-    if half(pointer) or isinstance(pointer, WidePointer):
-        return V32_OF_HALF
+    if isinstance(pointer, WidePointer):
+        return pointer.vector
+    if half(pointer):
+        return V32_SPLIT if isinstance(pointer, SplitPointer) else V32_OF_HALF
     return V64 if pointer.dtype == types.float64 else V32
 
 
@@ -90,6 +110,12 @@ def decode(builder, pointer: types.CPointer, raw):
     vector = vector_of(pointer)
     if kind == "f16":
         return builder.fpext(builder.bitcast(raw, ir.VectorType(F16, vector.lanes)), vector.ir)
+    if vector.split:
+        pairs = builder.bitcast(raw, ir.VectorType(I32, vector.lanes // 2))
+        even = builder.shl(pairs, constant(I32, vector.lanes // 2, 16))
+        odd = builder.and_(pairs, constant(I32, vector.lanes // 2, -0x10000))
+        both = ir.Constant(ir.VectorType(I32, vector.lanes), list(range(vector.lanes)))
+        return builder.bitcast(builder.shuffle_vector(even, odd, both), vector.ir)
     wide = builder.zext(raw, ir.VectorType(I32, vector.lanes))
     return builder.bitcast(builder.shl(wide, constant(I32, vector.lanes, 16)), vector.ir)
 
@@ -102,7 +128,8 @@ def encode(builder, pointer: types.CPointer, value):
     kind = half(pointer)
     if kind is None:
         return value
-    lanes = vector_of(pointer).lanes
+    vector = vector_of(pointer)
+    lanes = vector.lanes
     raw = ir.VectorType(ir.IntType(16), lanes)
     if kind == "f16":
         return builder.bitcast(builder.fptrunc(value, ir.VectorType(F16, lanes)), raw)
@@ -111,17 +138,42 @@ def encode(builder, pointer: types.CPointer, value):
     rounded = builder.add(builder.add(bits, odd), constant(I32, lanes, 0x7FFF))
     quiet = builder.or_(bits, constant(I32, lanes, 0x400000))
     chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, constant(I32, lanes, 16)), raw)
+    if not vector.split:
+        return builder.trunc(builder.lshr(chosen, constant(I32, lanes, 16)), raw)
+    first, second = (
+        builder.shuffle_vector(
+            chosen, chosen, ir.Constant(ir.VectorType(I32, lanes // 2), list(range(at, at + lanes // 2)))
+        )
+        for at in (0, lanes // 2)
+    )
+    low = builder.lshr(first, constant(I32, lanes // 2, 16))
+    return builder.bitcast(builder.or_(low, builder.and_(second, constant(I32, lanes // 2, -0x10000))), raw)
+
+
+def _lowest(builder, bits: int, n):
+    """Return an integer whose n lowest bits are set."""
+    low, high, one = ir.Constant(I64, 0), ir.Constant(I64, bits), ir.Constant(I64, 1)
+    n = builder.select(builder.icmp_signed("<", n, low), low, n)
+    n = builder.select(builder.icmp_signed(">", n, high), high, n)
+    return builder.sub(builder.shl(one, n), one)
 
 
 def lanes_below(builder, lanes: int, n):
-    """Mask of the lanes whose number is < n: the n lowest bits, made as one number and not lane by lane."""
-    low, high = ir.Constant(I64, 0), ir.Constant(I64, lanes)
-    n = builder.select(builder.icmp_signed("<", n, low), low, n)
-    n = builder.select(builder.icmp_signed(">", n, high), high, n)
-    one = ir.Constant(I64, 1)
-    bits = builder.sub(builder.shl(one, n), one)
-    return builder.bitcast(builder.trunc(bits, ir.IntType(lanes)), ir.VectorType(ir.IntType(1), lanes))
+    """Mask of the elements whose number is < n: the n lowest bits, made as one number and not lane by lane."""
+    bits = builder.trunc(_lowest(builder, lanes, n), ir.IntType(lanes))
+    return builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes))
+
+
+def elements_below(builder, vector: Vector, n):
+    """``lanes_below`` in the order of the vector's lanes."""
+    if not vector.split:
+        return lanes_below(builder, vector.lanes, n)
+    one, width = ir.Constant(I64, 1), vector.lanes // 2
+    even = _lowest(builder, width, builder.ashr(builder.add(n, one), one))
+    odd = _lowest(builder, width, builder.ashr(n, one))
+    bits = builder.or_(even, builder.shl(odd, ir.Constant(I64, width)))
+    mask = builder.trunc(bits, ir.IntType(vector.lanes))
+    return builder.bitcast(mask, ir.VectorType(ir.IntType(1), vector.lanes))
 
 
 def masked(builder, name: str, vec: ir.VectorType, args: list, result: ir.Type):

@@ -30,6 +30,7 @@ from fastbn.cpu.simd import (
     load,
     put,
     rounded,
+    split,
     store,
     store_n,
     total,
@@ -120,7 +121,7 @@ def _begin(x, stats, N, C, S, lo, hi, short, long):
 def moments(x, stats, kind, N, C, S, eps, claim):
     """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
     per = block_channels(N, C, S, 1)
-    x, stats, claim = base(x), base(stats), base(claim)
+    x, stats, claim = split(base(x)), base(stats), base(claim)
     size = 2 * lanes(x) * per
     scratch, sums = np.empty(size, kind.dtype), np.empty(size, np.float64)
     short, long = like(x, base(scratch)), base(sums)
@@ -196,7 +197,7 @@ def train(
     """
     tracked = running_mean.size > 0
     per, every = block_channels(N, C, S, 1), max(1, RUN // S)
-    x, y, residual = base(x), base(y), base(residual)
+    x, y, residual = split(base(x)), split(base(y)), split(base(residual))
     size = 2 * lanes(x) * per
     scratch, sums = np.empty(size, weight.dtype), np.empty(size, np.float64)
     weight, bias, stats = base(weight), base(bias), base(stats)
@@ -225,7 +226,7 @@ def train(
 @jit
 def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
     """Inference with the statistics in ``stats``. Floor: one read, one write. Blocks are stretches of runs (n, c)."""
-    x, y, residual = base(x), base(y), base(residual)
+    x, y, residual = split(base(x)), split(base(y)), split(base(residual))
     weight, bias, stats, claim = base(weight), base(bias), base(stats), base(claim)
     W, per = lanes(x), max(1, BLOCK // S)
     lo = fetch_add(claim, 0, per)
@@ -305,7 +306,7 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
     stretches are that are read from memory.
     """
     per, every = block_channels(N, C, S, 2), max(1, RUN // S)
-    x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
+    x, g, y, dx, dr = split(base(x)), split(base(g)), split(base(y)), split(base(dx)), split(base(dr))
     W = lanes(x)
     scratch, sums = np.empty(2 * W * per, weight.dtype), np.empty(2 * W * per, np.float64)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)

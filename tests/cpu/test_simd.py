@@ -29,6 +29,29 @@ def copy(x, y, n):
 
 
 @numba.njit
+def copy_split(x, y, n):
+    """As ``copy``, through split vectors."""
+    count = x.size
+    p, q = simd.split(simd.base(x)), simd.split(simd.base(y))
+    x, y = simd.like(q, p), simd.like(p, q)
+    W, i = simd.lanes(x), 0
+    while i + W <= n:
+        simd.store(y, i, simd.load(x, i))
+        i += W
+    if i < n:
+        simd.store_n(y, i, simd.first(simd.load_n(x, i, n - i), n - i), n - i)
+    return count
+
+
+@numba.njit
+def blend_split(n, x, y, z):
+    count = x.size
+    x, y, z = simd.split(simd.base(x)), simd.split(simd.base(y)), simd.split(simd.base(z))
+    simd.store(z, 0, simd.blend(n, simd.load(x, 0), simd.load(y, 0)))
+    return count
+
+
+@numba.njit
 def numbers(x, n):
     """(sum of the first n lanes, x[3], lanes, distance to the next vector)."""
     count = x.size
@@ -67,6 +90,31 @@ def test_rounding_to_half_types(code, half):
     codes = np.arange(1 << 16, dtype=np.uint16)
     copy(codes.view(code), back, back.size)
     np.testing.assert_array_equal(back, codes.view(half).astype(np.float32))
+
+
+def test_split_vectors_round_alike():
+    """Even elements in the first register, odd ones in the second; float32 has no such order."""
+    x = interesting()
+    x = x[: x.size // 32 * 32]
+    lanes = x.reshape(-1, 16, 2).transpose(0, 2, 1).ravel()
+    got, back = np.empty(x.size, np.int16), np.empty_like(x)
+    copy_split(lanes, got, x.size)
+    with np.errstate(over="ignore"):
+        want = x.astype(BF16)
+    assert np.array_equal(got.view(np.uint16), want.view(np.uint16))
+    copy_split(got, back, x.size)
+    np.testing.assert_array_equal(back.reshape(-1, 2, 16).transpose(0, 2, 1).ravel(), want.astype(np.float32))
+
+
+def test_split_vectors_know_their_elements():
+    x, y = np.arange(1, 33, dtype=np.float32).astype(BF16), -np.arange(1, 33, dtype=np.float32).astype(BF16)
+    for n in range(33):
+        z, tail = np.zeros(32, BF16), np.zeros(40, BF16)
+        blend_split(n, x.view(np.int16), y.view(np.int16), z.view(np.int16))
+        np.testing.assert_array_equal(z, np.where(np.arange(32) < n, x, y))
+        copy_split(x.view(np.int16), tail.view(np.int16), n)
+        np.testing.assert_array_equal(tail[:n], x[:n])
+        assert not tail[n:].any()
 
 
 @pytest.mark.parametrize("code", [np.uint16, np.int16])
