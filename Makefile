@@ -31,6 +31,11 @@ $(STAMPS)/torch: $(STAMPS)/test
 	$(PIP) torch==2.13.0
 	touch $@
 
+# XLA; torch.compile needs a C++ compiler besides.
+$(STAMPS)/peers: $(STAMPS)/torch
+	$(PIP) jax
+	touch $@
+
 demo: $(STAMPS)/demo
 	$(BIN)/fastbn demo --out demo-out
 
@@ -54,7 +59,7 @@ wheel-test: $(STAMPS)/test
 bench: $(STAMPS)/test
 	$(BIN)/python -m bench
 
-bench-full: $(STAMPS)/torch
+bench-full: $(STAMPS)/peers
 	$(BIN)/python -m bench --full
 
 # The exporter's speed, memory and benefit, beside the peers that are installed.

@@ -1,4 +1,4 @@
-"""Measure, keep the results, write README: ``python -m bench [--full | --growth] [--threads N] [--only TEXT]``.
+"""Measure, keep the results, write README: ``python -m bench [--full | --growth] [--threads N] [--only REGEX]``.
 
 Libraries that are not installed are left out. Results go to ``bench/results/<machine>.json``, one row a case and
 library; rows of cases that were not measured this time are kept.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all shapes and all libraries")
     parser.add_argument("--growth", action="store_true", help="time against size, from 8 KB to 1 GB")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", default="", help="only cases whose name matches this regular expression")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     chosen = cases.full() if args.full else cases.growth() if args.growth else cases.quick()
-    wanted = [c for c in chosen if args.only in c.id]
+    wanted = [c for c in chosen if re.search(args.only, c.id)]
     peers = [p for p, module in (FULL if args.full else QUICK).items() if importlib.util.find_spec(module)]
     workers = [Worker(peer, args.threads) for peer in peers]
     rows: list[dict[str, Any]] = []

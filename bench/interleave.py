@@ -14,6 +14,12 @@ from typing import Any
 
 from bench.cases import Case
 
+FRESH = ("torch_compile", "onednn", "jax")  # libraries that cannot write into a given output
+KEEP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}  # touched memory is used again
+
 
 class Worker:
     """A child process that runs one peer."""
@@ -23,6 +29,8 @@ class Worker:
         self.env = os.environ | dict.fromkeys(names, str(threads))
         if threads == 1:
             self.env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        if peer in FRESH:
+            self.env |= KEEP
         self.peer = peer
         self.start()
 

@@ -12,24 +12,33 @@ import subprocess
 LIBRARIES = ("numpy", "numba", "llvmlite", "torch", "onnxruntime", "jax")
 
 
-def _cpu() -> tuple[str, str]:
-    """Return the processor's name and its family number, as Linux tells them."""
+def _cpu() -> tuple[str, int, int]:
+    """Return the processor's name, its family and its model number, as Linux tells them."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             text = file.read()
     except OSError:
-        return platform.processor() or platform.machine(), ""
+        return platform.processor() or platform.machine(), 0, 0
     name = re.search(r"model name\s*: (.+)", text)
-    family = re.search(r"cpu family\s*: (\d+)", text)
-    return (name.group(1).strip() if name else platform.machine(), family.group(1) if family else "")
+    family, model = (re.search(rf"^{key}\s*: (\d+)", text, re.MULTILINE) for key in ("cpu family", "model"))
+    return (
+        name.group(1).strip() if name else platform.machine(),
+        int(family.group(1)) if family else 0,
+        int(model.group(1)) if model else 0,
+    )
+
+
+def _zen(family: int, model: int) -> str:
+    """Return the generation of an AMD processor, "" if unknown; models of family 25: AMD's revision guides."""
+    if family == 25:
+        return " (Zen 4)" if 0x10 <= model < 0x20 or 0x60 <= model < 0x80 or 0xA0 <= model < 0xB0 else " (Zen 3)"
+    return {23: " (Zen 1/2)", 26: " (Zen 5)"}.get(family, "")
 
 
 def name() -> str:
     """Return for instance "2-core AMD EPYC (Zen 5)"."""
-    cpu, family = _cpu()
-    zen = {"23": " (Zen 1/2)", "25": " (Zen 3/4)", "26": " (Zen 5)"}.get(family, "") if "AMD" in cpu else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores}-core {cpu}{zen}"
+    cpu, family, model = _cpu()
+    return f"{os.cpu_count()}-core {cpu}{_zen(family, model) if 'AMD' in cpu else ''}"
 
 
 def slug() -> str:

@@ -93,6 +93,8 @@ def _tensor(a: Any, data: Data) -> Any:
 
     half = data.case.dtype == "bfloat16"
     tensor = t.from_numpy(a.view(np.uint16)).view(t.bfloat16) if half else t.from_numpy(a)
+    if data.axis != 1 and tensor.ndim == 3:  # PyTorch leaves a (B, T, C) output as it was; as rows it is fastest
+        return tensor.flatten(0, 1)
     if data.axis != 1 and tensor.ndim > 2:
         tensor = tensor.movedim(-1, 1)
     return tensor

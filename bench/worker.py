@@ -30,7 +30,7 @@ def result(data: Data) -> Any:
         fresh = (fresh.to_dense() if fresh.is_mkldnn else fresh).float().detach()
         fresh = fresh.movedim(1, -1) if data.axis != 1 and fresh.ndim > 2 else fresh
         fresh = fresh.numpy()
-    return np.asarray(fresh)
+    return np.asarray(fresh).reshape(data.shape)
 
 
 def error(data: Data) -> float:
@@ -53,6 +53,9 @@ def error(data: Data) -> float:
     else:
         expected = reference.apply(x, m, v, w, b, axis=d.axis, **extra)
     found = take(result(d))
+    if op == "backward_fused":  # where the ReLU's input is zero but for rounding, either gradient is right
+        z = reference.apply(x, m, v, w, b, axis=d.axis, residual=extra["residual"])
+        found = np.where(np.abs(z) < TOLERANCE[d.case.dtype], expected, found)
     return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 

@@ -21,10 +21,9 @@ from fastbn.cpu.simd import (
     load_n,
     store,
     store_n,
-    stream,
     widen_add,
 )
-from fastbn.cpu.sweep import gradient_value, output, term, through_relu
+from fastbn.cpu.sweep import gradient_value, output, term, through_relu, write
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
 NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
@@ -147,11 +146,7 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
         i = at + h
         while i + W <= end:
             v = load(x, i) - load(m, i + off)
-            z = output(v, load(r, i), load(k, i + off), load(b, i + off), relu)
-            if streamed:
-                stream(y, i, z)
-            else:
-                store(y, i, z)
+            write(y, i, output(v, load(r, i), load(k, i + off), load(b, i + off), relu), streamed)
             i += W
         if i < end:
             _normalise_n(x, r, y, i, end - i, m, k, b, i + off, relu)
@@ -177,16 +172,13 @@ def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, rel
         if h > 0:
             _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
         i = at + h
+        alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
         while i + W <= end:
             j = i + off
             v = load(x, i) - load(m, j)
             u = through_relu(load(g, i), v, load(y, i), load(k, j), load(b, j), relu)
-            store(dr, i, u)
-            z = gradient_value(v, u, load(k, j), load(c1, j), load(c0, j))
-            if streamed:
-                stream(dx, i, z)
-            else:
-                store(dx, i, z)
+            write(dr, i, u, alike)
+            write(dx, i, gradient_value(v, u, load(k, j), load(c1, j), load(c0, j)), streamed)
             i += W
         if i < end:
             _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off, relu)

@@ -163,6 +163,10 @@ def infer(
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
         pool.run(planes.infer, work, N * C, p.parallel)
         return
+    if x.size <= tuning.WHOLE:
+        matrix = (x, residual, out, weight, bias, stats, dims, p.V, p.per, relu, _streams(out))
+        pool.run(rows.infer, matrix, C, False)
+        return
     p = _swept(p, x.size)
     columns = _columns(weight, p, 3)
     rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)

@@ -68,6 +68,28 @@ def train(
 
 
 @jit
+def infer(x, residual, y, weight, bias, stats, dims, V, per, relu, streamed, claim):
+    """Inference with the statistics in ``stats``. Floor: one read, one write. For small tensors: one call, not two."""
+    T = x.size
+    R = (T + V - 1) // V
+    x, y, residual = base(x), base(y), base(residual)
+    wide = column_stride(V if per >= dims[1] else per * dims[2])
+    scratch = np.empty(3 * wide + PAD, weight.dtype)
+    weight, bias, stats, claim = base(weight), base(bias), base(stats), base(claim)
+    m = like(x, aligned(scratch))
+    k, b = m + wide, m + 2 * wide
+    lo = fetch_add(claim, 0, per)
+    while lo < dims[1]:
+        hi, v0, v1 = _block(lo, per, dims, V)
+        spread_affine(x, stats, weight, bias, dims, (lo, hi, v1 - v0), m, k, b)
+        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, streamed)
+        fence()
+        fetch_add(claim, 1, hi - lo)
+        lo = fetch_add(claim, 0, per)
+    return scratch.size
+
+
+@jit
 def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per, frozen, relu, streamed, claim):
     """Gradients. Floor: two reads and one write of the tensor (and y, dr where they exist)."""
     T = x.size
