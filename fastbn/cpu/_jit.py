@@ -24,7 +24,7 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
-from fastbn.cpu._parts import OPTIONS
+from fastbn.cpu._parts import KERNEL_OPTIONS, OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,7 +79,7 @@ class _QuietCache(FunctionCache):  # type: ignore[misc]
 
 def jit(function: F) -> F:
     """Compile lazily, per dtype; release the GIL; keep the machine code on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **KERNEL_OPTIONS)(function)
     folder = cache_folder()
     if folder is not None and not numba.config.DISABLE_JIT:
         theirs = numba.config.CACHE_DIR

@@ -3,12 +3,13 @@
 Numba gives every function that another one calls a life of its own: two wrappers for calls from Python and C, two
 rounds of optimisation, machine code. A kernel here has 50 such parts and nobody else calls them; without all that its
 first compilation takes three quarters of the time. Nothing here is needed for right results: where Numba's inside has
-changed, ``OPTIONS`` is empty and parts are compiled as usual.
+changed, ``OPTIONS`` and ``KERNEL_OPTIONS`` are empty and all is compiled as usual.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from typing import Any
 
 try:
@@ -19,11 +20,14 @@ try:
     from numba.core.typed_passes import NativeLowering
 
     class _Part(JITCodeLibrary):  # type: ignore[misc]
-        """A library that others link and nobody runs.
+        """A library that others link and nobody runs. All optimisation is left to the kernel.
 
-        The passes over single functions stay: without them LLVM merges the streaming store of a branch with the
-        ordinary one of the other, and bfloat16 training takes 6.4 copies instead of 2.
+        That needs streaming stores which LLVM cannot merge with the ordinary ones of another branch (``stream``): with
+        plain ones bfloat16 training took 6.4 copies instead of 2.
         """
+
+        def _optimize_functions(self, ll_module: Any) -> None:
+            """Leave that to the kernel."""
 
         def _optimize_final_module(self) -> None:
             """Leave that to the kernel."""
@@ -57,17 +61,44 @@ try:
             state["cr"] = result._replace(cfunc=entry)
             return True
 
+    # Passes for what kernels do not have: with blocks, closures, functions inlined by Numba, literal_unroll, literally.
+    _NEEDLESS = {
+        "WithLifting", "InlineClosureLikes", "RewriteDynamicRaises", "MakeFunctionToJitFunction", "InlineInlinables",
+        "FindLiterallyCalls", "LiteralUnroll", "LiteralPropagationSubPipelinePass", "InlineOverloads",
+        "NopythonRewrites",
+    }  # fmt: skip
+
+    def _pipeline(state: Any, lowering: Any) -> list[Any]:
+        pipeline = DefaultPassBuilder.define_nopython_pipeline(state)
+        pipeline.passes = [
+            (lowering if kind is NativeLowering else kind, about)
+            for kind, about in pipeline.passes
+            if kind.__name__ not in _NEEDLESS
+        ]
+        pipeline.finalize()
+        return [pipeline]
+
     class _PartCompiler(CompilerBase):  # type: ignore[misc]
         def define_pipelines(self) -> list[Any]:
-            pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-            pipeline.passes = [
-                (_PartLowering, about) if kind is NativeLowering else (kind, about) for kind, about in pipeline.passes
-            ]
-            pipeline.finalize()
-            return [pipeline]
+            return _pipeline(self.state, _PartLowering)
+
+    class _KernelCompiler(CompilerBase):  # type: ignore[misc]
+        def define_pipelines(self) -> list[Any]:
+            return _pipeline(self.state, NativeLowering)
+
+        def compile_extra(self, func: Any) -> Any:
+            """Compile with the garbage collector at rest: it would look at millions of young objects that stay."""
+            if not gc.isenabled():
+                return super().compile_extra(func)
+            gc.disable()
+            try:
+                return super().compile_extra(func)
+            finally:
+                gc.enable()
 
     OPTIONS: dict[str, Any] = {
         "pipeline_class": _PartCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
     }  # fmt: skip
+    KERNEL_OPTIONS: dict[str, Any] = {"pipeline_class": _KernelCompiler}
 except (ImportError, AttributeError):  # pragma: no cover
-    OPTIONS = {}
+    OPTIONS = KERNEL_OPTIONS = {}
