@@ -1,4 +1,4 @@
-"""The numbers that decide which kernel runs; each with the measurement behind it (2-core AMD EPYC, Zen 5)."""
+"""The numbers that decide which kernel runs; each with the measurement behind it (2-core AMD EPYC, Zen 4 and Zen 5)."""
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
 STREAM = 4 << 20  # bytes of output from which streaming stores pay: past that it would not stay in the cache anyway
