@@ -53,7 +53,7 @@ def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q):
     Asks for lines ahead in the order they lie; in a band of narrower columns for those of the next two rows.
     """
     W = lanes(x)
-    far, step, gap = (at + AHEAD, 2, W) if V < width + W else (at + 2 * V, 1, V)
+    far, step, gap = (at + AHEAD, 2, W) if width + W > V else (at + 2 * V, 1, V)
     for i in range(0, width, W):
         ask(x, far + step * i)
         ask(x, far + step * i + gap)

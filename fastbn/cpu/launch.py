@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import finalize, planes, pool, rows, rows_swept, tuning
+from fastbn.cpu import finalize, planes, planes_backward, pool, rows, rows_swept, tuning
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
@@ -186,7 +186,7 @@ def backward(
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
         work = (*tensors, *params, N, C, S, frozen, relu, streamed)
-        pool.run(planes.backward, work, C, p.parallel)
+        pool.run(planes_backward.backward, work, C, p.parallel)
     elif p.kind == "rows":
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
         pool.run(rows.backward, matrix, C, p.parallel)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.finalize import affine, gradients, keep, resolve, trusted
+from fastbn.cpu.finalize import affine, keep, resolve
 from fastbn.cpu.simd import (
     base,
     clear,
@@ -37,9 +37,6 @@ from fastbn.cpu.simd import (
     widen_add,
 )
 from fastbn.cpu.sweep import (
-    gradient_part,
-    gradient_run,
-    gradient_seam,
     normalise_and_sum_run,
     normalise_part,
     normalise_run,
@@ -67,7 +64,7 @@ def _pivot(x, N, C, S, c):
 
 
 @part
-def _put_away(short, long, count):
+def put_away(short, long, count):
     """Add ``count`` float32 vectors to the float64 ones and clear them."""
     W = lanes(short)
     for i in range(0, count * W, W):
@@ -76,7 +73,7 @@ def _put_away(short, long, count):
 
 
 @helper
-def _total(long, vector, W):
+def total_of(long, vector, W):
     """Sum of the lanes of one float64 vector."""
     s = 0.0
     for i in range(vector * W, (vector + 1) * W):
@@ -85,7 +82,7 @@ def _total(long, vector, W):
 
 
 @part
-def _sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
+def sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
     """Add a run to the sums of the block's channel j; RUN elements at a time."""
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
@@ -94,11 +91,11 @@ def _sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
-            _put_away(short + s_at, long + s_at, 2)
+            put_away(short + s_at, long + s_at, 2)
 
 
 @helper
-def _tabulate(x, stats, weight, bias, table, per, C, lo, hi):
+def tabulate(x, stats, weight, bias, table, per, C, lo, hi):
     """Write m, k and b of a block's channels to table[j], table[per + j] and table[2*per + j].
 
     Each is needed once a run; worked out every time they cost 5 % at S = 196, 15 % of float16 inference at S = 49.
@@ -111,7 +108,7 @@ def _tabulate(x, stats, weight, bias, table, per, C, lo, hi):
 
 
 @part
-def _constants(table, per, j):
+def constants(table, per, j):
     """(m, k, b) of the block's channel j."""
     return get(table, j), get(table, per + j), get(table, 2 * per + j)
 
@@ -121,7 +118,7 @@ def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi,
     """Statistics of a block's channels from its sums; stats[2*C + c] holds the pivots until then."""
     W = lanes(x)
     for c in range(lo, hi):
-        s, q = _total(long, 2 * (c - lo), W), _total(long, 2 * (c - lo) + 1, W)
+        s, q = total_of(long, 2 * (c - lo), W), total_of(long, 2 * (c - lo) + 1, W)
         mean, var = resolve(x, N, C, S, c, get(stats, 2 * C + c), s, q, eps)
         keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
 
@@ -152,9 +149,9 @@ def moments(x, stats, kind, N, C, S, eps, claim):
         for r in range(N):
             for c in range(lo, hi):
                 start = get(stats, 2 * C + c)
-                _sum_channel(x, None, None, (r * C + c) * S, S, start, 0.0, 0.0, None, short, long, c - lo)
+                sum_channel(x, None, None, (r * C + c) * S, S, start, 0.0, 0.0, None, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
-                _put_away(short, long, 2 * (hi - lo))
+                put_away(short, long, 2 * (hi - lo))
         _settle(x, long, stats, stats, stats, False, N, C, S, lo, hi, eps, 0.0)
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
@@ -173,7 +170,7 @@ def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
-            _put_away(short + s_at, long + s_at, 2)
+            put_away(short + s_at, long + s_at, 2)
     return i
 
 
@@ -181,7 +178,7 @@ def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short
 def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long):
     """Row r: write the channels old..old_hi - 1, one stretch, while summing lo..hi - 1."""
     at = (r * C + old) * S
-    i, c = at, _constants(table, per, 0)
+    i, c = at, constants(table, per, 0)
     if old < old_hi:
         i = at + min(head(y, at), S)
         store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
@@ -193,7 +190,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         else:
             i = normalise_run(x, residual, y, i, end, c, relu, streamed)
         if old + j + 1 < old_hi:
-            d = _constants(table, per, j + 1)
+            d = constants(table, per, j + 1)
             if i < end:
                 normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
                 i += lanes(x)
@@ -203,7 +200,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         store_n(y, i, normalise_part(x, residual, y, i, at - i, c, relu), at - i)
     for j in range(max(0, old_hi - old), hi - lo):
         start = get(stats, 2 * C + lo + j)
-        _sum_channel(x, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
+        sum_channel(x, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
 
 
 @jit
@@ -231,9 +228,9 @@ def train(
         for r in range(N):
             _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long)
             if (r + 1) % every == 0 or r == N - 1:
-                _put_away(short, long, 2 * (hi - lo))
+                put_away(short, long, 2 * (hi - lo))
         _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi, eps, momentum)
-        _tabulate(x, stats, weight, bias, table, per, C, lo, hi)
+        tabulate(x, stats, weight, bias, table, per, C, lo, hi)
         if old < old_hi:
             fence()
             fetch_add(claim, 1, old_hi - old)
@@ -250,18 +247,18 @@ def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
     scratch = np.empty(3 * C, weight.dtype)
     weight, bias, stats, claim, table = base(weight), base(bias), base(stats), base(claim), base(scratch)
     W, per = lanes(x), max(1, BLOCK // S)
-    _tabulate(x, stats, weight, bias, table, C, C, 0, C)
+    tabulate(x, stats, weight, bias, table, C, C, 0, C)
     lo = fetch_add(claim, 0, per)
     while lo < N * C:
         hi = min(lo + per, N * C)
         at = lo * S
-        i, c = at + min(head(y, at), S), _constants(table, C, lo % C)
+        i, c = at + min(head(y, at), S), constants(table, C, lo % C)
         store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
         for run in range(lo, hi):
             end = (run + 1) * S
             i = normalise_run(x, residual, y, i, end, c, relu, streamed)
             if run + 1 < hi:
-                d = _constants(table, C, (run + 1) % C)
+                d = constants(table, C, (run + 1) % C)
                 if i < end:
                     normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
                     i += W
@@ -272,88 +269,3 @@ def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
     return scratch.size
-
-
-@helper
-def _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu):
-    """Parameter gradients of a block's channels from its sums; c1 and c0 to table[3*per + j] and table[4*per + j]."""
-    W = lanes(x)
-    for c in range(lo, hi):
-        j = c - lo
-        m, k, b = _constants(table, per, j)
-        s, q = _total(long, 2 * j, W), _total(long, 2 * j + 1, W)
-        s, q = trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu)
-        c1, c0 = gradients(stats, weight, dweight, dbias, C, c, N * S, m, s, q, frozen)
-        put(table, 3 * per + j, c1)
-        put(table, 4 * per + j, c0)
-
-
-@part
-def _gradient_constants(table, per, j):
-    """(m, k, b, c1, c0) of the block's channel j."""
-    m, k, b = _constants(table, per, j)
-    return m, k, b, get(table, 3 * per + j), get(table, 4 * per + j)
-
-
-@helper
-def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu, streamed):
-    """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
-    W, at = lanes(x), (r * C + lo) * S
-    i, c = at + min(head(dx, at), S), _gradient_constants(table, per, 0)
-    z, u = gradient_part(x, g, y, at, i - at, c, relu)
-    store_n(dx, at, z, i - at)
-    store_n(dr, at, u, i - at)
-    for ch in range(lo, hi):
-        end = at + S
-        i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, (following - lo) * S)
-        if ch + 1 < hi:
-            d = _gradient_constants(table, per, ch + 1 - lo)
-            if i < end:
-                gradient_seam(x, g, y, dx, dr, i, end - i, c, d, relu, streamed)
-                i += W
-            c = d
-        elif i < end:
-            z, u = gradient_part(x, g, y, i, end - i, c, relu)
-            store_n(dx, i, z, end - i)
-            store_n(dr, i, u, end - i)
-        at = end
-
-
-@jit
-def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim):
-    """Gradients. Floor: two reads and one write (and y, dr where they exist).
-
-    Tried and rejected: writing one block while summing the next, as ``train`` does. Four streams to read at once (two
-    from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4; blocks of one channel
-    whose two slabs fit in the cache next to the core, 2.8 at S = 3136 and 3.5 at S = 784: what counts is how long the
-    stretches are that are read from memory.
-    """
-    per, every = block_channels(N, C, S, 2), max(1, RUN // S)
-    x, g, y, dx, dr = split(base(x)), split(base(g)), split(base(y)), split(base(dx)), split(base(dr))
-    W = lanes(x)
-    size = 2 * W * per
-    scratch, sums = np.empty(size + 5 * per, weight.dtype), np.empty(size, np.float64)
-    weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim, long = base(stats), base(claim), base(sums)
-    short, table = like(x, base(scratch)), base(scratch) + size
-    lo = fetch_add(claim, 0, per)
-    while lo < C:
-        hi = min(lo + per, C)
-        clear(short, 2 * W * (hi - lo))
-        clear(long, 2 * W * (hi - lo))
-        _tabulate(x, stats, weight, bias, table, per, C, lo, hi)
-        for r in range(N):
-            for c in range(lo, hi):
-                m, k, b = _constants(table, per, c - lo)
-                _sum_channel(x, g, y, (r * C + c) * S, S, m, k, b, relu, short, long, c - lo)
-            if (r + 1) % every == 0 or r == N - 1:
-                _put_away(short, long, 2 * (hi - lo))
-        _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)
-        following = fetch_add(claim, 0, per)
-        ahead = following if following < C else lo
-        for r in range(N - 1, -1, -1):
-            _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, ahead, relu, streamed)
-        fence()
-        fetch_add(claim, 1, hi - lo)
-        lo = following
-    return scratch.size + sums.size
