@@ -23,7 +23,10 @@ __all__ = ["evaluate", "tensor_array"]
 _LIMIT = 1 << 28
 """Largest constant, in elements, that an expression may grow to."""
 
-_PLAIN: dict[int, Any] = {int(ir.DataType.FLOAT): np.dtype("<f4"), int(ir.DataType.INT64): np.dtype("<i8")}
+_PLAIN: dict[int, tuple[Any, str]] = {
+    int(ir.DataType.FLOAT): (np.dtype("<f4"), "float_data"),
+    int(ir.DataType.INT64): (np.dtype("<i8"), "int64_data"),
+}
 
 Rule = Callable[[ir.Node, list[Array], int], Array]
 _RULES: dict[str, Rule] = {}
@@ -36,9 +39,12 @@ class _Unknown(Exception):
 def tensor_array(tensor: ir.TensorProtocol) -> Array | None:
     """A tensor as an array: a view where the storage allows one, None for strings and packed types."""
     if isinstance(tensor, ir.TensorProtoTensor):
-        raw = tensor.raw  # the plain case without the checks of `numpy`, which cost three times as much as the array
-        if raw.data_type in _PLAIN and raw.HasField("raw_data"):
-            return np.frombuffer(raw.raw_data, _PLAIN[raw.data_type]).reshape(raw.dims)
+        raw = tensor.raw  # the plain cases without the checks of `numpy`, which cost three times as much as the array
+        dtype, field = _PLAIN.get(raw.data_type, (None, ""))
+        if field and raw.HasField("raw_data"):
+            return np.frombuffer(raw.raw_data, dtype).reshape(raw.dims)
+        if field and (written := getattr(raw, field)):
+            return np.array(written, dtype).reshape(raw.dims)
     if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         return None
     return np.asarray(tensor.numpy())
@@ -62,7 +68,7 @@ def evaluate(facts: Facts, value: ir.Value, known: dict[ir.Value, Array | None])
         if node.op_type == "Shape" or (node.op_type in ("CastLike", "Size")):
             known[current] = _from_shape(facts, node, known, stack)
             continue
-        if node.op_type not in _RULES or any(a.is_ref() for a in node.attributes.values()):
+        if node.op_type not in _RULES or any(a.is_ref() for a in node.attributes.data.values()):
             known[current] = None
             continue
         waiting = [v for v in node.inputs if v is not None and v.producer() is not None and v not in known]

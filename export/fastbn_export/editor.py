@@ -84,7 +84,7 @@ class Editor:
         maker = old.producer()
         if maker is None or maker.op_type != "ConstantOfShape" or array.size < 2:
             return None
-        if any(array.strides) and np.any(array != array.flat[0]):
+        if any(array.strides) and (array != array.flat[0]).any():
             return None
         before = self._facts.constant(old)
         if before is None or array.shape != before.shape or maker.graph is None:

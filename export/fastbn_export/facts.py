@@ -66,7 +66,7 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
         if value.dtype is not None:
             return value.dtype
         node = value.producer()
-        if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.values()):
+        if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.data.values()):
             return None
         if node.op_type in ("Constant", "ConstantOfShape"):
             written = node.attributes.get("value")

@@ -121,7 +121,7 @@ def _dtype(facts: Facts, node: ir.Node) -> ir.DataType:
 
 def _snap(affine: ChannelAffine, dtype: ir.DataType) -> ChannelAffine:
     """The identity, where the type of the tensor cannot tell a map from it (variance 1 - epsilon in float32)."""
-    if dtype in FLOATS and not affine.has_shift and np.all(affine.scale.astype(dtype.numpy()) == 1):
+    if dtype in FLOATS and not affine.has_shift and (affine.scale.astype(dtype.numpy()) == 1).all():
         return ChannelAffine(np.ones_like(affine.scale), affine.shift, affine.axis)
     return affine
 
