@@ -97,7 +97,26 @@ _SHAPERS = (
     "Slice",
     "Concat",
 )
-_REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
+_REST = (
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Sqrt",
+        "Reciprocal",
+        "Neg",
+        "Exp",
+        "Log",
+        "Tanh",
+        "Sigmoid",
+        "Softplus",
+        "Abs",
+        "Pow",
+    ),
+    *("Sum", "Max", "Min", "Clip", "Tile", "Split", "CastLike", "DequantizeLinear"),
+    *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
+)
 _LIKE_WEIGHTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _NETWORK = ("BatchNormalization", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", *_LIKE_WEIGHTS)
 _KEEP_TYPE = frozenset((*_SHAPERS, *_REST, *_NETWORK))
@@ -256,8 +275,18 @@ class Facts:
             if node.op_type not in _SHAPED or all(_is_static(self._dims.get(o)) for o in node.outputs):
                 continue
             for value in node.inputs[1:]:
-                if value is None or value in known or value.producer() is None:
+                maker = None if value is None else value.producer()
+                if value is None or maker is None or self._evaluate_shape(value, known):
                     continue
-                array = self.constant(value)
-                if array is not None and array.size <= 64 and array.dtype in (np.int64, np.float32):
-                    known[value] = array
+                for piece in maker.inputs if maker.op_type == "Concat" and maker.domain == "" else ():
+                    if piece is not None and piece.producer() is not None:  # one size of several that are not known
+                        self._evaluate_shape(piece, known)
+
+    def _evaluate_shape(self, value: ir.Value, known: dict[ir.Value, Array]) -> bool:
+        if value in known:
+            return True
+        array = self.constant(value)
+        if array is None or array.size > 64 or array.dtype not in (np.int64, np.float32):
+            return False
+        known[value] = array
+        return True

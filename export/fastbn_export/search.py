@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from .affine import ChannelAffine
 from .facts import Facts
+from .literals import taken
 from .plan import Edit, Fork, Refused, Step
 from .registry import Site, lookup, unaffected
 
@@ -84,6 +85,9 @@ def upstream(
     facts: Facts, reader: ir.Node, value: ir.Value, affine: ChannelAffine, growth: int = 1, duplicate: bool = False
 ) -> Plan:
     """Plan to make `value`, read by `reader`, deliver the map itself, adding at most `growth` operators."""
+    first = taken(facts, reader, Step.carry((value, affine)))
+    if not first.onward:  # a constant
+        return Plan([(reader, first)])
     return _Search(facts, reader, True, growth, duplicate).run([_Task(value, affine, reader)])
 
 
@@ -93,8 +97,12 @@ def downstream(facts: Facts, source: ir.Node, value: ir.Value, affine: ChannelAf
 
 
 def _uses(value: ir.Value) -> list[Any]:
-    """Who reads the numbers of a value; its shape is not changed by any map."""
-    return [u for u in value.uses() if not (u.node.op_type in ("Shape", "Size") and u.node.domain == "")]
+    """Who reads the numbers of a value; its shape and its type are not changed by any map."""
+    return [use for use in value.uses() if (use.node.op_type, use.idx) not in _NUMBERLESS or use.node.domain != ""]
+
+
+_NUMBERLESS = frozenset({("Shape", 0), ("Size", 0), ("CastLike", 1)})
+"""Inputs of which the operator reads no numbers."""
 
 
 def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
@@ -153,6 +161,8 @@ class _Search:
         step = next(steps, None)
         if step is None:
             raise Refused(f"{node.op_type} has no place for the map")
+        if self._up:
+            step = taken(self._facts, node, step)
         choices.append(_Choice(todo, parked, len(self._plan.trail), node, steps))
         self._plan.trail.append((node, step))
         self._seen.add(node)

@@ -182,7 +182,7 @@ class Run(Source):
         outputs = [node.outputs[0] for node, _ in self._data]
         if any(len(v.uses()) != 1 or v.is_graph_output() for v in outputs[:-1]):  # a copy reads it since it was found
             raise Refused("an operator within the run has other readers")
-        chained = all(n.inputs[i] is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
+        chained = all(_origin(n.inputs[i]) is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
         if chained and _same(self._known[0], facts, self._constants()):
             return self._known[1]
         total: ChannelAffine | None = None
@@ -190,7 +190,7 @@ class Run(Source):
         for node, data in self._data:
             operand = constant_operand(facts, node)
             own = None if operand is None else own_map(facts, operand)
-            if own is None or (before is not None and node.inputs[data] is not before):
+            if own is None or (before is not None and _origin(node.inputs[data]) is not before):
                 raise Refused("the constants of the run are not one value per channel")
             total = own if total is None else _chain(total, own)
             if total is None:
@@ -199,6 +199,24 @@ class Run(Source):
         if total is None or total.axis < 0:
             raise Refused("the run does not scale by channel")
         return total
+
+
+def _identity(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Identity" and node.domain == ""
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """What a value is behind Identity operators that nobody else reads."""
+    while value is not None and _identity(maker := value.producer()) and _reader(value) is not None:
+        assert maker is not None
+        value = maker.inputs[0]
+    return value
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    """The one operator that reads a value, once."""
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _chain(first: ChannelAffine, then: ChannelAffine) -> ChannelAffine | None:
@@ -238,7 +256,7 @@ def _run(facts: Facts, node: ir.Node) -> Run | None:
         own = None if operand is None else own_map(facts, operand)
         if operand is None or own is None:
             break
-        if operands and current.inputs[operand.data] is not operands[-1].node.outputs[0]:
+        if operands and _origin(current.inputs[operand.data]) is not operands[-1].node.outputs[0]:
             break
         joined = own if total is None else _chain(total, own)
         if joined is None:
@@ -247,8 +265,9 @@ def _run(facts: Facts, node: ir.Node) -> Run | None:
         operands.append(operand)
         if anchor is None and own.axis >= 0 and operand.kind in ("x*c", "x/c"):
             anchor = current
-        out = current.outputs[0]
-        uses = out.uses()
-        only = next(iter(uses)).node if len(uses) == 1 and not out.is_graph_output() else None
-        current = only if only is not None and only.graph is node.graph and only.op_type in BINARY else None
+        current = _reader(current.outputs[0])
+        while current is not None and _identity(current):
+            current = _reader(current.outputs[0])
+        if current is not None and (current.graph is not node.graph or current.op_type not in BINARY):
+            break
     return None if anchor is None or total is None else Run(operands, anchor, facts, total)
