@@ -153,13 +153,25 @@ def _clip(node: ir.Node, inputs: list[Array], opset: int) -> Array:
     return np.asarray(x if given[1] is None else np.minimum(x, given[1]))
 
 
-@_rule("Equal", "Greater", "Less")
-def _compare(node: ir.Node, inputs: list[Array], opset: int) -> Array:
-    """Of integers only: floats could compare another way than in the type of the model."""
-    if not all(np.issubdtype(a.dtype, np.integer) for a in inputs[:2]):
+_JUMPS: dict[str, Callable[..., Any]] = {
+    "Sign": np.sign,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Round": np.rint,
+    "Equal": np.equal,
+    "Greater": np.greater,
+    "Less": np.less,
+    "GreaterOrEqual": np.greater_equal,
+    "LessOrEqual": np.less_equal,
+}
+
+
+@_rule(*_JUMPS)
+def _jump(node: ir.Node, inputs: list[Array], opset: int) -> Array:
+    """Of stored numbers only: what was computed in float64 could fall on the other side in the type of the model."""
+    if any(a.dtype == np.float64 for a in inputs):
         raise Unknown
-    compare = {"Equal": np.equal, "Greater": np.greater, "Less": np.less}[node.op_type]
-    return np.asarray(compare(inputs[0], inputs[1]))
+    return np.asarray(_JUMPS[node.op_type](*inputs))
 
 
 @_rule("Where")
@@ -282,6 +294,21 @@ def _tile(node: ir.Node, inputs: list[Array], opset: int) -> Array:
     if opset < 6 or len(repeats) != inputs[0].ndim or inputs[0].size * prod(repeats) > _LIMIT:
         raise Unknown
     return np.tile(inputs[0], repeats)
+
+
+@_rule("Pad")
+def _pad(node: ir.Node, inputs: list[Array], opset: int) -> Array:
+    pads = _ints(node, "pads", inputs, 1)
+    if pads is None or len(pads) != 2 * inputs[0].ndim or min(pads) < 0 or len(inputs) > 3 or max(pads) > _LIMIT:
+        raise Unknown
+    if node.attributes.get_string("mode", "constant") != "constant":
+        raise Unknown
+    value = inputs[2].reshape(()) if len(inputs) > 2 and inputs[2] is not None else 0
+    value = node.attributes.get_float("value", 0.0) if opset < 11 else value
+    around = list(zip(pads[: inputs[0].ndim], pads[inputs[0].ndim :], strict=True))
+    if prod(d + before + after for d, (before, after) in zip(inputs[0].shape, around, strict=True)) > _LIMIT:
+        raise Unknown
+    return np.pad(inputs[0], around, constant_values=value)
 
 
 @_rule("Range")

@@ -114,7 +114,7 @@ _REST = (
         "Abs",
         "Pow",
     ),
-    *("Sum", "Max", "Min", "Clip", "Tile", "Split", "CastLike", "DequantizeLinear"),
+    *("Sum", "Max", "Min", "Clip", "Tile", "Split", "Pad", "Sign", "CastLike", "DequantizeLinear"),
     *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
 )
 _LIKE_WEIGHTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")

@@ -263,12 +263,14 @@ class _Search:
         self._may_pass(node, task.value)
         if not self._up:
             return iter(rule.push(Site(self._facts, node, task.index, task.affine)))
+        if shared is not None and not self._duplicate:
+            raise Refused(shared)
         index = task.value.index()
         steps = rule.pull(Site(self._facts, node, 0 if index is None else index, task.affine))
         if shared is None:
             return iter(steps)
         copies = [_copy(node, task.value, task.node, s) for s in steps if s.absorbs and not s.onward]
-        if not self._duplicate or not copies:
+        if not copies:
             raise Refused(shared)
         return iter(copies)
 

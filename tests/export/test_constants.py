@@ -75,6 +75,10 @@ EXPRESSIONS = {
     "reduce max": lambda m, x: m.op("ReduceMax", x),
     "reduce product": lambda m, x: m.op("ReduceProd", m.ints(2, 3, 4)),
     "reduce l2": lambda m, x: m.op("ReduceL2", x, m.ints(1, 2)),
+    "sign": lambda m, x: m.op("Sign", m.op("Reshape", m.constant(X - 5), m.ints(-1))),
+    "round": lambda m, x: m.op("Round", m.constant(X / 2)),
+    "greater": lambda m, x: m.op("Where", m.op("Greater", x, m.constant(np.float32(3))), x, m.op("Neg", x)),
+    "pad": lambda m, x: m.op("Pad", x, m.ints(0, 1, 0, 2, 0, 0), m.constant(np.float32(0.5))),
     "tile": lambda m, x: m.op("Tile", x, m.ints(1, 2, 3)),
     "range": lambda m, x: m.op("Range", *(m.constant(np.int64(i)) for i in (7, 1, -2))),
     "split": lambda m, x: m.op("Split", x, outputs=2, axis=2, num_outputs=2)[1],
@@ -100,9 +104,7 @@ UNKNOWN = {
     "float to integer": lambda m: m.op("Cast", m.constant(np.float32([1.5])), to=7),
     "unknown shape": lambda m: m.op("Shape", m.input("N", 3)),
     "other operator": lambda m: m.op("Erf", m.constant(np.float32([1.5]))),
-    "comparison of floats": lambda m: m.op(
-        "Where", m.op("Less", *[m.constant(np.float32(1))] * 2), m.ints(1), m.ints(2)
-    ),
+    "sign of a computed number": lambda m: m.op("Sign", m.op("Exp", m.constant(np.float32([1])))),
     "cast like to another kind": lambda m: m.op("CastLike", m.constant(np.float32([1.5])), m.constant(np.bool_(True))),
     "huge tile": lambda m: m.op("Tile", m.ints(1), m.ints(1 << 40)),
     "huge": lambda m: m.op("ConstantOfShape", m.ints(1 << 20, 1 << 20)),
