@@ -58,6 +58,8 @@ class Editor:
 
     def _set_constant(self, node: ir.Node, index: int, array: Array | None, hint: str) -> None:
         assert array is not None
+        for out in node.outputs:
+            self._facts.forget(out)
         old = node.inputs[index] if index < len(node.inputs) else None
         alone = old is not None and len(old.uses()) == 1 and not old.is_graph_output()
         if alone and old is not None and old.is_initializer() and (not old.is_graph_input() or self._ir3_input(old)):

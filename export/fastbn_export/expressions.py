@@ -303,8 +303,9 @@ def _pad(node: ir.Node, inputs: list[Array], opset: int) -> Array:
         raise Unknown
     if node.attributes.get_string("mode", "constant") != "constant":
         raise Unknown
-    value = inputs[2].reshape(()) if len(inputs) > 2 and inputs[2] is not None else 0
-    value = node.attributes.get_float("value", 0.0) if opset < 11 else value
+    value: Any = inputs[2].reshape(()) if len(inputs) > 2 and inputs[2] is not None else 0
+    if opset < 11:
+        value = node.attributes.get_float("value", 0.0)
     around = list(zip(pads[: inputs[0].ndim], pads[inputs[0].ndim :], strict=True))
     if prod(d + before + after for d, (before, after) in zip(inputs[0].shape, around, strict=True)) > _LIMIT:
         raise Unknown

@@ -205,8 +205,13 @@ class Facts:
             self._dtypes[value] = dtype
 
     def forget(self, value: ir.Value) -> None:
-        """The constant expression behind a value has been rewritten."""
-        self._folded.pop(value, None)
+        """The constant expression behind a value has been rewritten, and with it all that is computed from it."""
+        stack = [value]
+        while stack:
+            current = stack.pop()
+            if self._folded.get(current) is not None:
+                del self._folded[current]
+                stack.extend(out for use in current.uses() for out in use.node.outputs)
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""

@@ -429,6 +429,14 @@ def test_written_out_with_an_identity_in_between(readers):
     assert ops(check(m.build(*outputs)).model) == left
 
 
+@pytest.mark.parametrize("constant", [np.float32(0), np.float32(2), np.arange(4, dtype="f").reshape(4, 1, 1)])
+def test_a_constant_added_behind_a_normalization_goes_into_it(constant):
+    m = Model()
+    y = m.op("Add", m.constant(constant), m.bn(m.op("Sigmoid", m.input(2, 4, 6, 6)), 4))
+    result = check(m.build(m.op("Relu", y)))
+    assert ops(result.model) == ["Sigmoid", "BatchNormalization", "Relu"] and result.report.left == 1
+
+
 def test_written_out_channels_last():
     m = Model()
     y = m.op("Transpose", m.op("Conv", m.input(2, 3, 6, 6), m.weight(4, 3, 3, 3)), perm=[0, 2, 3, 1])

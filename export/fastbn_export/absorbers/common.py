@@ -22,6 +22,8 @@ def vector_shape(size: int, axis: int, rank: int) -> tuple[int, ...]:
 
 def weight_edit(site: Site, index: int, what: str, factor: Array, axis: int | tuple[int, ...]) -> list[Edit]:
     """Multiply constant input `index` by `factor`, broadcast against it; `axis` has the channels of the result."""
+    if not (factor != 1.0).any():  # a shift alone: shared or quantized weights can stay
+        return []
     value = site.input(index)
     weight = site.constant(index, what)
     quantized = dequantizer(value)

@@ -90,7 +90,7 @@ class AddSub(Operator):
     )
     downstream = (
         "a constant takes the shift, or the operator vanishes into the map; a shift passes a sum of branches; beside a "
-        "Conv of the same input the normalization becomes one of its taps"
+        "Conv of the same input the normalization, added or subtracted, becomes one of its taps"
     )
 
     def pull(self, site: Site) -> Sequence[Step]:
