@@ -269,7 +269,7 @@ class _Search:
         steps = rule.pull(Site(self._facts, node, 0 if index is None else index, task.affine))
         if shared is None:
             return iter(steps)
-        copies = [_copy(node, task.value, task.node, s) for s in steps if s.absorbs and not s.onward]
+        copies = [_copy(node, task.value, task.node, s) for s in steps if _fits_a_copy(s, node)]
         if not copies:
             raise Refused(shared)
         return iter(copies)
@@ -277,6 +277,11 @@ class _Search:
     def _must_not_grow(self) -> None:
         if sum(edit.grows for edit in self._plan.edits) > self._growth:
             raise Refused("folding would add more operators than it removes")
+
+
+def _fits_a_copy(step: Step, node: ir.Node) -> bool:
+    """Whether a step ends at an operator and edits nothing else: what computes its weights is not copied."""
+    return step.absorbs and not step.onward and all(edit.node is node for edit in step.edits)
 
 
 def _copy(node: ir.Node, value: ir.Value, reader: ir.Node | None, step: Step) -> Step:

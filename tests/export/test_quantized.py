@@ -33,3 +33,13 @@ def test_a_shift_alone_leaves_shared_weights_alone():
     model = m.build(m.bn(y, 6, parameters=(ones, ones, zeros, ones), epsilon=0.0), m.op("Relu", w))
     result = check(model)
     assert folded(result) and len(result.model.graph.initializer) == 2  # the weights and a new bias
+
+
+def test_a_copy_does_not_rescale_the_weights_of_the_original():
+    m = Model()
+    whole = m.constant(m.rng.integers(-100, 100, (6, 4, 3, 3)).astype(np.int8))
+    y = m.op("Conv", m.input(2, 4, 6, 6), m.op("DequantizeLinear", whole, m.constant(np.float32(0.01))))
+    model = m.build(m.bn(y, 6), m.op("Relu", y))
+    for duplicate in (False, True):
+        (entry,) = check(model, duplicate=duplicate).report.entries
+        assert not entry.folded and "has other readers" in entry.reason
