@@ -58,6 +58,8 @@ def bias_edit(site: Site, index: int, compute: Callable[[Array], Array], size: i
     """Replace the bias at input `index` (zero if absent) by a function of it; both of shape (size,)."""
     if site.has(index):
         bias = site.constant(index, "bias")
+        if bias.size and not bias.any():  # an exporter writes zeros of a wrong shape for Conv of three dimensions
+            bias = np.zeros(size)
         if bias.shape != (size,):
             raise Refused(f"the bias of {site.node.op_type} has shape {bias.shape}, expected ({size},)")
     else:
