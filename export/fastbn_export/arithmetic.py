@@ -19,7 +19,10 @@ __all__ = ["ConstantOperand", "constant_operand", "lift", "own_map"]
 _THIN_LIMIT = 1 << 22
 """Largest constant, in elements, that is searched for repetitions."""
 
-BINARY = frozenset({"Add", "Sub", "Mul", "Div"})
+_KINDS = {"Add": ("x+c", "x+c"), "Sub": ("x-c", "c-x"), "Mul": ("x*c", "x*c"), "Div": ("x/c", "c/x")}
+"""What each operator does with its constant, by which input is the data."""
+
+BINARY = frozenset(_KINDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,7 @@ class ConstantOperand:
     @property
     def kind(self) -> str:
         """One of "x+c", "x-c", "c-x", "x*c", "x/c" or "c/x"."""
-        sign = {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}[self.node.op_type]
-        return f"x{sign}c" if self.data == 0 or sign in "+*" else f"c{sign}x"
+        return _KINDS[self.node.op_type][self.data]
 
 
 def constant_operand(facts: Facts, node: ir.Node) -> ConstantOperand | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from .affine import Array
@@ -59,6 +58,8 @@ class Editor:
 
     def _set_constant(self, node: ir.Node, index: int, array: Array | None, hint: str) -> None:
         assert array is not None
+        for out in node.outputs:
+            self._facts.forget(out)
         old = node.inputs[index] if index < len(node.inputs) else None
         alone = old is not None and len(old.uses()) == 1 and not old.is_graph_output()
         if alone and old is not None and old.is_initializer() and (not old.is_graph_input() or self._ir3_input(old)):
@@ -84,7 +85,7 @@ class Editor:
         maker = old.producer()
         if maker is None or maker.op_type != "ConstantOfShape" or array.size < 2:
             return None
-        if any(array.strides) and np.any(array != array.flat[0]):
+        if any(array.strides) and (array != array.flat[0]).any():
             return None
         before = self._facts.constant(old)
         if before is None or array.shape != before.shape or maker.graph is None:

@@ -66,7 +66,7 @@ def _written_type(value: ir.Value) -> ir.DataType | None:
         if value.dtype is not None:
             return value.dtype
         node = value.producer()
-        if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.values()):
+        if node is None or node.domain != "" or any(a.is_ref() for a in node.attributes.data.values()):
             return None
         if node.op_type in ("Constant", "ConstantOfShape"):
             written = node.attributes.get("value")
@@ -97,7 +97,26 @@ _SHAPERS = (
     "Slice",
     "Concat",
 )
-_REST = ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Exp", "Abs", "Pow", "CastLike", "DequantizeLinear")
+_REST = (
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Sqrt",
+        "Reciprocal",
+        "Neg",
+        "Exp",
+        "Log",
+        "Tanh",
+        "Sigmoid",
+        "Softplus",
+        "Abs",
+        "Pow",
+    ),
+    *("Sum", "Max", "Min", "Clip", "Tile", "Split", "Pad", "Sign", "CastLike", "DequantizeLinear"),
+    *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
+)
 _LIKE_WEIGHTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _NETWORK = ("BatchNormalization", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool", *_LIKE_WEIGHTS)
 _KEEP_TYPE = frozenset((*_SHAPERS, *_REST, *_NETWORK))
@@ -186,8 +205,13 @@ class Facts:
             self._dtypes[value] = dtype
 
     def forget(self, value: ir.Value) -> None:
-        """The constant expression behind a value has been rewritten."""
-        self._folded.pop(value, None)
+        """The constant expression behind a value has been rewritten, and with it all that is computed from it."""
+        stack = [value]
+        while stack:
+            current = stack.pop()
+            if self._folded.get(current) is not None:
+                del self._folded[current]
+                stack.extend(out for use in current.uses() for out in use.node.outputs)
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""
@@ -256,8 +280,18 @@ class Facts:
             if node.op_type not in _SHAPED or all(_is_static(self._dims.get(o)) for o in node.outputs):
                 continue
             for value in node.inputs[1:]:
-                if value is None or value in known or value.producer() is None:
+                maker = None if value is None else value.producer()
+                if value is None or maker is None or self._evaluate_shape(value, known):
                     continue
-                array = self.constant(value)
-                if array is not None and array.size <= 64 and array.dtype in (np.int64, np.float32):
-                    known[value] = array
+                for piece in maker.inputs if maker.op_type == "Concat" and maker.domain == "" else ():
+                    if piece is not None and piece.producer() is not None:  # one size of several that are not known
+                        self._evaluate_shape(piece, known)
+
+    def _evaluate_shape(self, value: ir.Value, known: dict[ir.Value, Array]) -> bool:
+        if value in known:
+            return True
+        array = self.constant(value)
+        if array is None or array.size > 64 or array.dtype not in (np.int64, np.float32):
+            return False
+        known[value] = array
+        return True

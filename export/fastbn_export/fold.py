@@ -301,8 +301,18 @@ def _in_order(plan: search.Plan, source: Source, upstream: bool) -> list[Edit]:
     """All edits of a fold, producers first where names move down, and the source itself last."""
     steps = reversed(plan.trail) if upstream else iter(plan.trail)
     edits = [edit for _, step in steps for edit in step.edits]
-    rename = upstream if plan.trail else _identity_renames(source)
+    rename = upstream and not _is_constant(plan, source) if plan.trail else _identity_renames(source)
     return edits + [Bypass(node, index, rename) for node, index in source.data()]
+
+
+def _is_constant(plan: search.Plan, source: Source) -> bool:
+    """Whether the source reads a constant, which took the map where it is read and keeps its name."""
+    out = source.nodes[-1].outputs[0]
+    if not any(node is source.nodes[0] for node, _ in plan.trail):
+        return False
+    if out.is_graph_output():
+        raise Refused("it stands between a constant and a graph output")
+    return True
 
 
 def _identity_renames(source: Source) -> bool:

@@ -43,6 +43,7 @@ class Refused(Exception):
 class Edit:
     """One change of the model, on one node."""
 
+    node: ir.Node
     grows = 0
     """By how many nodes the model grows."""
 

@@ -84,7 +84,10 @@ class Site:
         """The axis of operand `index` that the map's axis on the output is; the operand must have all channels."""
         rank = self.rank(self.input(index))
         axis = self.affine.axis - self.rank(self.node.outputs[0]) + rank
-        if axis < 0 or self.facts.size(self.input(index), axis) != self.affine.size:
+        size = self.facts.size(self.input(index), axis) if axis >= 0 else 1
+        if not isinstance(size, int):
+            raise Refused(f"the number of channels of '{self.input(index).name}' is unknown")
+        if size != self.affine.size or axis < 0:
             raise Refused(f"an operand of {self.node.op_type} is broadcast along the channels")
         return axis
 

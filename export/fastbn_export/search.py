@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from .affine import ChannelAffine
 from .facts import Facts
+from .literals import taken
 from .plan import Edit, Fork, Refused, Step
 from .registry import Site, lookup, unaffected
 
@@ -84,6 +85,9 @@ def upstream(
     facts: Facts, reader: ir.Node, value: ir.Value, affine: ChannelAffine, growth: int = 1, duplicate: bool = False
 ) -> Plan:
     """Plan to make `value`, read by `reader`, deliver the map itself, adding at most `growth` operators."""
+    first = taken(facts, reader, Step.carry((value, affine)))
+    if not first.onward:  # a constant
+        return Plan([(reader, first)])
     return _Search(facts, reader, True, growth, duplicate).run([_Task(value, affine, reader)])
 
 
@@ -93,8 +97,12 @@ def downstream(facts: Facts, source: ir.Node, value: ir.Value, affine: ChannelAf
 
 
 def _uses(value: ir.Value) -> list[Any]:
-    """Who reads the numbers of a value; its shape is not changed by any map."""
-    return [u for u in value.uses() if not (u.node.op_type in ("Shape", "Size") and u.node.domain == "")]
+    """Who reads the numbers of a value; its shape and its type are not changed by any map."""
+    return [use for use in value.uses() if (use.node.op_type, use.idx) not in _NUMBERLESS or use.node.domain != ""]
+
+
+_NUMBERLESS = frozenset({("Shape", 0), ("Size", 0), ("CastLike", 1)})
+"""Inputs of which the operator reads no numbers."""
 
 
 def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
@@ -153,6 +161,8 @@ class _Search:
         step = next(steps, None)
         if step is None:
             raise Refused(f"{node.op_type} has no place for the map")
+        if self._up:
+            step = taken(self._facts, node, step)
         choices.append(_Choice(todo, parked, len(self._plan.trail), node, steps))
         self._plan.trail.append((node, step))
         self._seen.add(node)
@@ -253,18 +263,25 @@ class _Search:
         self._may_pass(node, task.value)
         if not self._up:
             return iter(rule.push(Site(self._facts, node, task.index, task.affine)))
+        if shared is not None and not self._duplicate:
+            raise Refused(shared)
         index = task.value.index()
         steps = rule.pull(Site(self._facts, node, 0 if index is None else index, task.affine))
         if shared is None:
             return iter(steps)
-        copies = [_copy(node, task.value, task.node, s) for s in steps if s.absorbs and not s.onward]
-        if not self._duplicate or not copies:
+        copies = [_copy(node, task.value, task.node, s) for s in steps if _fits_a_copy(s, node)]
+        if not copies:
             raise Refused(shared)
         return iter(copies)
 
     def _must_not_grow(self) -> None:
         if sum(edit.grows for edit in self._plan.edits) > self._growth:
             raise Refused("folding would add more operators than it removes")
+
+
+def _fits_a_copy(step: Step, node: ir.Node) -> bool:
+    """Whether a step ends at an operator and edits nothing else: what computes its weights is not copied."""
+    return step.absorbs and not step.onward and all(edit.node is node for edit in step.edits)
 
 
 def _copy(node: ir.Node, value: ir.Value, reader: ir.Node | None, step: Step) -> Step:

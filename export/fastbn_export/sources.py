@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .affine import ChannelAffine
+from .affine import Array, ChannelAffine
 from .arithmetic import BINARY, ConstantOperand, constant_operand, lift, own_map
 from .facts import Facts
 from .plan import FLOATS, Refused
@@ -84,16 +84,18 @@ class BatchNorm(Source):
     def affine(self, facts: Facts) -> ChannelAffine:
         """Scale ``gamma / sqrt(var + epsilon)`` and shift ``B - mean * scale`` along axis 1, in float64."""
         node = self.anchor
-        must_infer(node, facts)
         if len(node.inputs) < 5 or node.inputs[0] is None:
             raise Refused("BatchNormalization lacks inputs")
+        if (own := _own_statistics(node, facts)) is not None:
+            return self._compute(facts, own)
+        must_infer(node, facts)
         # What no fold has touched since it was last read need not be computed again.
         if self._known is None or not _same(self._known[0], facts, node.inputs[1:5]):
             computed = self._compute(facts)
             self._known = _stored(facts, node.inputs[1:5]), computed  # expressions are stored when they are read
         return self._known[1]
 
-    def _compute(self, facts: Facts) -> ChannelAffine:
+    def _compute(self, facts: Facts, own: tuple[Array, Array] | None = None) -> ChannelAffine:
         node, parameters = self.anchor, []
         for name, value in zip(("scale", "bias", "mean", "variance"), node.inputs[1:5], strict=True):
             array = facts.constant(value)
@@ -101,6 +103,7 @@ class BatchNorm(Source):
                 what = f"the {name} of the normalization"
                 raise Refused(not_constant(facts, value, what) if value is not None else f"{what} is missing")
             parameters.append(array.astype(np.float64))
+        parameters[2:] = parameters[2:] if own is None else own
         gamma, beta, mean, variance = parameters
         if gamma.ndim != 1 or any(p.shape != gamma.shape for p in parameters):
             raise Refused("per-activation normalization: its parameters are not one value per channel")
@@ -119,9 +122,21 @@ def _dtype(facts: Facts, node: ir.Node) -> ir.DataType:
     return (facts.dtype(value) if value is not None else None) or ir.DataType.DOUBLE
 
 
+def _own_statistics(node: ir.Node, facts: Facts) -> tuple[Array, Array] | None:
+    """Mean and variance of a constant that is normalized in training form (standardised weights); None otherwise."""
+    if _training(node, facts) is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        return None
+    data = facts.constant(node.inputs[0])
+    if data is None or data.ndim < 2 or not data.size:
+        return None
+    others = tuple(i for i in range(data.ndim) if i != 1)
+    wide = data.astype(np.float64)
+    return wide.mean(axis=others), wide.var(axis=others)
+
+
 def _snap(affine: ChannelAffine, dtype: ir.DataType) -> ChannelAffine:
     """The identity, where the type of the tensor cannot tell a map from it (variance 1 - epsilon in float32)."""
-    if dtype in FLOATS and not affine.has_shift and np.all(affine.scale.astype(dtype.numpy()) == 1):
+    if dtype in FLOATS and not affine.has_shift and (affine.scale.astype(dtype.numpy()) == 1).all():
         return ChannelAffine(np.ones_like(affine.scale), affine.shift, affine.axis)
     return affine
 
@@ -131,13 +146,8 @@ def must_infer(node: ir.Node, facts: Facts) -> None:
     opset = facts.opset(node)
     if any(a.is_ref() for a in node.attributes.values()):
         raise Refused("an attribute of the normalization is a parameter of the enclosing function")
-    if any(o.name and (o.uses() or o.is_graph_output() or opset < 14) for o in node.outputs[1:]):
-        raise Refused("training form: it also delivers statistics")
-    if opset >= 14:
-        if node.attributes.get_int("training_mode", 0):
-            raise Refused("training form: training_mode=1")
-    elif opset < 7 and not node.attributes.get_int("is_test", 0):
-        raise Refused("training form: is_test=0")
+    if (why := _training(node, facts)) is not None:
+        raise Refused(f"training form: {why}")
     if opset < 9 and not node.attributes.get_int("spatial", 1):
         data = node.inputs[0]
         if data is None or facts.rank(data) != 2:
@@ -145,6 +155,16 @@ def must_infer(node: ir.Node, facts: Facts) -> None:
     data = node.inputs[0]
     if data is not None and data.shape is not None and len(data.shape) == 1:
         raise Refused("the normalization of a vector has no channel axis")
+
+
+def _training(node: ir.Node, facts: Facts) -> str | None:
+    """What says that the statistics are those of the batch, if anything does."""
+    opset = facts.opset(node)
+    if any(o.name and (o.uses() or o.is_graph_output() or opset < 14) for o in node.outputs[1:]):
+        return "it also delivers statistics"
+    if opset >= 14:
+        return "training_mode=1" if node.attributes.get_int("training_mode", 0) else None
+    return "is_test=0" if opset < 7 and not node.attributes.get_int("is_test", 0) else None
 
 
 class Run(Source):
@@ -163,7 +183,8 @@ class Run(Source):
         self._data = [(o.node, o.data) for o in operands]
         self._anchor = anchor
         self._known = _stored(facts, self._constants()), total
-        self.complete = any(o.node.op_type in ("Add", "Sub") for o in operands)
+        both = [{"Add": 0, "Sub": 0}.get(o.node.op_type, 1) for o in operands]
+        self.complete = 0 in both and 1 in both
 
     @property
     def anchor(self) -> ir.Node:
@@ -182,7 +203,7 @@ class Run(Source):
         outputs = [node.outputs[0] for node, _ in self._data]
         if any(len(v.uses()) != 1 or v.is_graph_output() for v in outputs[:-1]):  # a copy reads it since it was found
             raise Refused("an operator within the run has other readers")
-        chained = all(n.inputs[i] is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
+        chained = all(_origin(n.inputs[i]) is v for (n, i), v in zip(self._data[1:], outputs[:-1], strict=True))
         if chained and _same(self._known[0], facts, self._constants()):
             return self._known[1]
         total: ChannelAffine | None = None
@@ -190,7 +211,7 @@ class Run(Source):
         for node, data in self._data:
             operand = constant_operand(facts, node)
             own = None if operand is None else own_map(facts, operand)
-            if own is None or (before is not None and node.inputs[data] is not before):
+            if own is None or (before is not None and _origin(node.inputs[data]) is not before):
                 raise Refused("the constants of the run are not one value per channel")
             total = own if total is None else _chain(total, own)
             if total is None:
@@ -199,6 +220,24 @@ class Run(Source):
         if total is None or total.axis < 0:
             raise Refused("the run does not scale by channel")
         return total
+
+
+def _identity(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "Identity" and node.domain == ""
+
+
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """What a value is behind Identity operators that nobody else reads."""
+    while value is not None and _identity(maker := value.producer()) and _reader(value) is not None:
+        assert maker is not None
+        value = maker.inputs[0]
+    return value
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    """The one operator that reads a value, once."""
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _chain(first: ChannelAffine, then: ChannelAffine) -> ChannelAffine | None:
@@ -238,7 +277,7 @@ def _run(facts: Facts, node: ir.Node) -> Run | None:
         own = None if operand is None else own_map(facts, operand)
         if operand is None or own is None:
             break
-        if operands and current.inputs[operand.data] is not operands[-1].node.outputs[0]:
+        if operands and _origin(current.inputs[operand.data]) is not operands[-1].node.outputs[0]:
             break
         joined = own if total is None else _chain(total, own)
         if joined is None:
@@ -247,8 +286,21 @@ def _run(facts: Facts, node: ir.Node) -> Run | None:
         operands.append(operand)
         if anchor is None and own.axis >= 0 and operand.kind in ("x*c", "x/c"):
             anchor = current
-        out = current.outputs[0]
-        uses = out.uses()
-        only = next(iter(uses)).node if len(uses) == 1 and not out.is_graph_output() else None
-        current = only if only is not None and only.graph is node.graph and only.op_type in BINARY else None
+        current = _reader(current.outputs[0])
+        while current is not None and _identity(current):
+            current = _reader(current.outputs[0])
+        if current is not None and (current.graph is not node.graph or current.op_type not in BINARY):
+            break
+    if anchor is None and operands and total is not None:
+        total, anchor = _behind_norm(facts, operands[0], total), node
     return None if anchor is None or total is None else Run(operands, anchor, facts, total)
+
+
+def _behind_norm(facts: Facts, operand: ConstantOperand, total: ChannelAffine) -> ChannelAffine | None:
+    """A run that does not scale by channel as a map, if it stands behind a BatchNormalization that can take it."""
+    data = operand.node.inputs[operand.data]
+    maker = None if data is None else data.producer()
+    if data is None or maker is None or maker.op_type != "BatchNormalization" or maker.domain != "":
+        return None
+    size = facts.size(data, 1)
+    return lift(total, 1, size) if isinstance(size, int) else None

@@ -18,12 +18,13 @@ __all__ = ["MARK", "found", "hidden"]
 MARK = "fastbn.sparse_initializer"
 """Attribute of a Constant that stands for a sparse initializer of its graph; the output has its name."""
 _PREFIX = b"fastbn.sparse:"
+_TENSOR = onnx.AttributeProto.TENSOR
 _KINDS = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
 
 
 def hidden(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model itself, or a copy without sparse tensors in attributes and bodies if it has any."""
-    if not any(a.type in _KINDS or a.g.sparse_initializer or _any_sparse(a.graphs) for a in holders_of(proto)):
+    if not any(a.type != _TENSOR and _holds_sparse(a) for a in holders_of(proto)):
         return proto
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
@@ -55,8 +56,10 @@ def found(proto: onnx.ModelProto) -> None:
                 del graph.node[index]
 
 
-def _any_sparse(graphs: Any) -> bool:
-    return any(graph.sparse_initializer for graph in graphs)
+def _holds_sparse(attribute: Any) -> bool:
+    if attribute.type in _KINDS or attribute.g.sparse_initializer:
+        return True
+    return any(graph.sparse_initializer for graph in attribute.graphs)
 
 
 def _hide(attribute: Any) -> None:

@@ -179,7 +179,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         The file cannot be written; nothing is left behind.
     """
     target = Path(path)
-    size = sum(v.const_value.nbytes for _, g in all_graphs(model) for v in g.initializers.values() if v.const_value)
+    size = sum(_size(v.const_value) for _, g in all_graphs(model) for v in g.initializers.values())
     folder = tempfile.mkdtemp(prefix=".fastbn-", dir=target.parent)
     try:
         temporary = Path(folder) / target.name
@@ -205,7 +205,7 @@ def _beside(model: ir.Model, location: str, file: BinaryIO) -> onnx.ModelProto:
             if len(inner.raw_data) >= _EXTERNAL:
                 refer(inner, location, file)
     for value, tensor in tensors:
-        if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+        if _size(tensor) < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
             proto.graph.initializer.append(_whole(value, tensor))
             continue
         header = _header(value, tensor)
@@ -234,11 +234,18 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
 
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:
     """A TensorProto up to its raw bytes, its whole length, and the tensor whose bytes follow (None: included)."""
-    if tensor.nbytes < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
+    if _size(tensor) < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
         text = _whole(value, tensor).SerializeToString()
         return text, len(text), None
     head = _header(value, tensor).SerializeToString() + _field(9, tensor.nbytes)
     return head, len(head) + tensor.nbytes, tensor
+
+
+def _size(tensor: ir.TensorProtocol | None) -> int:
+    """Bytes of a tensor in the file, about: what says whether it is a large one must not cost more than a small one."""
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return int(tensor.raw.ByteSize())
+    return 0 if tensor is None else int(tensor.nbytes)
 
 
 def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:

@@ -112,6 +112,9 @@ def _bn(f: Fuzz, x: str, s: Shape) -> Any:
     else:
         scale, bias, mean = f.parameter(c, positive=kind < 0.5), f.parameter(c), f.parameter(c)
     attributes = {"epsilon": 1e-3} if f.chance(0.5) else {}
+    if kind > 0.9:  # a shift and nothing else
+        one, zero = (f.constant(np.full(c, v, f.dtype)) for v in (1, 0))
+        return f.op("BatchNormalization", x, one, f.parameter(c), zero, one, epsilon=0.0), s
     return f.op("BatchNormalization", x, scale, bias, mean, f.parameter(c, positive=True), **attributes), s
 
 
@@ -355,7 +358,32 @@ def _identity_branch(f: Fuzz, x: str, s: Shape) -> Any:
     if f.chance(0.3):
         y = f.op("Add", y, f.op("Conv", x, f.parameter(s[1], s[1], 1, 1)))
     z = f.op("BatchNormalization", x, *(f.parameter(s[1]) for _ in range(3)), f.parameter(s[1], positive=True))
-    return f.op("Add", *((y, z) if f.chance(0.5) else (z, y))), s
+    if f.chance(0.2):
+        z = f.op("Add", z, f.parameter(s[1], 1, 1) if f.chance(0.5) else f.parameter())
+    return f.op(f.pick("Add", "Add", "Sub"), *((y, z) if f.chance(0.5) else (z, y))), s
+
+
+@maker(2)
+def _constant_piece(f: Fuzz, x: str, s: Shape) -> Any:
+    """A constant where data could stand: a class token."""
+    axis = int(f.rng.integers(len(s)))
+    pair = [x, f.parameter(*(2 if i == axis else d for i, d in enumerate(s)))]
+    out = tuple(d + 2 if i == axis else d for i, d in enumerate(s))
+    return f.op("Concat", *(pair if f.chance(0.5) else pair[::-1]), axis=axis), out
+
+
+@maker(2)
+def _dequantized(f: Fuzz, x: str, s: Shape) -> Any:
+    """A linear operator with weights that are dequantized, which both sides rewrite in place."""
+    if len(s) not in (2, 3, 4) or f.opset < 13 or f.dtype != np.float32:
+        return None
+    out = int(f.rng.integers(2, 4))
+    shape = (out, s[1], 1, 1) if len(s) == 4 else (s[-1], out)
+    whole = f.constant(f.rng.integers(-100, 100, shape).astype(np.int8))
+    w = f.op("DequantizeLinear", whole, f.constant(np.float32(0.01)))
+    if f.chance(0.3):
+        w = f.op("Identity", w)
+    return (f.op("Conv", x, w), (s[0], out, *s[2:])) if len(s) == 4 else (f.op("MatMul", x, w), (*s[:-1], out))
 
 
 def _linear(f: Fuzz, x: str, s: Shape) -> Any:

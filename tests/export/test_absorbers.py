@@ -306,6 +306,15 @@ def test_beside_a_conv(group, kernel, dilation, flipped):
     assert "(Conv)" in result.report.entries[0].absorber[0]
 
 
+def test_subtracted_from_a_conv():
+    m = Model()
+    x = m.op("Relu", m.input(2, 4, 6, 6))
+    y = m.op("Conv", x, m.weight(4, 4, 3, 3), pads=[1] * 4)
+    is_folded(m.build(m.op("Relu", m.op("Sub", y, m.bn(x, 4)))), "Relu", "Conv", "Relu")
+    result = check(m.build(m.op("Relu", m.op("Sub", m.bn(x, 4), m.op("Conv", x, m.weight(4, 4, 1, 1))))))
+    assert "the other operand of Sub would need the same scale" in result.report.entries[-1].reason
+
+
 def test_three_branches():
     m = Model()
     x = m.op("Relu", m.input(2, 4, 6, 6))

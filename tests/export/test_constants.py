@@ -58,6 +58,31 @@ EXPRESSIONS = {
         m.constant(np.array([1, 2], np.int8)),
         axis=0,
     ),
+    "log": lambda m, x: m.op("Log", x),
+    "sigmoid": lambda m, x: m.op("Sigmoid", x),
+    "tanh": lambda m, x: m.op("Tanh", x),
+    "softplus": lambda m, x: m.op("Softplus", x),
+    "sum": lambda m, x: m.op("Sum", x, x, m.constant(np.float32(0.1))),
+    "max": lambda m, x: m.op("Max", x, m.constant(np.float32(7))),
+    "min": lambda m, x: m.op("Min", x, m.constant(np.float32(7))),
+    "clip": lambda m, x: m.op("Clip", x, "", m.constant(np.float32(7))),
+    "where": lambda m, x: m.op("Where", m.op("Less", m.ints(1, 2, 3, 4), m.ints(3)), x, m.op("Neg", x)),
+    "equal": lambda m, x: m.op("Where", m.op("Equal", m.ints(-1, 2), m.ints(-1)), m.ints(1, 1), m.ints(5, 6)),
+    "matmul": lambda m, x: m.op("MatMul", x, m.constant(np.ones((4, 2), "f"))),
+    "reduce sum": lambda m, x: m.op("ReduceSum", x, m.ints(0, -1), keepdims=0),
+    "reduce sum of integers": lambda m, x: m.op("ReduceSum", m.constant(np.arange(6, dtype=np.int32))),
+    "reduce mean": lambda m, x: m.op("ReduceMean", x, m.ints(1)),
+    "reduce max": lambda m, x: m.op("ReduceMax", x),
+    "reduce product": lambda m, x: m.op("ReduceProd", m.ints(2, 3, 4)),
+    "reduce l2": lambda m, x: m.op("ReduceL2", x, m.ints(1, 2)),
+    "sign": lambda m, x: m.op("Sign", m.op("Reshape", m.constant(X - 5), m.ints(-1))),
+    "round": lambda m, x: m.op("Round", m.constant(X / 2)),
+    "greater": lambda m, x: m.op("Where", m.op("Greater", x, m.constant(np.float32(3))), x, m.op("Neg", x)),
+    "pad": lambda m, x: m.op("Pad", x, m.ints(0, 1, 0, 2, 0, 0), m.constant(np.float32(0.5))),
+    "tile": lambda m, x: m.op("Tile", x, m.ints(1, 2, 3)),
+    "range": lambda m, x: m.op("Range", *(m.constant(np.int64(i)) for i in (7, 1, -2))),
+    "split": lambda m, x: m.op("Split", x, outputs=2, axis=2, num_outputs=2)[1],
+    "split by sizes": lambda m, x: m.op("Split", x, m.ints(1, 2), outputs=2, axis=1)[1],
     "quantize": lambda m, x: m.op("QuantizeLinear", x, m.constant(np.float32(0.5)), m.constant(np.int8(-7))),
 }
 
@@ -78,7 +103,10 @@ UNKNOWN = {
     "negative integer division": lambda m: m.op("Div", m.ints(-7), m.ints(2)),
     "float to integer": lambda m: m.op("Cast", m.constant(np.float32([1.5])), to=7),
     "unknown shape": lambda m: m.op("Shape", m.input("N", 3)),
-    "other operator": lambda m: m.op("Sigmoid", m.constant(np.float32([1.5]))),
+    "other operator": lambda m: m.op("Erf", m.constant(np.float32([1.5]))),
+    "sign of a computed number": lambda m: m.op("Sign", m.op("Exp", m.constant(np.float32([1])))),
+    "cast like to another kind": lambda m: m.op("CastLike", m.constant(np.float32([1.5])), m.constant(np.bool_(True))),
+    "huge tile": lambda m: m.op("Tile", m.ints(1), m.ints(1 << 40)),
     "huge": lambda m: m.op("ConstantOfShape", m.ints(1 << 20, 1 << 20)),
 }
 
@@ -101,3 +129,14 @@ def test_long_expressions_do_not_recurse():
     for _ in range(3000):
         y = m.op("Identity", y)
     assert value_of(m.build(y)) == 2.0
+
+
+def test_sizes_are_known_beside_unknown_ones():
+    m = Model()
+    shape = m.op("Shape", m.input("N", 8, "H"))
+    half = m.op("Div", m.op("Gather", shape, m.constant(np.int64(1))), m.constant(np.int64(2)))
+    assert value_of(m.build(half)) == 4
+    m = Model()
+    assert value_of(m.build(m.op("Slice", m.op("Shape", m.input("N", 8, "H")), m.ints(1), m.ints(2)))) == [8]
+    m = Model()
+    assert value_of(m.build(m.op("Gather", m.op("Shape", m.input("N", 8, "H")), m.ints(1, 2)))) is None

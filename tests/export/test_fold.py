@@ -193,6 +193,15 @@ def test_shape_is_no_reader():
     assert folded(check(m.build(m.op("Reshape", m.bn(y, 4), shape))))
 
 
+def test_cast_like_is_no_reader_of_what_it_is_cast_like():
+    m = Model(opset=17)
+    y = m.op("Conv", m.input(1, 3, 6, 6), m.weight(4, 3, 3, 3))
+    ones = m.op("Expand", m.op("CastLike", m.constant(np.float64(1)), y), m.ints(4))
+    zeros = [m.constant(np.zeros(4, "f")) for _ in range(2)]
+    result = check(m.build(m.op("BatchNormalization", y, ones, *zeros, m.constant(np.full(4, 2, "f")))))
+    assert folded(result) and ops(result.model) == ["Conv"]
+
+
 def test_identity_between_fixed_names():
     ones, zeros = np.ones(4, "f"), np.zeros(4, "f")
     m = Model()
@@ -408,6 +417,24 @@ def written_out(kind):
 def test_written_out(kind):
     result = check(written_out(kind))
     assert ops(result.model) == ["Conv", "Relu"] and result.report.entries[0].kind == "decomposed"
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_written_out_with_an_identity_in_between(readers):
+    m = Model()
+    y = m.op("Mul", m.op("Conv", m.input(1, 3, 6, 6), m.weight(4, 3, 3, 3)), m.weight(4, 1, 1))
+    y = m.op("Identity", y)
+    outputs = [m.op("Add", y, m.weight(4, 1, 1)), *(m.op("Relu", y) for _ in range(readers - 1))]
+    left = ["Conv", "Identity"] if readers == 1 else ["Conv", "Identity", "Add", "Relu"]
+    assert ops(check(m.build(*outputs)).model) == left
+
+
+@pytest.mark.parametrize("constant", [np.float32(0), np.float32(2), np.arange(4, dtype="f").reshape(4, 1, 1)])
+def test_a_constant_added_behind_a_normalization_goes_into_it(constant):
+    m = Model()
+    y = m.op("Add", m.constant(constant), m.bn(m.op("Sigmoid", m.input(2, 4, 6, 6)), 4))
+    result = check(m.build(m.op("Relu", y)))
+    assert ops(result.model) == ["Sigmoid", "BatchNormalization", "Relu"] and result.report.left == 1
 
 
 def test_written_out_channels_last():

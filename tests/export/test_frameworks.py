@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+from fastbn_export.fold import fold
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.folding import Model, check, folded, ops
@@ -259,3 +260,17 @@ def test_names_with_slashes_keep_their_scopes():
     result = check(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     assert [e.scope for e in result.report.entries] == ["/block/If", "/block/If"]
     assert folded(result)
+
+
+def test_torch_zero_bias_of_another_shape():
+    """What torch.export's exporter writes for a convolution of three dimensions without bias; no runtime takes it."""
+    models = []
+    for shape in ((4,), (4, 2)):
+        m = Model(18)
+        bias = m.op("Expand", m.constant(np.float32(0)), m.ints(*shape))
+        y = m.op("Conv", m.input("N", 3, 4, 4, 4), m.weight(4, 3, 2, 2, 2, name="w"), bias)
+        models.append(fold(m.build(m.op("Relu", m.bn(y, 4)))).model)
+    assert ops(models[1]) == ["Conv", "Relu"]
+    arrays = [[numpy_helper.to_array(t) for t in model.graph.initializer] for model in models]
+    for good, bad in zip(*arrays, strict=True):
+        np.testing.assert_array_equal(good, bad)

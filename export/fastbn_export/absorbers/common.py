@@ -22,6 +22,8 @@ def vector_shape(size: int, axis: int, rank: int) -> tuple[int, ...]:
 
 def weight_edit(site: Site, index: int, what: str, factor: Array, axis: int | tuple[int, ...]) -> list[Edit]:
     """Multiply constant input `index` by `factor`, broadcast against it; `axis` has the channels of the result."""
+    if not (factor != 1.0).any():  # a shift alone: shared or quantized weights can stay
+        return []
     value = site.input(index)
     weight = site.constant(index, what)
     quantized = dequantizer(value)
@@ -56,6 +58,8 @@ def bias_edit(site: Site, index: int, compute: Callable[[Array], Array], size: i
     """Replace the bias at input `index` (zero if absent) by a function of it; both of shape (size,)."""
     if site.has(index):
         bias = site.constant(index, "bias")
+        if bias.size and not bias.any():  # an exporter writes zeros of a wrong shape for Conv of three dimensions
+            bias = np.zeros(size)
         if bias.shape != (size,):
             raise Refused(f"the bias of {site.node.op_type} has shape {bias.shape}, expected ({size},)")
     else:

@@ -90,7 +90,7 @@ class AddSub(Operator):
     )
     downstream = (
         "a constant takes the shift, or the operator vanishes into the map; a shift passes a sum of branches; beside a "
-        "Conv of the same input the normalization becomes one of its taps"
+        "Conv of the same input the normalization, added or subtracted, becomes one of its taps"
     )
 
     def pull(self, site: Site) -> Sequence[Step]:
@@ -130,9 +130,8 @@ class AddSub(Operator):
             return [Step.carry(*((value, part) for value in inputs))]
         if len(set(inputs)) != len(inputs):
             raise Refused(f"{node.op_type} reads an operand twice")
-        constants = [site.facts.constant(v) is not None for v in inputs]
-        if any(constants):
-            raise Refused(f"{node.op_type} has several operands of which some are constant")
+        if all(site.facts.is_constant(v) for v in inputs):
+            raise Refused(f"all operands of {node.op_type} are constant")
         steps = []
         for taker in range(len(inputs) if a.has_shift else 1):
             onward = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..affine import Array
+from ..affine import Array, ChannelAffine
 from ..plan import Bypass, Edit, Refused, SetConstant, Step
 from ..registry import Site
 from .common import bias_edit
@@ -19,12 +19,17 @@ __all__ = ["beside"]
 
 
 def beside(site: Site) -> Step:
-    """Fold a map that stands right before an Add into a Conv of the same input among the other operands."""
-    source = site.input(site.index).producer()
-    if site.node.op_type != "Add" or source is None or source.op_type != "BatchNormalization":
-        raise Refused("the other operand of Add would need the same scale")
+    """Fold a map that stands right before an Add into a Conv of the same input among the other operands.
+
+    What is subtracted (FastViT: ``conv(x) - bn(x)``) is a tap of the other sign.
+    """
+    source, a = site.input(site.index).producer(), site.affine
+    subtracted = site.node.op_type == "Sub" and site.index == 1
+    if not (site.node.op_type == "Add" or subtracted) or source is None or source.op_type != "BatchNormalization":
+        raise Refused(f"the other operand of {site.node.op_type} would need the same scale")
     other = site.input(1 - site.index)
-    conv = _find(site, source.inputs[0], other)
+    tap = ChannelAffine(-a.scale, -a.shift, a.axis) if subtracted else a
+    conv = _find(Site(site.facts, site.node, site.index, tap), source.inputs[0], other)
     return Step([*_edits(conv), Bypass(site.node, 1 - site.index, rename=True)], [], True, by=conv.node)
 
 
@@ -40,7 +45,7 @@ def _find(site: Site, data: ir.Value | None, value: ir.Value) -> Site:
             stack += [v for v in node.inputs if v is not None]
         if node.op_type == "Conv" and node.domain == "" and node.inputs[0] is data:
             return Site(site.facts, node, 0, site.affine)
-    raise Refused("the other operand of Add would need the same scale")
+    raise Refused(f"the other operand of {site.node.op_type} would need the same scale")
 
 
 def _edits(conv: Site) -> list[Edit]:

@@ -1,0 +1,53 @@
+"""A constant that stands where data does takes a map itself: a class token before a Concat, a branch of a Where.
+
+Requirement: it is rewritten where it is read, so that whoever else reads it, and what it is computed from, stay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+
+from .affine import Array, ChannelAffine
+from .facts import Facts
+from .plan import FLOATS, Edit, Refused, SetConstant, Step
+
+__all__ = ["taken"]
+
+_LIMIT = 1 << 22
+"""Largest expression, in elements, that is written out for a map."""
+
+
+def taken(facts: Facts, node: ir.Node, step: Step) -> Step:
+    """The same step of `node`, upstream, in which the constants among what it asks for have their map."""
+    if not any(facts.is_constant(value) for value, _ in step.onward):
+        return step
+    reader, edits, rest, met = step.reader or node, list(step.edits), [], Counter[ir.Value]()
+    for value, affine in step.onward:
+        places = [i for i, operand in enumerate(reader.inputs) if operand is value]
+        if facts.is_constant(value) and met[value] < len(places):
+            edits.append(_rewritten(facts, reader, places[met[value]], affine))
+            met[value] += 1
+        else:
+            rest.append((value, affine))
+    return Step(edits, rest, step.absorbs or not rest, step.by, step.reader)
+
+
+def _rewritten(facts: Facts, node: ir.Node, index: int, affine: ChannelAffine) -> Edit:
+    value = node.inputs[index]
+    array, dtype = facts.constant(value), None if value is None else facts.dtype(value)
+    if value is None or array is None or dtype is None or dtype not in FLOATS:
+        raise Refused(f"'{'' if value is None else value.name}' is a constant of another type")
+    if affine.axis >= array.ndim or array.shape[affine.axis] != affine.size:
+        raise Refused(f"the constant '{value.name}' is broadcast along the channels")
+    if array.size > _LIMIT and not value.is_initializer():
+        raise Refused(f"the constant '{value.name}' is too large to be written out")
+    scale, shift = (affine.broadcast(v, array.ndim) for v in (affine.scale, affine.shift))
+
+    def mapped() -> Array:
+        new: Array = array.astype(np.float64) * scale + shift
+        return new
+
+    return SetConstant(node, index, mapped, dtype)
