@@ -122,7 +122,12 @@ class Kernel:
             if SIMULATED:
                 self._compiled = cuda.jit(self.function)
             else:
-                self._compiled = cuda.jit(self.signature, **self.options)(self.function)
+                from fastbn.cuda import stored
+
+                found = cuda.jit(**self.options)(self.function)
+                stored.use(found, self, tuple(cuda.get_current_device().compute_capability))
+                found.compile(self.signature)
+                self._compiled = found
         return self._compiled
 
     def launcher(self, grid: tuple[int, ...], shared: int) -> Any:
@@ -135,6 +140,12 @@ class Kernel:
             self.allow_shared(shared)
             found = self._launchers[key] = launcher.make(self, grid, shared)
         return found
+
+    def replace(self, launcher: Any, better: Any) -> None:
+        """Launch by something else where a launcher was used."""
+        for key, found in self._launchers.items():
+            if found is launcher:
+                self._launchers[key] = better
 
     def allow_shared(self, size: int) -> None:
         """Opt in to more than 48 KB of shared memory, static and dynamic; numba-cuda does not do so by itself."""

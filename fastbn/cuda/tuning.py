@@ -16,3 +16,4 @@ PERSISTENT_THREADS = 512  # threads of a block, one a multiprocessor, that works
 PERSISTENT = True  # rows in one cooperative launch; False: always in three
 WARP_VECTORS = 256  # vectors of a set up to which a warp has it to itself
 READ_AGAIN = 16384  # elements of a set up to which a team reads it twice where it cannot be kept
+DIRECT = True  # launches by the driver's own call; False: by Numba's, which takes 20 us instead of one
