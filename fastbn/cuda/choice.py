@@ -16,6 +16,7 @@ from fastbn.cuda.sweep import Variant
 class One(NamedTuple):
     """A kernel that does all of it."""
 
+    name: str
     kernel: Any
     grid: tuple[int, ...]
     shared: int
@@ -52,7 +53,7 @@ def one_launch(
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
         what = what._replace(threads=threads)
-        return One(slab.backward(what) if backward else slab.train(what), (C,), shared, 0, dims)
+        return One("slab", slab.backward(what) if backward else slab.train(what), (C,), shared, 0, dims)
     p = plan.persistent(dims, kind, whole, tensors, *limits)
     if not p.threads:
         return None
@@ -60,7 +61,8 @@ def one_launch(
     kernel = persistent.backward(what) if backward else persistent.train(what)
     if not fits(kernel, p.across * p.parts, p.shared):
         return None
-    return One(kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, (C, dims[0], p.parts, p.chunk, p.tx, p.kept))
+    cut = (C, dims[0], p.parts, p.chunk, p.tx, p.kept)
+    return One("persistent", kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
 
 
 def forget() -> None:
