@@ -1,10 +1,11 @@
 """Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
 
 ``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80 | --sm90]`` to put every
-N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of CUDA 13.0 (mixed versions fail in
-several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*" "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump
-nvidia-cuda-nvdisasm. ``--write`` replaces bench/results/cuda_compile.json, ``--check`` fails where a kernel spills,
-has lost 128-bit accesses or gained more than 8 registers; tests/cuda/test_compile.py does so for some of them.
+N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of
+CUDA 13.0 (mixed versions fail in several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*"
+"nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm. ``--write`` replaces
+bench/results/cuda_compile.json, ``--check`` fails where a kernel spills, has lost 128-bit accesses or gained more than
+8 registers; tests/cuda/test_compile.py does so for some of them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def pretend_device(target: tuple[int, int]) -> None:
 
 def kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel, by name: plain and with all there is (residual and ReLU), each dtype, each width, each block."""
-    from fastbn.cuda import finalize, masks, sets_columns, tuning
+    from fastbn.cuda import adjust, finalize, masks, sets_columns, tuning
     from fastbn.cuda.arrays import ITEMSIZE
 
     for kind, itemsize in ITEMSIZE.items():
@@ -66,6 +67,10 @@ def kernels() -> Iterator[tuple[str, Any]]:
             yield f"finalize {kind}: given", finalize.settle_given(kind, tuning.THREADS)
             yield f"finalize {kind}: sets settle", sets_columns.settle(kind, tuning.THREADS)
             yield f"finalize {kind}: sets move", sets_columns.move(kind, tuning.THREADS)
+            yield f"finalize {kind}: adjust move", adjust.move(kind, tuning.THREADS, False)
+            yield f"finalize {kind}: adjust masked move", adjust.move(kind, tuning.THREADS, True)
+            yield f"finalize {kind}: adjust renorm", adjust.renorm(kind, tuning.THREADS)
+            yield f"finalize {kind}: adjust gradient", adjust.renorm_gradient(kind, tuning.THREADS)
     yield "finalize: masks count", masks.count(tuning.THREADS)
     yield "finalize: masks gather", masks.gather(tuning.THREADS)
     yield "finalize: masks from lengths", masks.from_lengths("i64", tuning.THREADS)

@@ -25,6 +25,8 @@ try:
     from numba import cuda, types
 except ImportError as error:
     raise DeviceError(f"it needs numba-cuda, which is not installed: {INSTALL}") from error
+except Exception as error:  # an older numba-cuda beside a newer Numba
+    raise DeviceError(f"numba-cuda does not fit Numba {numba.__version__} ({error}): {INSTALL}") from error
 
 __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", "run", "types"]
 

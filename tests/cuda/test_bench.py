@@ -1,4 +1,4 @@
-"""bench.gpu: silent success without a GPU; its whole course with clock and GPU pretended; processes that fail or hang."""
+"""bench.gpu: silent success without a GPU; its course with clock and GPU pretended; processes that fail or hang."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Everything between a call and the GPU, with the real numba-cuda and a driver that runs nothing.
 
 Compiling, linking (the device runtime of the grid barrier too), opting in to shared memory, streams, cooperative
-launches, the machine code on disk: what the simulator leaves out and what the first call on a GPU would find. Skipped without the CUDA packages
-or a C compiler.
+launches, the machine code on disk: what the simulator leaves out and what the first call on a GPU would find. Skipped
+without the CUDA packages or a C compiler.
 """
 
 from __future__ import annotations
