@@ -204,7 +204,8 @@ def counted(mask: Any) -> int:
 
 def to_moments(vectors: Flat, count: int) -> Moments:
     """Bring statistics to the host; waits for the GPU."""
-    mean, _, var, rest = np.asarray(host(vectors.array_owner), np.float64).reshape(4, -1)
+    values = host(vectors.array_owner)[: vectors.size]  # behind them may be scratch
+    mean, _, var, rest = np.asarray(values, np.float64).reshape(4, -1)
     return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
 
 

@@ -1,18 +1,21 @@
 """Calls whose arrays were seen before: what was checked of them then is not checked again, only where they lie.
 
 Checks and plans of a small call take longer than its kernel. A call is known by the types, shapes, strides, dtypes and
-devices of its arrays and by its options; it is remembered after it went through ``device`` without a copy. What depends
-on addresses (overlaps) is looked at every time, and whatever is doubtful is left to ``device``, errors included.
+devices of its arrays and by its options; it is remembered after it went through ``device`` without a copy. The next
+such call records its launches, those after it only put other addresses into them. What depends on addresses (overlaps,
+alignment) is looked at every time, and whatever is doubtful is left to ``device``, errors included.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fastbn import arguments, device, layout
-from fastbn.cuda import launch
+from fastbn.cuda import choice, launch
 from fastbn.cuda.arrays import DeviceArray, Flat, Library
 from fastbn.cuda.libraries import quick
+from fastbn.cuda.recorded import Replay, record
 from fastbn.saved import Gradients
 
 __all__ = ["infer", "train"]
@@ -25,13 +28,17 @@ _calls: dict[Any, Known] = {}
 class Known:
     """What all calls with the same key share: x without its memory, and how kernels see it."""
 
-    __slots__ = ("axis", "channels", "device", "geometry", "grads", "kind", "library", "nbytes", "relu", "where")
+    __slots__ = (
+        "axis", "channels", "count", "device", "geometry", "grads", "kind", "library", "nbytes", "relu", "replays",
+        "size", "where",
+    )  # fmt: skip
 
     def __init__(self, library: Library, x: DeviceArray, axis: int, where: layout.Layout, relu: bool | None):
         self.library, self.geometry, self.device, self.relu = library, x.geometry, x.device, relu
         self.axis, self.where, self.channels, self.nbytes = axis, where, where.dims[1], x.size * x.itemsize
-        self.kind = "f64" if x.kind == "f64" else "f32"
-        self.grads: set[Any] = set()  # keys of (gradient, out) that went through
+        self.kind, self.size, self.count = "f64" if x.kind == "f64" else "f32", x.size, where.dims[0] * where.dims[2]
+        self.replays: dict[bool, Replay | None] = {}  # by whether it works in place
+        self.grads: dict[Any, Replay | None] = {}  # by (gradient, out), those that went through
 
     def array(self, value: Any, address: int) -> DeviceArray:
         """See an array with the geometry of x."""
@@ -39,7 +46,7 @@ class Known:
 
     def flat(self, value: Any, address: int) -> Flat:
         """See an array with the size of x as kernels do."""
-        return Flat(address, self.geometry.size, self.geometry.kind, value)
+        return Flat(address, self.size, self.geometry.kind, value)
 
     def vector(self, value: Any) -> Flat | None:
         """See a parameter or a statistic as kernels do."""
@@ -52,28 +59,92 @@ class Known:
         distance = abs(at - to)
         return y, to if distance >= self.nbytes or (in_place and not distance) else 0
 
+    def train(
+        self, x: Any, at: int, y: Any, to: int, vectors: list[Flat | None], momentum: Any, eps: Any, unbiased: bool
+    ) -> device.DeviceSaved:
+        """``launch.train``, recorded, with what backward needs."""
+        weight, bias, mean, var = vectors
+        source, replay = self.array(x, at), self.replays.get(False)
+        if replay is not None and not (at | to) & 15:
+            addresses = [at, to, *[0 if v is None else v.address for v in vectors]]
+            stats = replay(self.library, x, self.library.stream(x), addresses)[0]
+            stats.size = 4 * self.channels  # scratch may lie behind
+        else:
+            flats = source.flat(), self.flat(y, to)
+            call = functools.partial(
+                launch.train, flats[0], None, flats[1], weight, bias, mean, var, self.where.dims, float(eps),
+                float(momentum), self.relu, unbiased,
+            )  # fmt: skip
+            stats, recorded = record(call, (*flats, *vectors), lambda stats: (stats,), tail=True)
+            if not (at | to) & 15:
+                self.replays[False] = recorded
+        return self._saved(source, stats, weight, bias, mean is not None)
+
+    def _saved(
+        self, source: DeviceArray, stats: Flat, weight: Flat | None, bias: Flat | None, moved: bool
+    ) -> device.DeviceSaved:
+        saved = device.DeviceSaved()
+        saved.x, saved.axis, saved.layout, saved.count, saved.vectors = source, self.axis, self.where, self.count, stats
+        saved.weight, saved.bias, saved.relu, saved.frozen = weight, bias, self.relu, False
+        saved.residual, saved.updated, saved.y, saved.mask, saved.known = False, int(moved), None, None, self
+        return saved
+
+    def infer(self, x: Any, at: int, y: Any, to: int, vectors: list[Flat], params: list[Flat | None], eps: Any) -> None:
+        """``launch.infer``, recorded."""
+        replay = self.replays.get(at == to)
+        if replay is not None and not (at | to) & 15:
+            addresses = [at, 0 if at == to else to, *[0 if v is None else v.address for v in (*vectors, *params)]]
+            replay(self.library, x, self.library.stream(x), addresses)
+            return
+        source, target = self.array(x, at).flat(), self.flat(y, to)
+        given, dims = launch.Given(vectors[0], vectors[1], float(eps)), self.where.dims
+        call = functools.partial(launch.infer, source, None, target, params[0], params[1], given, dims, self.relu)
+        inputs = (source, None if at == to else target, *vectors, *params)
+        recorded = record(call, inputs, lambda nothing: ())[1]
+        if not (at | to) & 15:
+            self.replays[at == to] = recorded
+
     def gradients(self, saved: device.DeviceSaved, grad: Any, out: Any) -> Gradients | None:
         """Gradients, if such a gradient was seen before; else None."""
         key = key_of(self.library, (grad, out), ())
-        if key is None or key not in self.grads:
+        if key is None or (key, False) not in self.grads:
             return None
         x, at = saved.x, self.library.address(grad)
         target, to = self.output(x.owner, x.address, out, in_place=False)
         distance = abs(at - to)
         if not to or 0 < distance < self.nbytes:
             return None
-        dweight, dbias = launch.backward(
-            x.flat(), self.flat(grad, at), None, self.flat(target, to), None, saved.weight, saved.bias, saved.vectors,
-            self.where.dims, saved.frozen, self.relu,
+        dweight, dbias = self._backward(saved, (key, not distance), grad, at, target, to)
+        weight = None if saved.weight is None else dweight.owner
+        return Gradients(target, weight, None if saved.bias is None else dbias.owner, None)
+
+    def _backward(
+        self, saved: device.DeviceSaved, key: Any, grad: Any, at: int, target: Any, to: int
+    ) -> tuple[Flat, Flat]:
+        x, weight, bias, stats = saved.x, saved.weight, saved.bias, saved.vectors
+        replay, aligned = self.grads.get(key), not (x.address | at | to) & 15
+        if replay is not None and aligned:
+            addresses = [x.address, at, 0 if at == to else to, stats.address]
+            addresses += [0 if v is None else v.address for v in (weight, bias)]
+            dweight, dbias, *_ = replay(self.library, x.owner, self.library.stream(x.owner), addresses)
+            return dweight, dbias
+        flats = x.flat(), self.flat(grad, at), self.flat(target, to)
+        call = functools.partial(
+            launch.backward, flats[0], flats[1], None, flats[2], None, weight, bias, stats, self.where.dims,
+            saved.frozen, self.relu,
         )  # fmt: skip
-        weight = None if saved.weight is None else dweight.array_owner
-        return Gradients(target, weight, None if saved.bias is None else dbias.array_owner, None)
+        inputs = (*flats[:2], None if at == to else flats[2], stats, weight, bias)
+        grads, recorded = record(call, inputs, lambda grads: grads)
+        if aligned:
+            self.grads[key] = recorded
+        dweight, dbias = grads
+        return dweight, dbias
 
     def learn(self, saved: device.DeviceSaved, grad: Any, out: Any) -> None:
         """Remember a gradient that went through, if it lies in memory as x does."""
         key = key_of(self.library, (grad, out), ())
         if key is not None and all(a is None or _layout(self.library, a, self.axis) == self.where for a in (grad, out)):
-            self.grads.add(key)
+            self.grads.setdefault((key, False), None)
 
 
 def _layout(library: Library, value: Any, axis: int) -> layout.Layout | None:
@@ -83,9 +154,8 @@ def _layout(library: Library, value: Any, axis: int) -> layout.Layout | None:
 
 def key_of(library: Library, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """Return what a call is known by; None where that cannot be said."""
-    signature = library.signature
     try:
-        key = (library.current(), *[None if a is None else signature(a) for a in arrays], *options)
+        key = (library.current(), choice.chosen.times, options, *library.signatures(arrays))
         hash(key)
     except (AttributeError, TypeError):
         return None
@@ -125,44 +195,15 @@ def train(
             at = library.address(x)
             y, to = known.output(x, at, out, in_place=False)
             if to:
-                return y, _train(
-                    known, known.array(x, at), y, to, (weight, bias, mean, var), momentum, eps, update, unbiased
-                )
+                moved = (mean, var) if update else (None, None)
+                vectors = [known.vector(v) for v in (weight, bias, *moved)]
+                return y, known.train(x, at, y, to, vectors, momentum, eps, unbiased)
     y, saved = device.train(
         x, weight, bias, mean, var, momentum, eps, axis, activation, None, out, update_stats=update, unbiased=unbiased
     )
     if library is not None:
         saved.known = _remember(key, library, x, (weight, bias, mean, var), axis, activation, out)
     return y, saved
-
-
-def _train(
-    known: Known, x: DeviceArray, y: Any, to: int, vectors: tuple[Any, ...], momentum: Any, eps: Any, update: bool,
-    unbiased: bool,
-) -> device.DeviceSaved:  # fmt: skip
-    weight, bias, mean, var = [known.vector(v) for v in vectors]
-    if not update:
-        mean = var = None
-    dims = known.where.dims
-    saved = device.DeviceSaved()
-    saved.vectors = launch.train(
-        x.flat(),
-        None,
-        known.flat(y, to),
-        weight,
-        bias,
-        mean,
-        var,
-        dims,
-        float(eps),
-        float(momentum),
-        known.relu,
-        unbiased,
-    )
-    saved.x, saved.axis, saved.layout, saved.count = x, known.axis, known.where, dims[0] * dims[2]
-    saved.weight, saved.bias, saved.relu, saved.frozen = weight, bias, known.relu, False
-    saved.residual, saved.updated, saved.y, saved.mask, saved.known = False, int(mean is not None), None, None, known
-    return saved
 
 
 def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, out: Any) -> Any:
@@ -176,9 +217,7 @@ def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: A
             y, to = known.output(x, at, out, in_place=True)
             m, v = known.vector(mean), known.vector(var)
             if to and m is not None and v is not None:
-                source, given = known.array(x, at).flat(), launch.Given(m, v, float(eps))
-                target, w, b = known.flat(y, to), known.vector(weight), known.vector(bias)
-                launch.infer(source, None, target, w, b, given, known.where.dims, known.relu)
+                known.infer(x, at, y, to, [m, v], [known.vector(weight), known.vector(bias)], eps)
                 return y
     y = device.infer(x, mean, var, weight, bias, eps, axis, activation, None, out)
     if library is not None:

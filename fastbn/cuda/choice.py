@@ -65,7 +65,17 @@ def one_launch(
     return One("persistent", kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
 
 
+class _Chosen:
+    """How often all choices were made anew; who remembers one asks for it."""
+
+    times = 0
+
+
+chosen = _Chosen()
+
+
 def forget() -> None:
     """Forget every choice; for who changes ``tuning``."""
+    chosen.times += 1
     for cached in (one_launch, plan.plan, plan.masked, plan.slab, plan.persistent, plan_sets.sets, plan_sets.columns):
         cached.cache_clear()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -178,8 +179,19 @@ def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[
     return decorate
 
 
+class _Recorder(threading.local):
+    """What this thread launches is written down while ``steps`` is a list; see ``recorded``."""
+
+    steps: list[Any] | None = None
+
+
+recorder = _Recorder()
+
+
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
+    if recorder.steps is not None:
+        recorder.steps.append((what, grid, args, shared))
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)

@@ -23,8 +23,8 @@ class Library:
 
         return current_device()
 
-    def signature(self, value: Any) -> Any:
-        """Return what tells arrays of this library apart but their memory; None where it cannot tell."""
+    def signatures(self, values: Any) -> list[Any]:
+        """Return what tells arrays (or None) of this library apart but their memory; TypeError where it cannot tell."""
         raise TypeError(self.name)
 
     def address(self, value: Any) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from bench import gpu_peers as peers
 from bench.gpu_cases import MOVED, Case
-from fastbn import device, device_arguments, device_known
+from fastbn import device, device_arguments, device_known, dispatch
 from fastbn.cuda import libraries
 from fastbn.errors import ArgumentTypeError
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(autouse=True)
 def cpu_tensors(monkeypatch):
     monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
-    for module in (device, device_arguments):
+    for module in (device, device_arguments, dispatch):
         monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
     libraries._torch.cache_clear()
     with torch.no_grad():
