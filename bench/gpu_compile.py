@@ -102,6 +102,14 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
             what = Variant(kind, W, threads, relu=relu, residual=residual)
             yield f"{name} {suffix} {threads}: train", stage.train(what)
             yield f"{name} {suffix} {threads}: backward", stage.backward(what._replace(backward=True))
+    small = suffix.replace(f"W{W}", "W1")
+    for threads in (tuning.SLAB[0][1], tuning.SLAB[-1][1]):
+        what = Variant(kind, 1, threads, relu=relu, residual=residual, kept=False)
+        yield f"again {small} {threads}: train", slab.train(what)
+        yield f"again {small} {threads}: backward", slab.backward(what._replace(backward=True))
+    what = Variant(kind, W, tuning.PERSISTENT_THREADS, relu=relu, residual=residual, alone=True)
+    yield f"alone {suffix} {what.threads}: train", persistent.train(what)
+    yield f"alone {suffix} {what.threads}: backward", persistent.backward(what._replace(backward=True))
 
 
 def _masked(kind: str, W: int) -> Iterator[tuple[str, Any]]:

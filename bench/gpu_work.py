@@ -106,7 +106,7 @@ def only_split() -> Iterator[None]:
     """Use the split kernels alone, whatever the shape."""
     from fastbn.cuda import choice, tuning
 
-    changed = {"PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 1 << 30}
+    changed = {"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": 1 << 30}
     kept = {name: getattr(tuning, name) for name in changed}
 
     def put(values: dict[str, Any]) -> None:

@@ -30,10 +30,13 @@ class Known:
 
     __slots__ = (
         "axis", "channels", "count", "device", "geometry", "grads", "kind", "library", "nbytes", "relu", "replays",
-        "size", "where",
+        "same", "size", "where",
     )  # fmt: skip
 
-    def __init__(self, library: Library, x: DeviceArray, axis: int, where: layout.Layout, relu: bool | None):
+    def __init__(
+        self, library: Library, x: DeviceArray, axis: int, where: layout.Layout, relu: bool | None, same: list[Any]
+    ):
+        self.same = same
         self.library, self.geometry, self.device, self.relu = library, x.geometry, x.device, relu
         self.axis, self.where, self.channels, self.nbytes = axis, where, where.dims[1], x.size * x.itemsize
         self.kind, self.size, self.count = "f64" if x.kind == "f64" else "f32", x.size, where.dims[0] * where.dims[2]
@@ -60,25 +63,24 @@ class Known:
         return y, to if distance >= self.nbytes or (in_place and not distance) else 0
 
     def train(
-        self, x: Any, at: int, y: Any, to: int, vectors: list[Flat | None], momentum: Any, eps: Any, unbiased: bool
+        self, x: Any, at: int, y: Any, to: int, vectors: tuple[Any, ...], momentum: Any, eps: Any, unbiased: bool
     ) -> device.DeviceSaved:
-        """``launch.train``, recorded, with what backward needs."""
-        weight, bias, mean, var = vectors
-        source, replay = self.array(x, at), self.replays.get(False)
+        """``launch.train``, recorded, with what backward needs; ``vectors``: weight, bias, running statistics."""
+        library, replay, source = self.library, self.replays.get(False), self.array(x, at)
+        weight, bias = self.vector(vectors[0]), self.vector(vectors[1])
         if replay is not None and not (at | to) & 15:
-            addresses = [at, to, *[0 if v is None else v.address for v in vectors]]
-            stats = replay(self.library, x, self.library.stream(x), addresses)[0]
+            stats = replay(library, x, library.stream(x), [at, to, *library.addresses(vectors)])[0]
             stats.size = 4 * self.channels  # scratch may lie behind
         else:
-            flats = source.flat(), self.flat(y, to)
+            flats = source.flat(), self.flat(y, to), weight, bias, self.vector(vectors[2]), self.vector(vectors[3])
             call = functools.partial(
-                launch.train, flats[0], None, flats[1], weight, bias, mean, var, self.where.dims, float(eps),
-                float(momentum), self.relu, unbiased,
+                launch.train, flats[0], None, *flats[1:], self.where.dims, float(eps), float(momentum), self.relu,
+                unbiased,
             )  # fmt: skip
-            stats, recorded = record(call, (*flats, *vectors), lambda stats: (stats,), tail=True)
+            stats, recorded = record(call, flats, lambda stats: (stats,), tail=True)
             if not (at | to) & 15:
                 self.replays[False] = recorded
-        return self._saved(source, stats, weight, bias, mean is not None)
+        return self._saved(source, stats, weight, bias, vectors[2] is not None)
 
     def _saved(
         self, source: DeviceArray, stats: Flat, weight: Flat | None, bias: Flat | None, moved: bool
@@ -89,24 +91,24 @@ class Known:
         saved.residual, saved.updated, saved.y, saved.mask, saved.known = False, int(moved), None, None, self
         return saved
 
-    def infer(self, x: Any, at: int, y: Any, to: int, vectors: list[Flat], params: list[Flat | None], eps: Any) -> None:
-        """``launch.infer``, recorded."""
-        replay = self.replays.get(at == to)
+    def infer(self, x: Any, at: int, y: Any, to: int, vectors: tuple[Any, ...], eps: Any) -> None:
+        """``launch.infer``, recorded; ``vectors``: running statistics, weight, bias."""
+        library, replay = self.library, self.replays.get(at == to)
         if replay is not None and not (at | to) & 15:
-            addresses = [at, 0 if at == to else to, *[0 if v is None else v.address for v in (*vectors, *params)]]
-            replay(self.library, x, self.library.stream(x), addresses)
+            replay(library, x, library.stream(x), [at, 0 if at == to else to, *library.addresses(vectors)])
             return
-        source, target = self.array(x, at).flat(), self.flat(y, to)
-        given, dims = launch.Given(vectors[0], vectors[1], float(eps)), self.where.dims
-        call = functools.partial(launch.infer, source, None, target, params[0], params[1], given, dims, self.relu)
-        inputs = (source, None if at == to else target, *vectors, *params)
-        recorded = record(call, inputs, lambda nothing: ())[1]
+        source, target, flats = self.array(x, at).flat(), self.flat(y, to), [self.vector(v) for v in vectors]
+        given: Any = launch.Given(flats[0], flats[1], float(eps))  # type: ignore[arg-type]
+        call = functools.partial(
+            launch.infer, source, None, target, flats[2], flats[3], given, self.where.dims, self.relu
+        )  # fmt: skip
+        recorded = record(call, (source, None if at == to else target, *flats), lambda nothing: ())[1]
         if not (at | to) & 15:
             self.replays[at == to] = recorded
 
     def gradients(self, saved: device.DeviceSaved, grad: Any, out: Any) -> Gradients | None:
         """Gradients, if such a gradient was seen before; else None."""
-        key = key_of(self.library, (grad, out), ())
+        key = _gradient_key(self.library, grad, out)
         if key is None or (key, False) not in self.grads:
             return None
         x, at = saved.x, self.library.address(grad)
@@ -142,9 +144,14 @@ class Known:
 
     def learn(self, saved: device.DeviceSaved, grad: Any, out: Any) -> None:
         """Remember a gradient that went through, if it lies in memory as x does."""
-        key = key_of(self.library, (grad, out), ())
+        key = _gradient_key(self.library, grad, out)
         if key is not None and all(a is None or _layout(self.library, a, self.axis) == self.where for a in (grad, out)):
             self.grads.setdefault((key, False), None)
+
+
+def _gradient_key(library: Library, grad: Any, out: Any) -> Any:
+    key, found = key_of(library, (grad, out), ())
+    return None if key is None else (key, *found[4:])
 
 
 def _layout(library: Library, value: Any, axis: int) -> layout.Layout | None:
@@ -153,17 +160,21 @@ def _layout(library: Library, value: Any, axis: int) -> layout.Layout | None:
 
 
 def key_of(library: Library, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    """Return what a call is known by; None where that cannot be said."""
+    """Return what a call is known by, and what must be equal too; None where that cannot be said.
+
+    Few things are hashed and many compared: that takes half the time.
+    """
     try:
-        key = (library.current(), choice.chosen.times, options, *library.signatures(arrays))
+        found = library.signatures(arrays)
+        key = (library.current(), choice.chosen.times, options, len(found), *found[:4])
         hash(key)
     except (AttributeError, TypeError):
-        return None
-    return key
+        return None, None
+    return key, found
 
 
 def _remember(
-    key: Any, library: Library, x: Any, vectors: tuple[Any, ...], axis: Any, activation: Any, out: Any
+    key: Any, same: Any, library: Library, x: Any, vectors: tuple[Any, ...], axis: Any, activation: Any, out: Any
 ) -> Known | None:
     """Keep a call that went through, if nothing in it was copied."""
     if key is None or any(v is not None and not library.wrap(v).c_contiguous for v in vectors):
@@ -177,7 +188,7 @@ def _remember(
         return None
     if len(_calls) >= MOST:
         _calls.clear()
-    _calls[key] = known = Known(library, array, axis, where, arguments.activation(activation))
+    _calls[key] = known = Known(library, array, axis, where, arguments.activation(activation), same)
     return known
 
 
@@ -186,40 +197,38 @@ def train(
     out: Any, update: bool, unbiased: bool,
 ) -> tuple[Any, device.DeviceSaved]:  # fmt: skip
     """``device.train`` without residual and mask."""
-    library, key = quick(type(x)), None
+    library, key, same = quick(type(x)), None, None
     if library is not None:
         options = ("train", momentum, eps, axis, activation, update, unbiased)
-        key = key_of(library, (x, weight, bias, mean, var, out), options)
+        key, same = key_of(library, (x, weight, bias, mean, var, out), options)
         known = _calls.get(key)
-        if known is not None:
+        if known is not None and known.same == same:
             at = library.address(x)
             y, to = known.output(x, at, out, in_place=False)
             if to:
                 moved = (mean, var) if update else (None, None)
-                vectors = [known.vector(v) for v in (weight, bias, *moved)]
-                return y, known.train(x, at, y, to, vectors, momentum, eps, unbiased)
+                return y, known.train(x, at, y, to, (weight, bias, *moved), momentum, eps, unbiased)
     y, saved = device.train(
         x, weight, bias, mean, var, momentum, eps, axis, activation, None, out, update_stats=update, unbiased=unbiased
     )
     if library is not None:
-        saved.known = _remember(key, library, x, (weight, bias, mean, var), axis, activation, out)
+        saved.known = _remember(key, same, library, x, (weight, bias, mean, var), axis, activation, out)
     return y, saved
 
 
 def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, out: Any) -> Any:
     """``device.infer`` without residual."""
-    library, key = quick(type(x)), None
+    library, key, same = quick(type(x)), None, None
     if library is not None:
-        key = key_of(library, (x, mean, var, weight, bias, out), ("infer", eps, axis, activation))
+        key, same = key_of(library, (x, mean, var, weight, bias, out), ("infer", eps, axis, activation))
         known = _calls.get(key)
-        if known is not None:
+        if known is not None and known.same == same:
             at = library.address(x)
             y, to = known.output(x, at, out, in_place=True)
-            m, v = known.vector(mean), known.vector(var)
-            if to and m is not None and v is not None:
-                known.infer(x, at, y, to, [m, v], [known.vector(weight), known.vector(bias)], eps)
+            if to and mean is not None and var is not None:
+                known.infer(x, at, y, to, (mean, var, weight, bias), eps)
                 return y
     y = device.infer(x, mean, var, weight, bias, eps, axis, activation, None, out)
     if library is not None:
-        _remember(key, library, x, (mean, var, weight, bias), axis, activation, out)
+        _remember(key, same, library, x, (mean, var, weight, bias), axis, activation, out)
     return y

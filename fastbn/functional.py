@@ -109,8 +109,6 @@ def batch_norm_train(
     ``on_single="running"`` under a mask that is on the GPU and ``saved.updated`` where the GPU decided.
     """
     if type(x) is not np.ndarray and dispatch.on_device(x):
-        from fastbn import device
-
         if ghost is not None or renorm is not None or on_single != "error" or nonfinite != "propagate":
             from fastbn import device_training
 
@@ -125,6 +123,8 @@ def batch_norm_train(
                 x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out, update_stats, unbiased
             )
             return again
+        from fastbn import device
+
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
             update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
@@ -182,12 +182,12 @@ def batch_norm_infer(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if dispatch.on_device(x):
-        from fastbn import device
-
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         if residual is None:
             known: Array = _on_gpu().infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
             return known
+        from fastbn import device
+
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]

@@ -48,21 +48,30 @@ def one_launch(
     limits: tuple[int, int],
 ) -> One | None:  # fmt: skip
     """Return how one launch does it; None where it takes three. ``whole``: all tensors are aligned."""
-    tensors, C = 2 if backward else 1, dims[1]
+    tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
-        what = what._replace(threads=threads)
-        return One("slab", slab.backward(what) if backward else slab.train(what), (C,), shared, 0, dims)
+        return One("slab", _slab(what._replace(threads=threads)), (dims[1],), shared, 0, dims)
     p = plan.persistent(dims, kind, whole, tensors, *limits)
-    if not p.threads:
+    threads = 0 if p.alone else plan.again(dims, kind)
+    if threads:
+        return One("again", _slab(what._replace(W=1, threads=threads, kept=False)), (dims[1],), 0, 0, dims)
+    return _rows(what, dims, p) if p.threads else None
+
+
+def _slab(what: Variant) -> Kernel:
+    found: Kernel = slab.backward(what) if what.backward else slab.train(what)
+    return found
+
+
+def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
+    what = what._replace(threads=p.threads, alone=p.alone)
+    kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
+    if not p.alone and not fits(kernel, p.across * p.parts, p.shared):
         return None
-    what = what._replace(threads=p.threads)
-    kernel = persistent.backward(what) if backward else persistent.train(what)
-    if not fits(kernel, p.across * p.parts, p.shared):
-        return None
-    cut = (C, dims[0], p.parts, p.chunk, p.tx, p.kept)
-    return One("persistent", kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
+    name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
+    return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
 
 
 class _Chosen:
@@ -77,5 +86,14 @@ chosen = _Chosen()
 def forget() -> None:
     """Forget every choice; for who changes ``tuning``."""
     chosen.times += 1
-    for cached in (one_launch, plan.plan, plan.masked, plan.slab, plan.persistent, plan_sets.sets, plan_sets.columns):
+    for cached in (
+        one_launch,
+        plan.plan,
+        plan.masked,
+        plan.slab,
+        plan.again,
+        plan.persistent,
+        plan_sets.sets,
+        plan_sets.columns,
+    ):
         cached.cache_clear()

@@ -52,7 +52,11 @@ class Torch(Library):
         return found
 
     def address(self, value: Any) -> int:  # noqa: D102
-        return int(value.data_ptr())
+        found: int = value.data_ptr()
+        return found
+
+    def addresses(self, values: Any) -> list[int]:  # noqa: D102
+        return [0 if v is None else v.data_ptr() for v in values]
 
     def like(self, value: Any) -> Any:  # noqa: D102
         return self.torch.empty_like(value)
@@ -109,8 +113,10 @@ class CuPy(Library):
         return DeviceArray(self, value, value.data.ptr, found, value.device.id)
 
     def signatures(self, values: Any) -> list[Any]:  # noqa: D102
-        each = [None if v is None else (v.dtype, v.shape, v.strides, v.data.device_id) for v in values]
-        return each
+        found: list[Any] = []
+        for v in values:
+            found += (None,) if v is None else (v.dtype, v.shape, v.strides, v.data.device_id)
+        return found
 
     def address(self, value: Any) -> int:  # noqa: D102
         return int(value.data.ptr)

@@ -31,6 +31,11 @@ class Library:
         """Return where the memory begins."""
         return self.wrap(value).address
 
+    def addresses(self, values: Any) -> list[int]:
+        """Return where the memory of each begins; 0 for None."""
+        address = self.address
+        return [0 if v is None else address(v) for v in values]
+
     def like(self, value: Any) -> Any:
         """Return an uninitialised array with the shape, dtype and (dense) memory order of another."""
         raise NotImplementedError

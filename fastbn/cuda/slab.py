@@ -1,7 +1,8 @@
 """Batch norm on channels-first arrays, a channel to a block that keeps it in shared memory: one read, one write.
 
 Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs.
-Each thread reads back only what it kept itself. For channels of up to a block's shared memory (227 KB on sm_90), in
+Each thread reads back only what it kept itself; small tensors whose runs are no whole vectors are read again instead,
+from the caches (not ``kept``). For channels of up to a block's shared memory (227 KB on sm_90), in
 backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
 """
 
@@ -28,7 +29,7 @@ def train(what: Variant):
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
     pivot, block_sum, resolve = make_pivot(kind), make_block_sum(kind, threads), make_resolve(kind)
     again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
-    sizes = 2 * (threads // 32)
+    sizes, kept = 2 * (threads // 32), what.kept
 
     @kernel("TTTAAAAAiiiaaaai", kind, threads, 1)
     def slab_train(
@@ -48,10 +49,11 @@ def train(what: Variant):
             r, at2 = advance(r, at1, rest_step, step, past, S4)
             r, at3 = advance(r, at2, rest_step, step, past, S4)
             x0, x1, x2, x3 = load(x, at), load(x, at1), load(x, at2), load(x, at3)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, 4 * (v + threads), x1)
-            keep_raw(slab, 4 * (v + 2 * threads), x2)
-            keep_raw(slab, 4 * (v + 3 * threads), x3)
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, 4 * (v + threads), x1)
+                keep_raw(slab, 4 * (v + 2 * threads), x2)
+                keep_raw(slab, 4 * (v + 3 * threads), x3)
             for raw in (x0, x1, x2, x3):
                 u, t = terms(raw, raw, raw, m, m, m, m)
                 s, q = add(s, u), fma(u, t, q)
@@ -59,7 +61,8 @@ def train(what: Variant):
             v = int32(v + 4 * threads)
         while v < end:
             x0 = load(x, at)
-            keep_raw(slab, 4 * v, x0)
+            if kept:
+                keep_raw(slab, 4 * v, x0)
             u, t = terms(x0, x0, x0, m, m, m, m)
             s, q = add(s, u), fma(u, t, q)
             r, at = advance(r, at, rest_step, step, past, S4)
@@ -75,7 +78,10 @@ def train(what: Variant):
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
-            x0 = recall(slab, 4 * v)
+            if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
+                x0 = recall(slab, 4 * v)
+            else:
+                x0 = load_last(x, at)
             r0 = x0
             if residual:
                 r0 = load_last(res, at)
@@ -96,7 +102,7 @@ def backward(what: Variant):
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
     encode, kept_terms = io.encode, make_terms(plain)
     affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
-    sizes = 2 * (threads // 32)
+    sizes, kept = 2 * (threads // 32), what.kept
 
     @kernel("TTTTTAAAAAiiii", kind, threads, 1)
     def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags):
@@ -121,10 +127,11 @@ def backward(what: Variant):
             if by_output:
                 store(dr, at, u0)
                 store(dr, at1, u1)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, 4 * (v + threads), x1)
-            keep_raw(slab, second + 4 * v, encode(u0))
-            keep_raw(slab, second + 4 * (v + threads), encode(u1))
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, 4 * (v + threads), x1)
+                keep_raw(slab, second + 4 * v, encode(u0))
+                keep_raw(slab, second + 4 * (v + threads), encode(u1))
             s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
             r, at = advance(r, at1, rest_step, step, past, S4)
             v = int32(v + 2 * threads)
@@ -136,8 +143,9 @@ def backward(what: Variant):
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
             if by_output:
                 store(dr, at, u0)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, second + 4 * v, encode(u0))
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, second + 4 * v, encode(u0))
             s, q = add(s, u0), fma(u0, t0, q)
         db, dw = block_sum(total(s), total(q), scratch)
         dw -= rest * invstd * db
@@ -147,8 +155,15 @@ def backward(what: Variant):
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
-            x0, g0 = recall(slab, 4 * v), recall(slab, second + 4 * v)
-            u, t = kept_terms(x0, g0, x0, m, invstd, k, b)
+            if kept:
+                x0, g0 = recall(slab, 4 * v), recall(slab, second + 4 * v)
+                u, t = kept_terms(x0, g0, x0, m, invstd, k, b)
+            else:
+                x0, g0 = load_last(x, at), load_last(g, at)
+                y0 = x0
+                if by_output:
+                    y0 = load_last(y, at)
+                u, t = terms(x0, g0, y0, m, invstd, k, b)
             store(dx, at, slope(u, t, k, c1, c0))
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)

@@ -32,7 +32,7 @@ def small(monkeypatch):
 
     numbers = {
         "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
-        "PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 10**9,
+        "PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": 10**9,
     }  # fmt: skip
     for name, value in numbers.items():
         monkeypatch.setattr(tuning, name, value)
