@@ -107,6 +107,7 @@ def begin(seconds: float, out: Path) -> int:
 
     end = time.time() + seconds
     find_toolkit()
+    os.environ.setdefault("FASTBN_CACHE_DIR", str(Path(tempfile.gettempdir(), "fastbn")))  # whoever's home it is
     compiled = compile_kernels(capability(), 120.0)
     print(f"kernels compiled: {compiled}", flush=True)
     options, said = choose_launch()

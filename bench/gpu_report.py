@@ -20,7 +20,7 @@ def take(result: Result, job: dict[str, Any], said: dict[str, Any]) -> None:
     result["wrong"] += found.get("wrong", [])
     if stage.startswith("check"):
         result["checked"] += 1
-        result["worst"] = max(result["worst"], found.get("worst", 0.0))
+        result["worst"] = max(result["worst"], min(found.get("worst", 0.0), 1e9))  # no infinity in JSON
     elif stage == "time":
         _add(result, found)
     elif stage == "time family":

@@ -25,7 +25,7 @@ class One(NamedTuple):
 
 
 def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
-    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier between them needs.
+    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier needs (0: there is none).
 
     A GPU that is shared out or a toolkit without the device runtime (libcudadevrt) must not end a call that three
     launches can do: the reason is a warning.
@@ -34,10 +34,13 @@ def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
         return True
     try:
         kernel.allow_shared(shared)
+        if not blocks:
+            return True
         compiled = next(iter(kernel.compiled.overloads.values()))
         room = compiled.max_cooperative_grid_blocks(kernel.threads, shared)
     except Exception as error:  # of the linker, the driver or another version of numba-cuda
-        warnings.warn(f"no one-launch kernel for rows, three launches instead: {error}", RuntimeWarning, stacklevel=2)
+        name = kernel.function.__name__
+        warnings.warn(f"no {name} in one launch, three launches instead: {error}", RuntimeWarning, stacklevel=2)
         return False
     return bool(blocks <= room)
 
@@ -52,7 +55,8 @@ def one_launch(
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
-        return One("slab", _slab(what._replace(threads=threads)), (dims[1],), shared, 0, dims)
+        kernel = _slab(what._replace(threads=threads))
+        return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
     p = plan.persistent(dims, kind, whole, tensors, *limits)
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
@@ -68,7 +72,7 @@ def _slab(what: Variant) -> Kernel:
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     what = what._replace(threads=p.threads, alone=p.alone)
     kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
-    if not p.alone and not fits(kernel, p.across * p.parts, p.shared):
+    if not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
     name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
     return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)

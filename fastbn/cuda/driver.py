@@ -74,6 +74,22 @@ def current_device() -> int:
     return 0 if device_count() == 1 else int(cuda.get_current_device().id)
 
 
+def stream_of(handle: int) -> Any:
+    """Return Numba's object for a stream."""
+    if handle == 2:  # as cudaStreamPerThread
+        return cuda.per_thread_default_stream()
+    return cuda.external_stream(handle) if handle else cuda.default_stream()
+
+
+def wait(stream: int, other: int) -> None:
+    """Let what is launched on a stream from now on begin after what another has been given so far."""
+    if SIMULATED:
+        return
+    event = cuda.event(timing=False)
+    event.record(stream_of(other))
+    event.wait(stream_of(stream))
+
+
 @functools.cache
 def _jit_options() -> frozenset[str]:
     return frozenset(inspect.signature(cuda.jit).parameters)

@@ -16,7 +16,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastbn.cuda import tuning
-from fastbn.cuda.driver import ARITHMETIC, cuda
+from fastbn.cuda.driver import ARITHMETIC, cuda, stream_of
 from fastbn.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Plain:
     def _configured(self, stream: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Numba finds small grids worth a warning
-            handle = cuda.external_stream(stream) if stream else 0
+            handle = stream_of(stream) if stream else 0
             return self.what.compiled[self.grid, self.what.threads, handle, self.shared]
 
     def __call__(self, stream: int, numbers: list[Any]) -> None:

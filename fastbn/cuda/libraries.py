@@ -156,6 +156,7 @@ class Numba(Library):
     """Numba's arrays, and every other array that has the interface."""
 
     name = "numba.cuda"
+    streams_differ = True
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:  # noqa: D102
         interface = value.__cuda_array_interface__

@@ -12,6 +12,7 @@ class Library:
     """What one library does its own way. ``name`` is for messages."""
 
     name = "CUDA"
+    streams_differ = False  # arrays say themselves which stream they are on
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:
         """See an array of this library."""
