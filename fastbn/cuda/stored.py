@@ -44,6 +44,8 @@ def name_of(value: Any) -> str:
         return "(" + ",".join(map(name_of, value)) + ")"
     if value is None or isinstance(value, bool | int | float | str | np.generic | types.Type):
         return repr(value)
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, FunctionType):
         held = [name_of(cell.cell_contents) for cell in value.__closure__ or ()]
         return f"{value.__module__}.{value.__qualname__}:{value.__code__.co_firstlineno}[{','.join(held)}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -13,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu, gpu_cases, gpu_family, gpu_peers, gpu_processes, gpu_report, gpu_timing, gpu_work
+from bench import gpu, gpu_cases, gpu_peers, gpu_processes, gpu_report, gpu_timing, gpu_work
 from bench.gpu_cases import Case
 from tests.cuda.conftest import SIMULATED
+from tests.cuda.pretended.gpu import pretend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,39 +42,21 @@ def test_cases_and_floors():
     json.dumps(gpu_work.jobs())
 
 
+def ten(torch, calls):
+    """Ten microseconds for every call."""
+    (calls if callable(calls) else calls[0])()
+    return 10.0
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """CPU tensors for CUDA's, ten microseconds for every time."""
     torch = pytest.importorskip("torch")
     if not SIMULATED:
         pytest.skip("needs the simulator")
-    from fastbn import device, device_arguments, device_mask, dispatch
-    from fastbn.cuda import libraries
-
-    monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
-    for module in (device, device_arguments, device_mask, dispatch):
-        monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
-    monkeypatch.setattr(gpu_peers, "buffers", functools.partial(gpu_peers.buffers, device="cpu"))
-    properties = SimpleNamespace(name="pretended", total_memory=1 << 30, multi_processor_count=1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    pretend(torch, monkeypatch.setattr)
     for name in ("microseconds", "host_microseconds"):
-        monkeypatch.setattr(
-            gpu_timing, name, lambda torch, calls: ((calls if callable(calls) else calls[0])(), 10.0)[1]
-        )
-    monkeypatch.setattr(gpu_timing, "copy_gb_s", lambda torch: 4000.0)
-    monkeypatch.setattr(gpu_timing, "sets", lambda nbytes: 2)
-    small = [("layer", (3, 12), 1), ("group", (2, 4, 3, 3), 2), ("masked", (5, 2, 4), 1)]
-    monkeypatch.setattr(gpu_family, "CHECKED", small)
-    monkeypatch.setattr(gpu_family, "DTYPES", ("float32", "bfloat16"))
-    monkeypatch.setattr(gpu_family, "TIMED", [(6, 16)])
-    monkeypatch.setattr(gpu_family, "draw", lambda *args, genuine=gpu_family.draw: genuine(*args[:-1], "cpu"))
-    monkeypatch.setattr(gpu_work, "CHECKED", [(9, 8)])
-    monkeypatch.setattr(gpu_work, "DTYPES", ("float32",))
-    cases = [Case("train", "NC", "float32", (64, 8)), Case("backward_fused", "NCHW", "float32", (64, 2, 2, 2))]
-    monkeypatch.setattr(gpu_work, "cases", lambda: cases)
-    monkeypatch.setitem(gpu_peers.PEERS, "x_compile", gpu_peers.torch_native)
+        monkeypatch.setattr(gpu_timing, name, ten)
     monkeypatch.setattr(gpu, "sanitize", lambda end, options: "not run")
     with torch.no_grad():
         yield torch
@@ -221,7 +203,6 @@ def test_the_first_contact_decides_how_kernels_are_launched(monkeypatch, capsys)
 
 
 def test_the_small_calls(pretended, monkeypatch):
-    monkeypatch.setattr(gpu_work, "FIRST", gpu_work.FIRST[:1])
     assert gpu_work.small(pretended) == []
     monkeypatch.setattr(gpu_work, "do", lambda torch, job: 1 / 0)
     assert len(gpu_work.small(pretended)) == 10
@@ -246,3 +227,18 @@ def test_rows_without_numbers_are_printed():
     gpu_report.finish(result, [])
     gpu_report.show(result)
     assert len(result["rows"]) == 1 and result["rows"][0]["us"] is None
+
+
+@pytest.mark.skipif(not SIMULATED, reason="needs the simulator")
+def test_the_command_itself_and_all_its_processes(tmp_path):
+    pytest.importorskip("torch")
+    environment = os.environ | {"FASTBN_PRETEND_GPU": "1", "NUMBA_ENABLE_CUDASIM": "1"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'tests' / 'cuda' / 'pretended'}:{ROOT}:{ROOT / 'export'}"}
+    environment |= {"FASTBN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "bench.gpu", "--seconds", "300", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["wrong"] == [] and len(result["rows"]) == 6 and result["first_contact"]["launch"] == "direct"
+    assert all(row["us"] > 0 and row["floor_pct"] > 0 for row in result["rows"])
+    assert result["unfinished"] == {"checks": 0, "cases": 0} and "0 wrong" in done.stdout.splitlines()[-1]

@@ -81,7 +81,7 @@ def test_calls_reach_the_driver_as_they_should(tmp_path):
 
 def run(tmp_path):
     library = tmp_path / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, HERE / "pretended_driver.c", "-ldl"]
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, HERE / "pretended" / "driver.c", "-ldl"]
     subprocess.run(command, check=True)
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     environment |= {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(tmp_path)}
