@@ -12,6 +12,7 @@ says so and exits with 0. Needs numpy, numba-cuda and torch, nothing installed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -80,6 +81,21 @@ def choose_launch() -> tuple[list[str], dict[str, str]]:
     return [], said
 
 
+def follow(result: dict[str, Any], todo: list[dict[str, Any]], start: Any, end: float, out: Path) -> list[Any]:
+    """Have jobs done and take what they report; write as it goes. Returns the jobs that failed."""
+    saved, failed = time.time(), []
+    for said in supervise(functools.partial(start, todo), len(todo), end):
+        job = todo[said["done"]]
+        report.take(result, job, said)
+        if "error" in said:
+            failed.append(job)
+        if time.time() > saved + 5:
+            write(out, result)
+            saved = time.time()
+    write(out, result)
+    return failed
+
+
 def run(seconds: float, out: Path, todo: list[dict[str, Any]], start: Any, options: list[str], begun: Any) -> int:
     """Have every job done, write and print; return the exit status."""
     now = time.time()
@@ -87,13 +103,9 @@ def run(seconds: float, out: Path, todo: list[dict[str, Any]], start: Any, optio
         job["until"] = now + ENDS.get(job["stage"], 1.0) * seconds
     result: dict[str, Any] = {"machine": {}, "versions": {}, "copy_gb_s": None, "launch": {}, "first_contact": begun}
     result |= {"sanitizer": "not run", "checked": 0, "worst": 0.0, "wrong": [], "warnings": [], "rows": []}
-    saved = now
-    for said in supervise(start, len(todo), now + seconds):
-        report.take(result, todo[said["done"]], said)
-        if time.time() > saved + 5:
-            write(out, result)
-            saved = time.time()
-    write(out, result)
+    failed = follow(result, todo, start, now + seconds, out)
+    again = [job | {"split": True} for job in failed if job["stage"] == "time"]
+    follow(result, again, start, now + seconds, out)  # what killed or hung a process, without its one-launch kernels
     result["sanitizer"] = sanitize(now + 1.1 * seconds, options)
     report.finish(result, todo)
     write(out, result)
@@ -111,17 +123,16 @@ def begin(seconds: float, out: Path) -> int:
     compiled = compile_kernels(capability(), 120.0)
     print(f"kernels compiled: {compiled}", flush=True)
     options, said = choose_launch()
-    todo = jobs()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "jobs.json")
 
-        def start(first: int) -> Any:
+        def start(todo: list[dict[str, Any]], first: int) -> Any:
             path.write_text(json.dumps(todo))
             command = [sys.executable, "-m", "bench.gpu", "--work", str(path), "--first", str(first), *options]
             return processes.start_worker(command)
 
         about = {"compiled": compiled, "launch": "numba" if options else "direct", "said": said}
-        return run(max(60.0, end - time.time()), out, todo, start, options, about)
+        return run(max(60.0, end - time.time()), out, jobs(), start, options, about)
 
 
 def worker(options: argparse.Namespace) -> int:

@@ -65,7 +65,9 @@ def _row(result: Result, job: dict[str, Any]) -> dict[str, Any] | None:
 def finish(result: Result, todo: list[dict[str, Any]]) -> None:
     """Say how much of it was done."""
     checks = sum(job["stage"].startswith("check") for job in todo)
-    rows = sum(row["layout"] != "rows" for row in result["rows"])
+    rows = len(
+        {str([row[k] for k in FIELDS[:3]] + [*row["shape"]]) for row in result["rows"] if row["layout"] != "rows"}
+    )
     result["unfinished"] = {"checks": checks - result["checked"]}
     result["unfinished"] |= {"cases": sum(job["stage"] == "time" for job in todo) - rows}
 

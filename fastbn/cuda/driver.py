@@ -48,10 +48,21 @@ def check() -> None:
     except Exception as error:
         raise DeviceError(f"it needs the CUDA libraries: {error}; {INSTALL}") from error
     if not available:
-        raise DeviceError(f"it needs an NVIDIA driver and a GPU, none was found; then {INSTALL}")
+        raise DeviceError(f"{_absent()} {INSTALL}")
     capability = cuda.get_current_device().compute_capability
     if tuple(capability) < (8, 0):
         raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, this GPU has {capability}")
+
+
+def _absent() -> str:
+    """Say which of the two that numba-cuda asks for is not there."""
+    try:
+        driver = importlib.import_module("numba.cuda.cudadrv.driver").driver
+        if driver.is_available:
+            return "it needs CUDA's compiler (libnvvm), none was found: set CUDA_HOME to the toolkit's folder, or"
+    except (ImportError, AttributeError):  # of another version
+        pass
+    return "it needs an NVIDIA driver and a GPU, none was found; then"
 
 
 @functools.cache

@@ -65,21 +65,20 @@ def pretended(monkeypatch):
 class InHand:
     """Stands for a worker: does the jobs at once, in this process, and has its reports read from a pipe."""
 
-    def __init__(self, torch, todo):
-        self.torch, self.todo, self.code = torch, todo, 0
+    def __init__(self, torch):
+        self.torch, self.code = torch, 0
 
-    def __call__(self, first):
+    def __call__(self, todo, first):
         read, write = os.pipe()
         with open(write, "w") as pipe:  # short enough for a pipe's own memory
-            todo = json.loads(json.dumps(self.todo))
+            todo = json.loads(json.dumps(todo))
             gpu_work.work(self.torch, todo, first, lambda said: pipe.write(json.dumps(said) + "\n"))
         return SimpleNamespace(wait=lambda seconds: self.code), read
 
 
 def course(torch, path):
-    todo = gpu_work.jobs()
     about = {"compiled": "none", "launch": "direct", "said": {}}
-    status = gpu.run(600.0, path, todo, InHand(torch, todo), [], about)
+    status = gpu.run(600.0, path, gpu_work.jobs(), InHand(torch), [], about)
     return status, json.loads(path.read_text())
 
 
@@ -119,7 +118,8 @@ def test_a_case_that_fails_is_a_row_with_its_error(pretended, monkeypatch, tmp_p
     monkeypatch.setattr(gpu_work, "check_case", fails)
     monkeypatch.setattr(gpu_peers, "PEERS", gpu_peers.PEERS | {"x_cudnn": lambda *args: 1 / 0})
     status, result = course(pretended, tmp_path / "gpu.json")
-    assert status == 1 and len(result["wrong"]) == 1 and "illegal memory access" in result["wrong"][0]
+    assert status == 1 and len(result["wrong"]) == 2  # once more without kernels in one launch
+    assert all("illegal memory access" in text for text in result["wrong"])
     first, second = result["rows"][:2]
     assert "illegal" in first["error"] and first["us"] is None and set(first) >= FIELDS
     assert second["us"] == 10.0 and second["x_cudnn"] is None and second["x_torch"] == 1.0
@@ -138,6 +138,19 @@ def test_a_gpu_that_no_longer_answers_ends_the_process_not_the_run(pretended, mo
     monkeypatch.setattr(gpu_work, "usable", lambda torch: len(died) != 1)
     status, result = course(pretended, tmp_path / "gpu.json")
     assert status == 1 and len(result["wrong"]) == 1 and result["rows"][0]["us"] == 10.0
+
+
+def test_a_wrong_kernel_is_timed_without_it(pretended, monkeypatch, tmp_path):
+    from fastbn.cuda import tuning
+
+    def free():
+        return tuning.SLAB_CHANNELS != 1 << 30
+
+    monkeypatch.setattr(gpu_work, "kernel_of", lambda case: "slab" if free() else "planes")
+    monkeypatch.setattr(gpu_work, "check_case", lambda *args: (float(free()), True))
+    status, result = course(pretended, tmp_path / "gpu.json")
+    row = result["rows"][0]
+    assert status == 1 and row["error"].startswith("slab: wrong") and row["kernel"] == "planes" and row["us"] == 10.0
 
 
 def test_time_that_runs_out_leaves_jobs_undone(pretended, monkeypatch, tmp_path):
