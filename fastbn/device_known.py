@@ -14,6 +14,7 @@ from typing import Any
 from fastbn import arguments, device, layout
 from fastbn.cuda import choice, launch
 from fastbn.cuda.arrays import DeviceArray, Flat, Library
+from fastbn.cuda.driver import current_device
 from fastbn.cuda.libraries import quick
 from fastbn.cuda.recorded import Replay, record
 from fastbn.saved import Gradients
@@ -166,7 +167,7 @@ def key_of(library: Library, arrays: tuple[Any, ...], options: tuple[Any, ...]) 
     """
     try:
         found = library.signatures(arrays)
-        key = (library.current(), choice.chosen.times, options, len(found), *found[:4])
+        key = (current_device(), choice.chosen.times, options, len(found), *found[:4])
         hash(key)
     except (AttributeError, TypeError):
         return None, None

@@ -18,12 +18,6 @@ class Library:
         """See an array of this library."""
         raise NotImplementedError
 
-    def current(self) -> int:
-        """Return the number of the GPU that kernels are launched on."""
-        from fastbn.cuda.driver import current_device
-
-        return current_device()
-
     def signatures(self, values: Any) -> list[Any]:
         """Return what tells arrays (or None) of this library apart but their memory; TypeError where it cannot tell."""
         raise TypeError(self.name)
