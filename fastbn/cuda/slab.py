@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.channel import make_affine, make_block_sum, make_combine, make_keep, make_pivot, make_slopes
-from fastbn.cuda.driver import ARITHMETIC, cuda, kernel, types
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
@@ -92,15 +92,35 @@ def train(what: Variant):
     return slab_train
 
 
+def make_second(what: Variant):
+    """The pair (u, t) of a vector for the second time: from what was kept of it, or read again."""
+    io, kept, by_output = access(what.kind, what.W), what.kept, what.relu and what.residual
+    recall, load_last = io.recall, io.load_last
+    terms = make_terms(what._replace(relu=False, residual=False) if kept else what)
+
+    @device
+    def second(x, g, y, slab, half, v, at, m, invstd, k, b):
+        if kept:
+            x0 = recall(slab, 4 * v)
+            return terms(x0, recall(slab, half + 4 * v), x0, m, invstd, k, b)
+        else:
+            x0, g0 = load_last(x, at), load_last(g, at)
+            y0 = x0
+            if by_output:
+                y0 = load_last(y, at)
+            return terms(x0, g0, y0, m, invstd, k, b)
+
+    return second
+
+
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads = what.kind, what.W, what.threads
     by_output = what.relu and what.residual
-    plain = what._replace(backward=True, relu=False, residual=False)
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
-    load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
-    encode, kept_terms = io.encode, make_terms(plain)
+    load, load_last, store, splat, keep_raw = io.load, io.load_last, io.store, io.splat, io.keep
+    encode, again = io.encode, make_second(what)
     affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
     sizes, kept = 2 * (threads // 32), what.kept
 
@@ -155,15 +175,7 @@ def backward(what: Variant):
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
-            if kept:
-                x0, g0 = recall(slab, 4 * v), recall(slab, second + 4 * v)
-                u, t = kept_terms(x0, g0, x0, m, invstd, k, b)
-            else:
-                x0, g0 = load_last(x, at), load_last(g, at)
-                y0 = x0
-                if by_output:
-                    y0 = load_last(y, at)
-                u, t = terms(x0, g0, y0, m, invstd, k, b)
+            u, t = again(x, g, y, slab, second, v, at, m, invstd, k, b)
             store(dx, at, slope(u, t, k, c1, c0))
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
