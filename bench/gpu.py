@@ -1,34 +1,34 @@
 """Check and time the kernels on the GPU of this machine: ``python -m bench.gpu [--seconds N] [--out FILE]``.
 
-In this order: every kernel against float64 with fresh inputs and poisoned outputs; the bandwidth of a copy; our time of
-every case, its floor (bytes that must move, at the bandwidth of a copy) and those of PyTorch, of cuDNN and, as far as
-the time goes, of torch.compile; the cost of a launch; compute-sanitizer on a small run. A kernel that is wrong is not
-timed and makes the exit status 1. Without a GPU it says so and exits with 0. Needs numpy, numba-cuda and torch.
+In this order: all kernels compiled, by as many processes as there are cores; a few small calls, the first contact;
+every kernel against float64 with fresh inputs and poisoned outputs; the bandwidth of a copy and the cost of a launch;
+our time of every case, its floor (bytes that must move, at the bandwidth of a copy) and those of PyTorch, of cuDNN and,
+as far as the time goes, of torch.compile; compute-sanitizer on the small calls. All work on the GPU is done by another
+process, which may fail, die or hang: that costs the case in hand, becomes its row, and the run goes on. The JSON is
+written again and again as the run goes, the table comes last. What is wrong makes the exit status 1. Without a GPU it
+says so and exits with 0. Needs numpy, numba-cuda and torch, nothing installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
+import functools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_family as family
-from bench import gpu_peers as peers
-from bench import gpu_timing as timing
-from bench.gpu_cases import CHECKED, MOVED, Case, cases
+from bench import gpu_processes as processes
+from bench import gpu_report as report
+from bench.gpu_processes import compile_kernels, sanitize, supervise, write
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+ENDS = {"check": 0.45, "check family": 0.55, "time": 0.8, "time family": 0.85, "compile": 0.9}  # of the time, by stage
 
 
 def find_toolkit() -> None:
@@ -41,257 +41,143 @@ def find_toolkit() -> None:
 
 
 def missing() -> str:
-    """Say what keeps this from running, or nothing."""
+    """Say what keeps this from running, or nothing. Makes no CUDA context."""
     try:
         import torch
     except ImportError:
         return "no GPU is present (and no torch)"
-    if not torch.cuda.is_available():
-        return "no GPU is present"
+    return "" if torch.cuda.is_available() else "no GPU is present"
+
+
+def capability() -> tuple[int, int]:
+    """Return the GPU's compute capability, as the driver's own program says; 9.0 where it does not."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
+        major, minor = said.split(".")
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 9, 0
+
+
+def first_contact(options: list[str]) -> tuple[int, str]:
+    """Do the small calls in a process of their own; return its status and the end of what it said."""
+    command = [sys.executable, "-m", "bench.gpu", "--small", *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    except subprocess.TimeoutExpired as error:
+        return -1, f"hung for 150 s: {str(error.stdout or '')[-1500:]}"
+    return done.returncode, (done.stdout + done.stderr)[-2000:].strip()
+
+
+def choose_launch() -> tuple[list[str], dict[str, str]]:
+    """Return the options of workers, and what the first contact with each way to launch said."""
+    said = {}
+    for name, options in (("direct", []), ("numba", ["--numba-launch"])):
+        code, said[name] = first_contact(options)
+        print(f"first contact, launches by {name}: {said[name] if code else 'right'}", flush=True)
+        if code == 0:
+            return options, said
+    return [], said
+
+
+def follow(result: dict[str, Any], todo: list[dict[str, Any]], start: Any, end: float, out: Path) -> list[Any]:
+    """Have jobs done and take what they report; write as it goes. Returns the jobs that failed."""
+    saved, failed = time.time(), []
+    for said in supervise(functools.partial(start, todo), len(todo), end):
+        job = todo[said["done"]]
+        report.take(result, job, said)
+        if "error" in said:
+            failed.append(job)
+        if time.time() > saved + 5:
+            write(out, result)
+            saved = time.time()
+    write(out, result)
+    return failed
+
+
+def run(seconds: float, out: Path, todo: list[dict[str, Any]], start: Any, options: list[str], begun: Any) -> int:
+    """Have every job done, write and print; return the exit status."""
+    now = time.time()
+    for job in todo:
+        job["until"] = now + ENDS.get(job["stage"], 1.0) * seconds
+    result: dict[str, Any] = {"machine": {}, "versions": {}, "copy_gb_s": None, "launch": {}, "first_contact": begun}
+    result |= {"sanitizer": "not run", "checked": 0, "worst": 0.0, "wrong": [], "warnings": [], "rows": []}
+    failed = follow(result, todo, start, now + seconds, out)
+    again = [job | {"split": True} for job in failed if job["stage"] == "time"]
+    follow(result, again, start, now + seconds, out)  # what killed or hung a process, without its one-launch kernels
+    result["sanitizer"] = sanitize(now + 1.1 * seconds, options)
+    report.finish(result, todo)
+    write(out, result)
+    report.show(result)
+    return 1 if result["wrong"] else 0
+
+
+def begin(seconds: float, out: Path) -> int:
+    """Compile, make contact, and run."""
+    from bench.gpu_work import jobs
+
+    end = time.time() + seconds
     find_toolkit()
-    try:
-        from fastbn.cuda.driver import check
+    os.environ.setdefault("FASTBN_CACHE_DIR", str(Path(tempfile.gettempdir(), "fastbn")))  # whoever's home it is
+    compiled = compile_kernels(capability(), 120.0)
+    print(f"kernels compiled: {compiled}", flush=True)
+    options, said = choose_launch()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "jobs.json")
 
-        check()
-    except Exception as error:
-        return f"the GPU cannot be used: {error}"
-    return ""
+        def start(todo: list[dict[str, Any]], first: int) -> Any:
+            path.write_text(json.dumps(todo))
+            command = [sys.executable, "-m", "bench.gpu", "--work", str(path), "--first", str(first), *options]
+            return processes.start_worker(command)
 
-
-@contextlib.contextmanager
-def only_split() -> Iterator[None]:
-    """Use the split kernels alone, whatever the shape."""
-    from fastbn.cuda import choice, tuning
-
-    changed = {"PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 1 << 30}
-    kept = {name: getattr(tuning, name) for name in changed}
-
-    def put(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(tuning, name, value)
-        choice.forget()
-
-    put(changed)
-    try:
-        yield
-    finally:
-        put(kept)
+        about = {"compiled": compiled, "launch": "numba" if options else "direct", "said": said}
+        return run(max(60.0, end - time.time()), out, jobs(), start, options, about)
 
 
-def kernel_of(case: Case) -> str:
-    """Name the kernel that ``launch`` chooses."""
-    from fastbn.cuda import plan
-    from fastbn.cuda.driver import device_properties
+def worker(options: argparse.Namespace) -> int:
+    """Be the process that works: small calls, or jobs from a file."""
+    find_toolkit()
+    import torch
 
-    N, C = case.shape[:2]
-    S = 1
-    for extent in case.shape[2:]:
-        S *= extent
-    dims = (N * S, C, 1) if case.layout == "NHWC" else (N, C, S)
-    kind = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}[case.dtype]
-    tensors = 2 if case.backward else 1
-    if case.op != "infer":
-        if plan.slab(dims, kind, True, tensors, device_properties()[1])[0]:
-            return "slab"
-        if plan.persistent(dims, kind, True, tensors, *device_properties()).threads:
-            return "persistent"
-    return "rows" if plan.plan(dims, kind, True).rows else "planes"
+    from bench import gpu_work
+    from fastbn.cuda import tuning
 
+    tuning.DIRECT = not options.numba_launch
+    with torch.no_grad():
+        if options.small:
+            wrong = gpu_work.small(torch)
+            print("\n".join(wrong) or "right")
+            return 1 if wrong else 0
+        with open(options.tell, "w", buffering=1) as pipe:
 
-def check_case(torch: Any, case: Case, seed: int) -> tuple[float, bool]:
-    """Return the error of one case, and whether a second run gives the same bits."""
-    b = peers.buffers(torch, case, seed)
-    want = peers.reference(torch, case, b)  # before the running statistics move
-    call = peers.fastbn(torch, case, b)
-    call()
-    wrong = peers.error(torch, case, b.out, want)
-    del want
-    first = b.out.clone()
-    b.out.fill_(float("nan"))
-    call()
-    same = case.op == "infer" or bool(torch.equal(first, b.out))
-    return wrong, same
+            def tell(said: dict[str, Any]) -> None:
+                pipe.write(json.dumps(said) + "\n")
 
-
-def check_all(torch: Any) -> tuple[list[str], float]:
-    """Check every kernel; return what is wrong and the largest error relative to what is allowed."""
-    wrong, worst, seed = [], 0.0, 1
-    for shape in CHECKED:
-        layouts = ("NC",) if len(shape) == 2 else ("NCHW", "NHWC") if len(shape) == 4 else ("NCHW",)
-        for layout in layouts:
-            for dtype in DTYPES:
-                for op in MOVED:
-                    case = Case(op, layout, dtype, shape)
-                    for split in (False, True):
-                        seed += 1
-                        with only_split() if split else contextlib.nullcontext():
-                            found, same = check_case(torch, case, seed)
-                            name = f"{case} {kernel_of(case)}"
-                        worst = max(worst, found / peers.ALLOWED[dtype])
-                        if not found <= peers.ALLOWED[dtype]:
-                            wrong.append(f"{name}: error {found:.3g}")
-                        if not same:
-                            wrong.append(f"{name}: two runs differ")
-    return wrong, worst
-
-
-def measure(torch: Any, case: Case, names: list[str], gb_s: float) -> dict[str, Any]:
-    """Return a row: our time and error, and the ratio of each peer's time to ours (None where there is none)."""
-    row: dict[str, Any] = {**case._asdict(), "kernel": kernel_of(case), "us": None, "floor_pct": None}
-    row |= {"us_split": None, **dict.fromkeys(peers.PEERS), "max_err": None}
-    found, same = check_case(torch, case, hash(case) & 0xFFFF)
-    row["max_err"] = found
-    if not (found <= peers.ALLOWED[case.dtype] and same):
-        return row
-    all_buffers = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
-    row["us"] = us = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
-    row["floor_pct"] = 100.0 * case.floor_bytes / us * 1e-3 / gb_s
-    if row["kernel"] in ("slab", "persistent"):
-        with only_split():
-            row["us_split"] = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
-    for name in names:
-        row[name] = ratio(torch, case, name, all_buffers, us)
-    return row
-
-
-def ratio(torch: Any, case: Case, name: str, all_buffers: list[Any], us: float) -> float | None:
-    """Return the time of a peer over ours; None where it has no such operation or fails."""
-    try:
-        calls = [peers.PEERS[name](torch, case, b) for b in all_buffers]
-        ready = [call for call in calls if call is not None]
-        return timing.microseconds(torch, ready) / us if ready else None
-    except Exception as error:
-        print(f"  {name} {case}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        return None
-
-
-def launch_cost(torch: Any) -> dict[str, float]:
-    """Return what a small call costs the host, in microseconds, ours and PyTorch's."""
-    cost = {}
-    for op in ("infer", "train", "backward"):
-        case = Case(op, "NC", "float32", (64, 100))
-        b = peers.buffers(torch, case, 0)
-        cost[f"{op}_us"] = timing.host_microseconds(torch, peers.fastbn(torch, case, b))
-        call = peers.torch_native(torch, case, b)
-        assert call is not None
-        cost[f"{op}_torch_us"] = timing.host_microseconds(torch, call)
-    return cost
-
-
-def sanitize() -> str:
-    """Run a few cases under compute-sanitizer, in a process of their own; say how it went."""
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        return "not installed"
-    command = [program, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "bench.gpu", "--small"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    except subprocess.TimeoutExpired:
-        return "took too long"
-    last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
-    return last[-1].strip("= ") if last else f"failed with {done.returncode}: {done.stderr[-300:]}"
-
-
-def small(torch: Any) -> None:
-    """A few small calls of every kernel, for the sanitizer."""
-    for shape, layout in (((2, 3, 8, 8), "NCHW"), ((3, 5, 17, 19), "NCHW"), ((64, 8), "NC"), ((16, 3, 7, 7), "NHWC")):
-        for op in MOVED:
-            case = Case(op, layout, "float32", shape)
-            for context in (contextlib.nullcontext(), only_split()):
-                with context:
-                    assert check_case(torch, case, 1)[0] <= peers.ALLOWED["float32"], case
-
-
-def versions(torch: Any) -> dict[str, str]:
-    """Return the versions of everything that has a part in the numbers."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    found["cudnn"] = str(torch.backends.cudnn.version())
-    for name in ("numba", "numba-cuda", "numpy", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the result whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    print(f"\n{result['machine']['gpu']}, copy {result['copy_gb_s']:.0f} GB/s, launch {result['launch']}")
-    print(f"{'op':15s}{'layout':7s}{'dtype':9s}{'shape':22s}{'kernel':11s}{'us':>9s}{'floor':>7s}", end="")
-    print(f"{'x torch':>9s}{'x cuDNN':>9s}{'x comp.':>9s}{'error':>10s}")
-    for row in result["rows"]:
-        us, floor = row["us"] or float("nan"), row["floor_pct"] or float("nan")
-        shape = "x".join(map(str, row["shape"]))
-        print(f"{row['op']:15s}{row['layout']:7s}{row['dtype']:9s}{shape:22s}{row['kernel']:11s}", end="")
-        print(f"{us:9.1f}{floor:6.0f}%", end="")
-        for name in peers.PEERS:
-            print(f"{row[name]:9.2f}" if row[name] is not None else f"{'-':>9s}", end="")
-        print(f"{row['max_err']:10.1e}")
-
-
-def run(torch: Any, seconds: float, out: Path) -> int:
-    """Check, measure, write and print; return the exit status."""
-    end = time.monotonic() + seconds
-    device = torch.cuda.get_device_properties(0)
-    machine = {
-        "gpu": device.name,
-        "memory_gb": device.total_memory >> 30,
-        "multiprocessors": device.multi_processor_count,
-    }
-    result: dict[str, Any] = {"machine": machine, "versions": versions(torch)}
-    wrong, worst = check_all(torch)
-    wrong += family.check(torch)
-    print(f"checked every kernel, {len(wrong)} wrong, largest error {worst:.2f} of what is allowed", flush=True)
-    result |= {"wrong": wrong, "copy_gb_s": timing.copy_gb_s(torch), "launch": launch_cost(torch)}
-    result |= {"sanitizer": sanitize(), "rows": []}
-    rows: list[dict[str, Any]] = result["rows"]
-    for case in cases():
-        if time.monotonic() > end - 0.4 * seconds:
-            break
-        rows.append(measure(torch, case, ["x_torch", "x_cudnn"], result["copy_gb_s"]))
-    if time.monotonic() < end - 0.3 * seconds:
-        rows += family.measure(torch, result["copy_gb_s"], wrong)
-    write(out, result)
-    for row in rows:  # compiling takes seconds a case: the first cases matter most
-        if time.monotonic() > end:
-            break
-        case = Case(row["op"], row["layout"], row["dtype"], tuple(row["shape"]))
-        if row["us"] and case.shape[0] in (64, 1024) and row["layout"] != "rows":
-            some = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
-            row["x_compile"] = ratio(torch, case, "x_compile", some, row["us"])
-    write(out, result)
-    show(result)
-    unfinished = len(cases()) - sum(row["layout"] != "rows" for row in rows)
-    bad = wrong + [f"{row}: not timed" for row in rows if row["us"] is None]
-    print("\n".join(bad) or "every kernel is right", f"; {unfinished} cases beyond the time" if unfinished else "")
-    return 1 if bad else 0
+            gpu_work.work(torch, json.loads(options.work.read_text()), options.first, tell)
+    return 0
 
 
 def main() -> int:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=420.0, help="time to stay within, apart from start-up")
+    parser.add_argument("--seconds", type=float, default=420.0, help="time to stay within, apart from the sanitizer")
     parser.add_argument("--out", type=Path, default=None, help="JSON (default: bench/results/<gpu>.json)")
     parser.add_argument("--small", action="store_true", help="a few small checks only")
+    parser.add_argument("--numba-launch", action="store_true", help="launch by Numba's own call")
+    for hidden, kind in (("--work", Path), ("--first", int), ("--tell", int)):
+        parser.add_argument(hidden, type=kind, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     reason = missing()
     if reason:
         print(reason)
-        return 0 if reason.startswith("no GPU") else 1
+        return 0
+    if options.small or options.work:
+        return worker(options)
     import torch
 
-    with torch.no_grad():
-        if options.small:
-            small(torch)
-            return 0
-        name = torch.cuda.get_device_name(0).lower().replace(" ", "-")
-        return run(torch, options.seconds, options.out or RESULTS / f"{name}.json")
+    name = torch.cuda.get_device_name(0).lower().replace(" ", "-")
+    return begin(options.seconds, options.out or RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

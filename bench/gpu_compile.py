@@ -1,14 +1,17 @@
 """Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
 
-``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``. Needs, all of CUDA 13.0 (mixed versions fail in
-several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*" "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump
-nvidia-cuda-nvdisasm. ``--write`` replaces bench/results/cuda_compile.json, ``--check`` fails where a kernel spills,
-has lost 128-bit accesses or gained more than 8 registers; tests/cuda/test_compile.py does so for some of them.
+``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80 | --sm90]`` to put every
+N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of
+CUDA 13.0 (mixed versions fail in several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*"
+"nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm. ``--write`` replaces
+bench/results/cuda_compile.json, ``--check`` fails where a kernel spills, has lost 128-bit accesses or gained more than
+8 registers; tests/cuda/test_compile.py does so for some of them.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import re
 import subprocess
@@ -46,7 +49,7 @@ def pretend_device(target: tuple[int, int]) -> None:
 
 def kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel, by name: plain and with all there is (residual and ReLU), each dtype, each width, each block."""
-    from fastbn.cuda import finalize, masks, sets_columns, tuning
+    from fastbn.cuda import adjust, finalize, masks, sets_columns, tuning
     from fastbn.cuda.arrays import ITEMSIZE
 
     for kind, itemsize in ITEMSIZE.items():
@@ -64,6 +67,10 @@ def kernels() -> Iterator[tuple[str, Any]]:
             yield f"finalize {kind}: given", finalize.settle_given(kind, tuning.THREADS)
             yield f"finalize {kind}: sets settle", sets_columns.settle(kind, tuning.THREADS)
             yield f"finalize {kind}: sets move", sets_columns.move(kind, tuning.THREADS)
+            yield f"finalize {kind}: adjust move", adjust.move(kind, tuning.THREADS, False)
+            yield f"finalize {kind}: adjust masked move", adjust.move(kind, tuning.THREADS, True)
+            yield f"finalize {kind}: adjust renorm", adjust.renorm(kind, tuning.THREADS)
+            yield f"finalize {kind}: adjust gradient", adjust.renorm_gradient(kind, tuning.THREADS)
     yield "finalize: masks count", masks.count(tuning.THREADS)
     yield "finalize: masks gather", masks.gather(tuning.THREADS)
     yield "finalize: masks from lengths", masks.from_lengths("i64", tuning.THREADS)
@@ -95,6 +102,14 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
             what = Variant(kind, W, threads, relu=relu, residual=residual)
             yield f"{name} {suffix} {threads}: train", stage.train(what)
             yield f"{name} {suffix} {threads}: backward", stage.backward(what._replace(backward=True))
+    small = suffix.replace(f"W{W}", "W1")
+    for threads in (tuning.SLAB[0][1], tuning.SLAB[-1][1]):
+        what = Variant(kind, 1, threads, relu=relu, residual=residual, kept=False)
+        yield f"again {small} {threads}: train", slab.train(what)
+        yield f"again {small} {threads}: backward", slab.backward(what._replace(backward=True))
+    what = Variant(kind, W, tuning.PERSISTENT_THREADS, relu=relu, residual=residual, alone=True)
+    yield f"alone {suffix} {what.threads}: train", persistent.train(what)
+    yield f"alone {suffix} {what.threads}: backward", persistent.backward(what._replace(backward=True))
 
 
 def _masked(kind: str, W: int) -> Iterator[tuple[str, Any]]:
@@ -129,18 +144,40 @@ def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
         yield f"sets {kind} W{lanes} columns: sums", sets_columns.sums(kind, lanes, tuning.THREADS)
 
 
-def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:
-    """Compile one kernel for one target and read its machine code."""
+def compiled_for(kernel: Any, target: tuple[int, int]) -> tuple[Any, Any]:
+    """Compile one kernel for one target; return it as Numba keeps it, and its machine code."""
+    from numba import cuda
     from numba.cuda import dispatcher
-    from numba.cuda.core import sigutils
+
+    try:
+        from numba.cuda.core import sigutils
+    except ImportError:  # older numba-cuda shares it with Numba
+        from numba.core import sigutils
 
     pretend_device(target)
     types, _ = sigutils.normalize_signature(kernel.signature)
-    from numba import cuda
-
     options = cuda.jit(**kernel.options)(kernel.function).targetoptions
     compiled = dispatcher._Kernel(kernel.function, types, **options)
-    code = compiled._codelibrary.get_cubin(cc=target)
+    return compiled, compiled._codelibrary.get_cubin(cc=target)
+
+
+def store(part: str, target: tuple[int, int]) -> int:
+    """Compile every N-th kernel from the I-th (``part`` is "I/N") into the store; return how many."""
+    from fastbn.cuda.stored import Store
+
+    first, step = map(int, part.split("/"))
+    count = 0
+    for _, kernel in itertools.islice(kernels(), first, None, step):
+        place = Store.of(kernel, target)
+        if place is not None and not place.path.exists():
+            place.save_overload(None, compiled_for(kernel, target)[0])
+            count += 1
+    return count
+
+
+def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:
+    """Compile one kernel for one target and read its machine code."""
+    compiled, code = compiled_for(kernel, target)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(code if isinstance(code, bytes | bytearray) else code.code)
@@ -193,6 +230,10 @@ def complaints(rows: dict[str, dict[str, Any]], known: dict[str, dict[str, Any]]
 
 def main() -> None:
     """Print the table; write it, or compare it with the written one and fail."""
+    if "--store" in sys.argv:
+        part = sys.argv[sys.argv.index("--store") + 1]
+        print(store(part, (8, 0) if "--sm80" in sys.argv else (9, 0)), "kernels compiled")
+        return
     only = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
     rows = table(((9, 0),) if "--sm90" in sys.argv else TARGETS, only)
     for name, row in rows.items():

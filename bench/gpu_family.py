@@ -93,58 +93,65 @@ def worst(torch: Any, got: Any, want: Any) -> float:
     return float(torch.where(wrong.isnan(), torch.full_like(wrong, math.inf), wrong).max())
 
 
-def check(torch: Any, device: str = "cuda") -> list[str]:
-    """Check every case, forward and backward; return what is wrong."""
+def checks() -> list[tuple[int, str]]:
+    """Return what is checked: (number of the case, dtype)."""
+    return [(n, d) for n in range(len(CHECKED)) for d in (DTYPES if n in EVERY_DTYPE else DTYPES[:2])]
+
+
+def check(torch: Any, number: int, dtype: str, device: str = "cuda") -> list[str]:
+    """Check one case, forward and backward; return what is wrong."""
+    op, shape, groups = CHECKED[number]
+    t = draw(torch, op, shape, dtype, number, device)
+    want = reference(torch, op, groups, t)
+    y, saved = call(op, groups, t)
+    grads = saved.gradients(t["grad"], t["dx"])
     found = []
-    for number, (op, shape, groups) in enumerate(CHECKED):
-        for dtype in DTYPES if number in EVERY_DTYPE else DTYPES[:2]:
-            t = draw(torch, op, shape, dtype, number, device)
-            want = reference(torch, op, groups, t)
-            y, saved = call(op, groups, t)
-            grads = saved.gradients(t["grad"], t["dx"])
-            for name, got in (("y", y), *grads._asdict().items()):
-                if got is None:
-                    continue
-                error = worst(torch, got, want[name])
-                rounded = dtype if name in ("y", "input") else ("float64" if dtype == "float64" else "float32")
-                allowed = (5 if name == "input" else 1 if name == "y" else 10) * peers.ALLOWED[rounded]
-                if not error <= allowed:
-                    found.append(f"{op} {dtype} {shape}: {name} is off by {error:.3g}, allowed {allowed:.3g}")
+    for name, got in (("y", y), *grads._asdict().items()):
+        if got is None:
+            continue
+        error = worst(torch, got, want[name])
+        rounded = dtype if name in ("y", "input") else ("float64" if dtype == "float64" else "float32")
+        allowed = (5 if name == "input" else 1 if name == "y" else 10) * peers.ALLOWED[rounded]
+        if not error <= allowed:
+            found.append(f"{op} {dtype} {shape}: {name} is off by {error:.3g}, allowed {allowed:.3g}")
     return found
 
 
-def measure(torch: Any, gb_s: float, wrong: list[str]) -> list[dict[str, Any]]:
-    """Time layer norm beside PyTorch's, forward and backward; nothing of a dtype that was wrong."""
-    rows = []
-    for dtype in DTYPES[:3]:
-        if any(text.startswith(f"layer {dtype}") for text in wrong):
-            continue
-        for shape in TIMED:
-            one = draw(torch, "layer", shape, dtype, 0, "cuda")
-            nbytes = one["x"].numel() * one["x"].element_size()
-            sets = [one, *(draw(torch, "layer", shape, dtype, i, "cuda") for i in range(1, timing.sets(3 * nbytes)))]
-            for op, moved in (("layer_norm", 2), ("layer_norm_backward", 3)):
-                rows.append(_row(torch, op, dtype, shape, moved * nbytes, sets, gb_s))
-            del sets, one
-    return rows
+def timed() -> list[tuple[str, tuple[int, ...]]]:
+    """Return what is timed: layer norm of (dtype, shape)."""
+    return [(dtype, shape) for dtype in DTYPES[:3] for shape in TIMED]
+
+
+def measure(torch: Any, dtype: str, shape: tuple[int, ...], device: str = "cuda") -> list[dict[str, Any]]:
+    """Time layer norm beside PyTorch's, forward and backward."""
+    one = draw(torch, "layer", shape, dtype, 0, device)
+    nbytes = one["x"].numel() * one["x"].element_size()
+    sets = [one, *(draw(torch, "layer", shape, dtype, i, device) for i in range(1, timing.sets(3 * nbytes)))]
+    return [
+        _row(torch, op, dtype, shape, moved * nbytes, sets)
+        for op, moved in (("layer_norm", 2), ("layer_norm_backward", 3))
+    ]
 
 
 def _row(
-    torch: Any, op: str, dtype: str, shape: tuple[int, ...], moved: int, sets: list[dict[str, Any]], gb_s: float
+    torch: Any, op: str, dtype: str, shape: tuple[int, ...], moved: int, sets: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    if op == "layer_norm":
+    forward = op == "layer_norm"
+    if forward:
         ours = [lambda t=t: call("layer", 1, t) for t in sets]
         theirs = [lambda t=t: _torch_forward(torch, t) for t in sets]
     else:
         ours = [_backward(t) for t in sets]
         theirs = [_torch_backward(torch, t) for t in sets]
     us = timing.microseconds(torch, ours)
-    want = reference(torch, "layer", 1, sets[0])["y" if op == "layer_norm" else "input"]
-    error = worst(torch, sets[0]["out" if op == "layer_norm" else "dx"], want)
-    del want
+    error = worst(
+        torch, sets[0]["out" if forward else "dx"], reference(torch, "layer", 1, sets[0])["y" if forward else "input"]
+    )
     row: dict[str, Any] = {"op": op, "layout": "rows", "dtype": dtype, "shape": list(shape), "kernel": "sets", "us": us}
-    row |= {"floor_pct": 100.0 * moved / us * 1e-3 / gb_s, "us_split": None, "max_err": error}
-    return row | {"x_torch": timing.microseconds(torch, theirs) / us, "x_cudnn": None, "x_compile": None}
+    row |= {"moved": moved, "us_split": None, "max_err": error, "x_cudnn": None, "x_compile": None}
+    if not error <= (1 if forward else 5) * peers.ALLOWED[dtype]:
+        row |= {"error": f"wrong: error {error:.3g}", "us": None, "max_err": error if math.isfinite(error) else None}
+    return row | {"x_torch": timing.microseconds(torch, theirs) / us}
 
 
 def _torch_forward(torch: Any, t: dict[str, Any]) -> Any:

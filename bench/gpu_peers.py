@@ -47,19 +47,18 @@ def buffers(torch: Any, case: Case, seed: int, device: str = "cuda") -> Buffers:
 
 
 def fastbn(torch: Any, case: Case, b: Buffers) -> Call:
-    """Ours, through the checked calls that the public functions make."""
-    from fastbn import device
+    """Ours, through the public functions."""
+    import fastbn
 
-    options: dict[str, Any] = {"eps": EPS, "axis": 1, "activation": None, "residual": None, "out": b.out}
+    options: dict[str, Any] = {"eps": EPS, "out": b.out}
     if case.fused:
         options |= {"activation": "relu", "residual": b.residual}
     if case.op == "infer":
-        return lambda: device.infer(b.x, b.mean, b.var, b.weight, b.bias, **options)
+        return lambda: fastbn.batch_norm_infer(b.x, b.mean, b.var, b.weight, b.bias, **options)
     if not case.backward:
-        return lambda: device.train(b.x, b.weight, b.bias, b.mean, b.var, momentum=MOMENTUM, **options)
-    fresh = options | {"out": None}
-    _, saved = device.train(b.x, b.weight, b.bias, None, None, momentum=MOMENTUM, **fresh)
-    return lambda: saved.gradients(b.grad, b.out)
+        return lambda: fastbn.batch_norm_train(b.x, b.weight, b.bias, b.mean, b.var, momentum=MOMENTUM, **options)
+    _, saved = fastbn.batch_norm_train(b.x, b.weight, b.bias, **options | {"out": None})
+    return lambda: fastbn.backward(b.grad, saved, out=b.out)
 
 
 def torch_native(torch: Any, case: Case, b: Buffers) -> Call | None:

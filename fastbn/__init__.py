@@ -9,13 +9,12 @@
 from fastbn.convert import from_flax, from_keras, from_onnx
 from fastbn.errors import ArgumentTypeError, ArgumentValueError, DeviceError, FastbnError
 from fastbn.family import group_norm, instance_norm, layer_norm
-from fastbn.functional import backward, batch_norm_infer, batch_norm_train
+from fastbn.functional import backward, batch_norm_infer, batch_norm_train, update_running
 from fastbn.layers import BatchNorm
 from fastbn.moments import Moments
 from fastbn.norms import GroupNorm, InstanceNorm, LayerNorm
 from fastbn.recurrent import RecurrentBatchNorm
 from fastbn.renorm import renorm_bounds
-from fastbn.running import update_running
 from fastbn.saved import Gradients, Saved
 from fastbn.threads import get_num_threads, set_num_threads
 

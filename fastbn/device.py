@@ -6,7 +6,6 @@ waits for the GPU except what must become a number on the host (``Saved.moments`
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,7 @@ from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 
-__all__ = ["DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "refuse", "train"]
-
-
-# Options that the GPU kernels do not have yet, and what they must be.
-_DEFAULTS = {
-    "ghost": None,
-    "renorm": None,
-    "on_single": "error",
-    "nonfinite": "propagate",
-}
-
-
-def refuse(**options: Any) -> None:
-    """Raise for options that only host arrays have."""
-    for name, value in options.items():
-        default = _DEFAULTS[name]
-        if value is not default and not (isinstance(value, str) and value == default):
-            raise ArgumentValueError(name, f"{default!r} for arrays on a GPU", type(value).__name__)
+__all__ = ["Call", "DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "train"]
 
 
 def follow(layer: Any, x: Any) -> None:
@@ -54,7 +36,7 @@ def host(value: Any) -> Any:
     return np.array(wrap("value", value).host())
 
 
-class _Call:
+class Call:
     """The checked arguments that training and inference share."""
 
     __slots__ = ("axis", "bias", "layout", "out", "relu", "residual", "result", "weight", "x")
@@ -83,26 +65,30 @@ class _Call:
         self.residual = None if added is None else checks.in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
 
-    def mask(self, mask: Any, lengths: Any, train: bool = False) -> Any:
-        """Return the mask that the arguments mean, None for none."""
+    def mask(self, mask: Any, lengths: Any, train: bool = False, single: bool = False) -> Any:
+        """Return the mask that the arguments mean, None for none; see ``device_mask.find``."""
         if mask is None and lengths is None:
             return None
         from fastbn import device_mask
 
-        found = device_mask.find(mask, lengths, self.x, self.axis, self.layout, train=train)
+        found = device_mask.find(mask, lengths, self.x, self.axis, self.layout, train=train, single=single)
         return None if found.valid is None else found
 
-    def saved(self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None) -> DeviceSaved:
-        """Return what backward needs."""
-        saved = DeviceSaved() if mask is None else MaskedDeviceSaved()
+    def saved(
+        self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None, into: DeviceSaved | None = None
+    ) -> DeviceSaved:
+        """Return what backward needs; ``into``: in an object of this kind."""
+        saved = into or (DeviceSaved() if mask is None else MaskedDeviceSaved())
         saved.mask, saved.known = mask, None
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
-        saved.residual, saved.updated = self.residual is not None, updated
+        saved.residual = self.residual is not None
         saved.y = self.out if self.relu and saved.residual else None
         N, _, S = self.layout.dims
-        if mask is None:
-            saved.count = N * S
+        if into is None:
+            saved.updated = updated
+            if mask is None:
+                saved.count = N * S
         return saved
 
 
@@ -124,13 +110,20 @@ class DeviceSaved(Saved):
     residual: bool
     frozen: bool
 
+    @property
+    def affine(self) -> tuple[bool, bool]:
+        """Tell whether the caller gave weight and bias."""
+        return self.weight is not None, self.bias is not None
+
     def _row(self, i: int) -> Any:
         channels = self.layout.dims[1]
         return self.vectors.array_owner[i * channels : (i + 1) * channels]
 
     @property
     def moments(self) -> Moments:
-        """The statistics as a mergeable value, on the host: waits for the GPU."""
+        """The batch's statistics as a mergeable value, on the host: waits for the GPU."""
+        if self.frozen:  # the vectors are others'
+            return moments_found(self.x, self.layout, self.mask)
         return to_moments(self.vectors, self.count)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
@@ -143,9 +136,16 @@ class DeviceSaved(Saved):
             self.known.learn(self, grad_output, out)
         return found  # type: ignore[no-any-return]
 
-    def _gradients(self, grad_output: Any, out: Any) -> Gradients:
+    def _run(self, grad: Flat, y: Flat | None, target: Flat, dr: Flat | None) -> tuple[Flat, Flat]:
+        """Launch, once all is checked; returns the gradients of weight and bias."""
         from fastbn.cuda import launch
 
+        return launch.backward(
+            self.x.flat(), grad, y, target, dr, self.weight, self.bias, self.vectors, self.layout.dims, self.frozen,
+            self.relu, self.mask or launch.ALL,
+        )  # fmt: skip
+
+    def _gradients(self, grad_output: Any, out: Any) -> Gradients:
         x, where = self.x, self.layout
         grad = checks.like("grad_output", grad_output, x)
         if out is None:
@@ -161,11 +161,7 @@ class DeviceSaved(Saved):
         gated = checks.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
-            dweight, dbias = launch.backward(
-                x.flat(), checks.in_order(grad, where).flat(), y, target.flat(), dr,
-                self.weight, self.bias, self.vectors, where.dims, self.frozen, self.relu,
-                launch.ALL if self.mask is None else self.mask,
-            )  # fmt: skip
+            dweight, dbias = self._run(checks.in_order(grad, where).flat(), y, target.flat(), dr)
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None
@@ -173,8 +169,8 @@ class DeviceSaved(Saved):
             residual = self._masked(checks.in_order(grad, where)).owner
         return Gradients(
             target.owner if out is None else out,
-            None if self.weight is None else dweight.array_owner,
-            None if self.bias is None else dbias.array_owner,
+            dweight.array_owner if self.affine[0] else None,
+            dbias.array_owner if self.affine[1] else None,
             residual,
         )
 
@@ -196,15 +192,34 @@ class MaskedDeviceSaved(DeviceSaved):
     @property
     def count(self) -> int:  # type: ignore[override]
         """Values per channel that the mask leaves: waits for the GPU."""
-        if self.mask.tally is None:  # statistics were given, nothing was counted
-            return int(np.count_nonzero(self.mask.valid.owner.host()))
-        return int(self.mask.tally.owner.host()[0])
+        return counted(self.mask)
+
+
+def counted(mask: Any) -> int:
+    """Return how many values per channel a mask leaves; waits for the GPU."""
+    if mask.tally is None:  # statistics were given, nothing was counted
+        return int(np.count_nonzero(mask.valid.owner.host()))
+    return int(mask.tally.owner.host()[0])
 
 
 def to_moments(vectors: Flat, count: int) -> Moments:
     """Bring statistics to the host; waits for the GPU."""
-    mean, _, var, rest = np.asarray(host(vectors.array_owner), np.float64).reshape(4, -1)
+    values = host(vectors.array_owner)[: vectors.size]  # behind them may be scratch
+    mean, _, var, rest = np.asarray(values, np.float64).reshape(4, -1)
     return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
+
+
+def pair(running_mean: Any, running_var: Any, x: DeviceArray, channels: int) -> tuple[Flat, Flat] | None:
+    """Check that both running statistics are given or neither; None for neither."""
+    if (running_mean is None) != (running_var is None):
+        absent = "running_mean" if running_mean is None else "running_var"
+        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    if running_mean is None:
+        return None
+    return (
+        checks.running("running_mean", running_mean, x, channels),
+        checks.running("running_var", running_var, x, channels),
+    )
 
 
 def train(
@@ -213,18 +228,10 @@ def train(
     update_stats: bool = True, unbiased: bool = True, mask: Any = None, lengths: Any = None,
 ) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by the batch; see ``fastbn.batch_norm_train``."""
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=False)
+    f = Call(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    if (running_mean is None) != (running_var is None):
-        absent = "running_mean" if running_mean is None else "running_var"
-        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
-    moved: tuple[Flat | None, Flat | None] = (None, None)
-    if running_mean is not None:
-        moved = (
-            checks.running("running_mean", running_mean, f.x, C),
-            checks.running("running_var", running_var, f.x, C),
-        )
+    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C) or (None, None)
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -263,7 +270,7 @@ def infer(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
 ) -> Any:
     """Normalise by given statistics; see ``fastbn.batch_norm_infer``."""
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=True)
+    f = Call(x, weight, bias, axis, activation, residual, out, in_place=True)
     from fastbn.cuda import launch
 
     eps = arguments.epsilon(eps, positive=False)
@@ -278,7 +285,7 @@ def frozen(
     mask: Any = None, lengths: Any = None,
 ) -> tuple[Any, DeviceSaved]:  # fmt: skip
     """Normalise by given statistics and keep what ``backward`` needs: they are constants there."""
-    f = _Call(x, weight, bias, axis, activation, residual, out, in_place=mask is None and lengths is None)
+    f = Call(x, weight, bias, axis, activation, residual, out, in_place=mask is None and lengths is None)
     found = f.mask(mask, lengths)
     from fastbn.cuda import launch
 
@@ -299,15 +306,23 @@ def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Mome
     channels = array.shape[axis]
     if array.size == 0:
         return Moments(0, np.zeros(channels), np.zeros(channels))
-    from fastbn.cuda import launch
-
     array, where = checks.settle(array, axis)
-    found, count = launch.ALL, math.prod((where.dims[0], where.dims[2]))
+    found = None
     if mask is not None or lengths is not None:
         from fastbn import device_mask
 
         found = device_mask.find(mask, lengths, array, axis, where, train=True)
-    vectors = launch.moments(array.flat(), where.dims, 0.0, found)
-    if found.tally is not None:
-        count = int(found.tally.owner.host()[0])
-    return to_moments(vectors, count)
+    return moments_found(array, where, found)
+
+
+def moments_found(x: DeviceArray, where: layout.Layout, mask: Any) -> Moments:
+    """Take the statistics of an array in a known order, under a mask if there is one; waits for the GPU."""
+    from fastbn.cuda import launch
+
+    if x.size == 0:
+        return Moments(0, np.zeros(where.dims[1]), np.zeros(where.dims[1]))
+    if mask is None or mask.valid is None:
+        return to_moments(launch.moments(x.flat(), where.dims, 0.0), where.dims[0] * where.dims[2])
+    if mask.tally is None:
+        mask = launch.mask_of(mask.valid, x.stream())
+    return to_moments(launch.moments(x.flat(), where.dims, 0.0, mask), counted(mask))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import layout
+from fastbn.cuda import driver
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
@@ -16,6 +17,18 @@ def _array(name: str, value: Any) -> DeviceArray:
     if not on_device(value):
         raise ArgumentTypeError(name, "an array on the GPU, as x is", type(value).__name__)
     return wrap(name, value)
+
+
+def _after(array: DeviceArray, x: DeviceArray) -> DeviceArray:
+    """Make the stream of x wait for that of an array that may be written on another one.
+
+    PyTorch and CuPy have one current stream for all their arrays; others say with each array which one it is on.
+    """
+    if array.library is not x.library or array.library.streams_differ:
+        here, there = x.stream(), array.stream()
+        if here != there:
+            driver.wait(here, there)
+    return array
 
 
 def tensor(name: str, value: Any) -> DeviceArray:
@@ -33,7 +46,7 @@ def like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
         raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
     if array.kind != x.kind:
         raise ArgumentTypeError(name, f"the dtype of x, {x.name}", array.name)
-    return array
+    return _after(array, x)
 
 
 def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
@@ -44,7 +57,7 @@ def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> 
         raise ArgumentValueError(name, expected, f"shape {array.shape}")
     if array.name != x.arithmetic:
         raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
-    return array
+    return _after(array, x)
 
 
 def running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:

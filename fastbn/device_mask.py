@@ -19,10 +19,12 @@ from fastbn.errors import ArgumentValueError
 __all__ = ["ALL", "Mask", "find"]
 
 
-def find(mask: Any, lengths: Any, x: DeviceArray, axis: int, where: layout.Layout, *, train: bool) -> Mask:
+def find(
+    mask: Any, lengths: Any, x: DeviceArray, axis: int, where: layout.Layout, *, train: bool, single: bool = False
+) -> Mask:
     """Return the mask in the memory order of x; ALL if it excludes nothing that the host knows of.
 
-    ``train``: count it too, and raise for one value per channel if the host can tell.
+    ``train``: count it too, and raise for one value per channel if the host can tell, but for ``single``.
     """
     if mask is None and lengths is None:
         return ALL
@@ -36,7 +38,7 @@ def find(mask: Any, lengths: Any, x: DeviceArray, axis: int, where: layout.Layou
         host = arguments.valid(mask, seen, axis) if lengths is None else arguments.from_lengths(lengths, seen, axis)
         if host.all():
             return ALL
-        if train and np.count_nonzero(host) == 1:
+        if train and not single and np.count_nonzero(host) == 1:
             raise ArgumentValueError("x", "more than 1 value per channel when training", "a mask that leaves 1")
         found = x.library.wrap(x.library.put(np.ascontiguousarray(host), x.owner))
     if not x.size:

@@ -7,6 +7,7 @@ With ``NUMBA_DISABLE_JIT=1`` the kernels' vector instructions do not exist and e
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -53,8 +54,11 @@ def refuse_device(name: str) -> DeviceError:
 
 def on_device(x: Any) -> bool:
     """Tell whether this is an array on a GPU; never touches CUDA itself."""
-    if type(x) is np.ndarray:
-        return False
+    return type(x) is not np.ndarray and _finder()(x)
+
+
+@functools.cache
+def _finder() -> Callable[[Any], bool]:
     from fastbn.cuda.libraries import on_device as found
 
-    return found(x)
+    return found

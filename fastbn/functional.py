@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, core, dispatch, layout, masked, training, views
+from fastbn import arguments, core, dispatch, layout, masked, running, training, views
 from fastbn.errors import ArgumentTypeError
 from fastbn.moments import Moments
-from fastbn.running import update_running
 from fastbn.saved import Gradients, Saved
 
 __all__ = ["Gradients", "Saved", "backward", "batch_norm_infer", "batch_norm_train", "frozen", "update_running"]
@@ -106,18 +105,26 @@ def batch_norm_train(
     Notes
     -----
     An empty batch gives an empty y and leaves the running statistics alone, a batch without valid values gives zeros
-    and does the same. NaN and inf stay in their channel.
+    and does the same. NaN and inf stay in their channel. On a GPU ``nonfinite="raise"`` waits for it, and so do
+    ``on_single="running"`` under a mask that is on the GPU and ``saved.updated`` where the GPU decided.
     """
     if type(x) is not np.ndarray and dispatch.on_device(x):
-        from fastbn import device
-
         if ghost is not None or renorm is not None or on_single != "error" or nonfinite != "propagate":
-            device.refuse(ghost=ghost, renorm=renorm, on_single=on_single, nonfinite=nonfinite)
+            from fastbn import device_training
+
+            options = training.Options(
+                momentum, eps, activation, ghost, renorm, on_single, nonfinite, update_stats, unbiased
+            )
+            return device_training.train(
+                x, weight, bias, running_mean, running_var, options, axis, residual, mask, lengths, out
+            )  # fmt: skip
         if residual is None and mask is None and lengths is None:
             again: tuple[Array, Saved] = _on_gpu().train(
                 x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out, update_stats, unbiased
             )
             return again
+        from fastbn import device
+
         return device.train(
             x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out,
             update_stats=update_stats, unbiased=unbiased, mask=mask, lengths=lengths,
@@ -175,12 +182,12 @@ def batch_norm_infer(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if dispatch.on_device(x):
-        from fastbn import device
-
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         if residual is None:
             known: Array = _on_gpu().infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
             return known
+        from fastbn import device
+
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
@@ -247,6 +254,40 @@ def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
     if not isinstance(saved, Saved):
         raise ArgumentTypeError("saved", "what a forward pass returned", type(saved).__name__)
     return saved.gradients(grad_output, out)
+
+
+def update_running(
+    running_mean: Any, running_var: Any, moments: Any, *, momentum: float = 0.1, unbiased: bool = True
+) -> None:
+    """Move running statistics in place by statistics that were gathered elsewhere.
+
+    running = (1 - momentum)*running + momentum*new, as ``batch_norm_train`` does with those of its batch. Merge the
+    moments of micro-batches, processes or chunks first (``Moments.merge``) and update once.
+
+    Parameters
+    ----------
+    running_mean, running_var : numpy.ndarray, shape (C,)
+        float32 or float64; updated in place. Or both on a GPU.
+    moments : Moments
+        C channels; count 0 changes nothing.
+    momentum : float
+        Weight of the new value.
+    unbiased : bool
+        Move running_var by m2/(count - 1), as PyTorch; else by m2/count, as Keras, Flax and ONNX.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit; one value per channel with ``unbiased``.
+    TypeError
+        Other types and dtypes.
+    """
+    if not dispatch.on_device(running_mean):
+        running.update(running_mean, running_var, moments, momentum, unbiased)
+        return
+    from fastbn import device_training
+
+    device_training.update(running_mean, running_var, moments, momentum, unbiased)
 
 
 def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:

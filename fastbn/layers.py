@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from fastbn import arguments, functional, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
-from fastbn.ghosts import Ghosts
 from fastbn.moments import Moments
 from fastbn.state import Layer, axis_number, integer, parameter_dtype
 
@@ -134,7 +133,7 @@ class BatchNorm(Layer):
             renorm=self.renorm if self.training else None, on_single=self.on_single, nonfinite=self.nonfinite,
             update_stats=not tracked or (update and not each), unbiased=self.unbiased,
         )  # fmt: skip
-        if each and isinstance(saved[1], Ghosts):
+        if each and hasattr(saved[1], "ghosts"):
             for ghost in saved[1].ghosts:
                 if ghost.count > 1:  # one value was normalised by the running statistics (``on_single``)
                     self.update(ghost)

@@ -35,32 +35,8 @@ def move(mean: Array, var: Array, batch: Moments, momentum: float, unbiased: boo
         var[:] = (1.0 - momentum) * var.astype(np.float64) + momentum * batch.variance(int(unbiased))
 
 
-def update_running(
-    running_mean: Any, running_var: Any, moments: Any, *, momentum: float = 0.1, unbiased: bool = True
-) -> None:
-    """Move running statistics in place by statistics that were gathered elsewhere.
-
-    running = (1 - momentum)*running + momentum*new, as ``batch_norm_train`` does with those of its batch. Merge the
-    moments of micro-batches, processes or chunks first (``Moments.merge``) and update once.
-
-    Parameters
-    ----------
-    running_mean, running_var : numpy.ndarray, shape (C,)
-        float32 or float64; updated in place.
-    moments : Moments
-        C channels; count 0 changes nothing.
-    momentum : float
-        Weight of the new value.
-    unbiased : bool
-        Move running_var by m2/(count - 1), as PyTorch; else by m2/count, as Keras, Flax and ONNX.
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit; one value per channel with ``unbiased``.
-    TypeError
-        Other types and dtypes.
-    """
+def update(running_mean: Any, running_var: Any, moments: Any, momentum: float, unbiased: bool) -> None:
+    """See ``fastbn.update_running``."""
     if not isinstance(moments, Moments):
         raise ArgumentTypeError("moments", "fastbn.Moments", type(moments).__name__)
     dtype = running_mean.dtype if isinstance(running_mean, np.ndarray) else np.dtype(np.float32)

@@ -17,6 +17,7 @@ from fastbn.errors import ArgumentTypeError
 __all__ = [
     "INSTALL",
     "ITEMSIZE",
+    "WIDE",
     "DeviceArray",
     "Flat",
     "Geometry",
@@ -29,6 +30,7 @@ __all__ = [
 
 INSTALL = 'install the GPU extra that fits the driver: pip install "numba-cuda[cu13]" (or [cu12])'
 ITEMSIZE = {"f32": 4, "f64": 8, "f16": 2, "bf16": 2}
+WIDE = {"f32": "f32", "f64": "f64", "f16": "f32", "bf16": "f32"}  # the kind of statistics and parameters
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 _KINDS = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 _KINDS |= {"bool": "u8", "int32": "i32", "int64": "i64"}  # masks and lengths
@@ -83,7 +85,7 @@ class Flat:
 
     def part(self, start: int, size: int) -> Flat:
         """View some of the elements."""
-        return Flat(self.address + start * ITEMSIZE[self.kind], size, self.kind, self.owner)
+        return Flat(self.address + start * _ITEMSIZE[self.kind], size, self.kind, self.owner)
 
 
 class _Host:

@@ -16,6 +16,7 @@ from fastbn.cuda.sweep import Variant
 class One(NamedTuple):
     """A kernel that does all of it."""
 
+    name: str
     kernel: Any
     grid: tuple[int, ...]
     shared: int
@@ -24,7 +25,7 @@ class One(NamedTuple):
 
 
 def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
-    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier between them needs.
+    """Tell whether so many blocks of a kernel can be on the GPU at once, as a barrier needs (0: there is none).
 
     A GPU that is shared out or a toolkit without the device runtime (libcudadevrt) must not end a call that three
     launches can do: the reason is a warning.
@@ -33,10 +34,13 @@ def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
         return True
     try:
         kernel.allow_shared(shared)
+        if not blocks:
+            return True
         compiled = next(iter(kernel.compiled.overloads.values()))
         room = compiled.max_cooperative_grid_blocks(kernel.threads, shared)
     except Exception as error:  # of the linker, the driver or another version of numba-cuda
-        warnings.warn(f"no one-launch kernel for rows, three launches instead: {error}", RuntimeWarning, stacklevel=2)
+        name = kernel.function.__name__
+        warnings.warn(f"no {name} in one launch, three launches instead: {error}", RuntimeWarning, stacklevel=2)
         return False
     return bool(blocks <= room)
 
@@ -47,23 +51,53 @@ def one_launch(
     limits: tuple[int, int],
 ) -> One | None:  # fmt: skip
     """Return how one launch does it; None where it takes three. ``whole``: all tensors are aligned."""
-    tensors, C = 2 if backward else 1, dims[1]
+    tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
-        what = what._replace(threads=threads)
-        return One(slab.backward(what) if backward else slab.train(what), (C,), shared, 0, dims)
+        kernel = _slab(what._replace(threads=threads))
+        return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
     p = plan.persistent(dims, kind, whole, tensors, *limits)
-    if not p.threads:
+    threads = 0 if p.alone else plan.again(dims, kind)
+    if threads:
+        return One("again", _slab(what._replace(W=1, threads=threads, kept=False)), (dims[1],), 0, 0, dims)
+    return _rows(what, dims, p) if p.threads else None
+
+
+def _slab(what: Variant) -> Kernel:
+    found: Kernel = slab.backward(what) if what.backward else slab.train(what)
+    return found
+
+
+def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
+    what = what._replace(threads=p.threads, alone=p.alone)
+    kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
+    if not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
-    what = what._replace(threads=p.threads)
-    kernel = persistent.backward(what) if backward else persistent.train(what)
-    if not fits(kernel, p.across * p.parts, p.shared):
-        return None
-    return One(kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, (C, dims[0], p.parts, p.chunk, p.tx, p.kept))
+    name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
+    return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
+
+
+class _Chosen:
+    """How often all choices were made anew; who remembers one asks for it."""
+
+    times = 0
+
+
+chosen = _Chosen()
 
 
 def forget() -> None:
     """Forget every choice; for who changes ``tuning``."""
-    for cached in (one_launch, plan.plan, plan.masked, plan.slab, plan.persistent, plan_sets.sets, plan_sets.columns):
+    chosen.times += 1
+    for cached in (
+        one_launch,
+        plan.plan,
+        plan.masked,
+        plan.slab,
+        plan.again,
+        plan.persistent,
+        plan_sets.sets,
+        plan_sets.columns,
+    ):
         cached.cache_clear()

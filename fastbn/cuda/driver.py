@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ try:
     from numba import cuda, types
 except ImportError as error:
     raise DeviceError(f"it needs numba-cuda, which is not installed: {INSTALL}") from error
+except Exception as error:  # an older numba-cuda beside a newer Numba
+    raise DeviceError(f"numba-cuda does not fit Numba {numba.__version__} ({error}): {INSTALL}") from error
 
 __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", "run", "types"]
 
@@ -45,10 +48,21 @@ def check() -> None:
     except Exception as error:
         raise DeviceError(f"it needs the CUDA libraries: {error}; {INSTALL}") from error
     if not available:
-        raise DeviceError(f"it needs an NVIDIA driver and a GPU, none was found; then {INSTALL}")
+        raise DeviceError(f"{_absent()} {INSTALL}")
     capability = cuda.get_current_device().compute_capability
     if tuple(capability) < (8, 0):
         raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, this GPU has {capability}")
+
+
+def _absent() -> str:
+    """Say which of the two that numba-cuda asks for is not there."""
+    try:
+        driver = importlib.import_module("numba.cuda.cudadrv.driver").driver
+        if driver.is_available:
+            return "it needs CUDA's compiler (libnvvm), none was found: set CUDA_HOME to the toolkit's folder, or"
+    except (ImportError, AttributeError):  # of another version
+        pass
+    return "it needs an NVIDIA driver and a GPU, none was found; then"
 
 
 @functools.cache
@@ -69,6 +83,22 @@ def device_count() -> int:
 def current_device() -> int:
     """Return the number of the device that kernels are launched on."""
     return 0 if device_count() == 1 else int(cuda.get_current_device().id)
+
+
+def stream_of(handle: int) -> Any:
+    """Return Numba's object for a stream."""
+    if handle == 2:  # as cudaStreamPerThread
+        return cuda.per_thread_default_stream()
+    return cuda.external_stream(handle) if handle else cuda.default_stream()
+
+
+def wait(stream: int, other: int) -> None:
+    """Let what is launched on a stream from now on begin after what another has been given so far."""
+    if SIMULATED:
+        return
+    event = cuda.event(timing=False)
+    event.record(stream_of(other))
+    event.wait(stream_of(stream))
 
 
 @functools.cache
@@ -122,7 +152,12 @@ class Kernel:
             if SIMULATED:
                 self._compiled = cuda.jit(self.function)
             else:
-                self._compiled = cuda.jit(self.signature, **self.options)(self.function)
+                from fastbn.cuda import stored
+
+                found = cuda.jit(**self.options)(self.function)
+                stored.use(found, self, tuple(cuda.get_current_device().compute_capability))
+                found.compile(self.signature)
+                self._compiled = found
         return self._compiled
 
     def launcher(self, grid: tuple[int, ...], shared: int) -> Any:
@@ -135,6 +170,12 @@ class Kernel:
             self.allow_shared(shared)
             found = self._launchers[key] = launcher.make(self, grid, shared)
         return found
+
+    def replace(self, launcher: Any, better: Any) -> None:
+        """Launch by something else where a launcher was used."""
+        for key, found in self._launchers.items():
+            if found is launcher:
+                self._launchers[key] = better
 
     def allow_shared(self, size: int) -> None:
         """Opt in to more than 48 KB of shared memory, static and dynamic; numba-cuda does not do so by itself."""
@@ -165,8 +206,19 @@ def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[
     return decorate
 
 
+class _Recorder(threading.local):
+    """What this thread launches is written down while ``steps`` is a list; see ``recorded``."""
+
+    steps: list[Any] | None = None
+
+
+recorder = _Recorder()
+
+
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
+    if recorder.steps is not None:
+        recorder.steps.append((what, grid, args, shared))
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)

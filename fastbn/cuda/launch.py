@@ -12,7 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastbn.cuda import finalize, masks, planes, rows, tuning
-from fastbn.cuda.arrays import Flat
+from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.choice import one_launch
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan import Dims, Plan, masked, plan
@@ -129,11 +129,13 @@ def _normalise(
 
 
 def statistics_of(
-    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...], stream: int, mask: Mask = ALL
-) -> Flat:
+    x: Flat, p: Plan, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...], stream: int, mask: Mask = ALL,
+    stats: Flat | None = None,
+) -> Flat:  # fmt: skip
     """Return ``stats`` of the channels; moves running statistics unless they are None."""
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else dims[1]))
-    stats: Flat = x.owner.vector(4 * dims[1])
+    if stats is None:
+        stats = x.owner.vector(4 * dims[1])
     what = Variant(x.kind, p.W, tuning.THREADS, masked=mask.valid is not None)
     _sums(p, what, (x, None, None), None, (None, None), partial, dims, stream, mask)
     _settle(x, p, partial, stats, moved, dims, numbers, stream, mask)
@@ -143,9 +145,12 @@ def statistics_of(
 def train(
     x: Flat, residual: Flat | None, out: Flat, weight: Flat | None, bias: Flat | None, running_mean: Flat | None,
     running_var: Flat | None, dims: Dims, eps: float, momentum: float, relu: bool | None, unbiased: bool = True,
-    mask: Mask = ALL,
+    mask: Mask = ALL, stats: Flat | None = None,
 ) -> Flat:  # fmt: skip
-    """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``."""
+    """Training forward into ``out``; moves the running statistics unless they are None. Returns ``stats``.
+
+    ``stats``: where to write them, if the caller has a place.
+    """
     check()
     tensors, params, moved = (x, residual, out), (weight, bias), (running_mean, running_var)
     stream, whole, numbers = x.owner.stream(), aligned(*tensors), moving(dims, eps, momentum, unbiased)
@@ -154,8 +159,9 @@ def train(
         one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, device_properties())
     if one is None:
         what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
-        return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream)
-    stats: Flat = x.owner.vector(4 * dims[1])
+        return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
+    if stats is None:
+        stats = x.owner.vector(4 * dims[1])
     scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
     flags = flags_of(weight, bias) | _moves(moved)
     run(
@@ -170,28 +176,29 @@ def train(
 
 def _split(
     x: Flat, what: Variant, tensors: tuple[Any, ...], params: tuple[Any, Any], moved: tuple[Any, Any], dims: Dims,
-    numbers: tuple[float, ...], whole: bool, mask: Mask, stream: int,
+    numbers: tuple[float, ...], whole: bool, mask: Mask, stream: int, stats: Flat | None,
 ) -> Flat:  # fmt: skip
     """Train by three launches."""
     p = _plan(dims, x.kind, whole, mask)
-    stats = statistics_of(x, p, moved, dims, numbers, stream, mask)
+    stats = statistics_of(x, p, moved, dims, numbers, stream, mask, stats)
     what = what._replace(W=p.W, threads=tuning.THREADS, masked=mask.valid is not None)
     _normalise(p, what, tensors, stats, None, params, 0.0, dims, stream, mask)
     return stats
 
 
-def moments(x: Flat, dims: Dims, eps: float, mask: Mask = ALL) -> Flat:
+def moments(x: Flat, dims: Dims, eps: float, mask: Mask = ALL, stats: Flat | None = None) -> Flat:
     """Statistics alone."""
     check()
     p = _plan(dims, x.kind, aligned(x), mask)
-    return statistics_of(x, p, (None, None), dims, moving(dims, eps, 0.0), x.owner.stream(), mask)
+    return statistics_of(x, p, (None, None), dims, moving(dims, eps, 0.0), x.owner.stream(), mask, stats)
 
 
-def statistics(mean: Flat, var: Flat, eps: float) -> Flat:
+def statistics(mean: Flat, var: Flat, eps: float, stats: Flat | None = None) -> Flat:
     """``stats`` of given running statistics, for a backward pass through them."""
     check()
     C = mean.size
-    stats: Flat = mean.owner.vector(4 * C)
+    if stats is None:
+        stats = mean.owner.vector(4 * C)
     what = finalize.settle_given(mean.kind, tuning.THREADS)
     run(what, (-(-C // tuning.THREADS),), mean.owner.stream(), (mean, var, stats, C, eps))
     return stats
@@ -216,12 +223,17 @@ def infer(
 def backward(
     x: Flat, grad: Flat, y: Flat | None, out: Flat, grad_residual: Flat | None, weight: Flat | None,
     bias: Flat | None, stats: Flat, dims: Dims, frozen: bool, relu: bool | None, mask: Mask = ALL,
+    grads: tuple[Flat, Flat] | None = None,
 ) -> tuple[Flat, Flat]:  # fmt: skip
-    """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias."""
+    """Input gradient into ``out``, the residual's into ``grad_residual``; returns those of weight and bias.
+
+    ``grads``: where to write the latter, if the caller has a place.
+    """
     check()
     tensors, params, flags = (x, grad, y, out, grad_residual), (weight, bias), flags_of(weight, bias)
     stream, whole = x.owner.stream(), aligned(*tensors)
-    grads = x.owner.vector(dims[1]), x.owner.vector(dims[1])
+    if grads is None:
+        grads = x.owner.vector(dims[1]), x.owner.vector(dims[1])
     one = None
     if mask.valid is None:
         one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, device_properties())
@@ -242,7 +254,7 @@ def _split_backward(
     what = what._replace(W=p.W, threads=tuning.THREADS, masked=mask.valid is not None)
     partial = x.owner.scratch(2 * p.parts * (p.V if p.rows else C))
     _sums(p, what._replace(frozen=False), tensors[:3], stats, params, partial, dims, stream, mask)
-    settle = finalize.settle_backward(x.kind, tuning.THREADS)
+    settle = finalize.settle_backward(WIDE[x.kind], tuning.THREADS)
     run(settle, (-(-C // p.group),), stream, (partial, stats, *grads, C, p.depth, p.columns, p.group))
     cut = (*_shape(p, dims), p.apply_chunk, *_tail(p))
     args = (*tensors, stats, *params, *grads, *cut, flags_of(*params), *mask)

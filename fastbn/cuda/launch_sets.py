@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastbn.cuda import finalize, launch, sets, sets_columns, sets_kept, tuning
-from fastbn.cuda.arrays import Flat
+from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan_sets import SetPlan, Sizes, columns
 from fastbn.cuda.plan_sets import sets as set_plan
@@ -61,7 +61,7 @@ def backward(
     else:
         _split(x, grad, out, weight, stats, by_set, d, p, stream)
     if affine and p.affine == "one":
-        _settle(x, by_set, dweight, dbias, (d.C, d.B, 1, 32), stream)
+        settle(x, by_set, dweight, dbias, (d.C, d.B, 1, 32), stream)
 
 
 def _split(
@@ -73,18 +73,18 @@ def _split(
     args: Any = (x, grad, stats, weight, partial, *_four(d), s.parts, s.chunk, flags)
     run(sets.sums(what), (d.sets, s.parts), stream, args)
     settle = (partial, stats, sum_vt, sum_v, d.sets, s.parts, 1, s.group)
-    run(finalize.settle_backward(x.kind, tuning.THREADS), (-(-d.sets // s.group),), stream, settle)
+    run(finalize.settle_backward(WIDE[x.kind], tuning.THREADS), (-(-d.sets // s.group),), stream, settle)
     args = (x, grad, out, stats, weight, sum_vt, sum_v, *_four(d), s.apply_chunk, flags)
     run(sets.gradient(what), (d.sets, s.apply_parts), stream, args)
 
 
-def _settle(
+def settle(
     x: Flat, partial: Flat, dweight: Flat | None, dbias: Flat | None, cut: tuple[int, int, int, int], stream: int
 ) -> None:
     """Add up rows of sums; ``cut`` is (channels, rows, columns a channel, channels a block)."""
     spare = None if dweight is not None and dbias is not None else x.owner.scratch(cut[0])
     args = (partial, dweight or spare, dbias or spare, *cut)
-    run(sets_columns.settle(x.kind, tuning.THREADS), (-(-cut[0] // cut[3]),), stream, args)
+    run(sets_columns.settle(WIDE[x.kind], tuning.THREADS), (-(-cut[0] // cut[3]),), stream, args)
 
 
 def _by_column(
@@ -94,7 +94,7 @@ def _by_column(
     partial = x.owner.scratch(2 * c.parts * V)
     args = (x, grad, stats, partial, d.B, d.G, V, d.n, c.parts, c.chunk, c.tx)
     run(sets_columns.sums(x.kind, c.W, tuning.THREADS), (c.across, c.parts), stream, args)
-    _settle(x, partial, dweight, dbias, (d.C, c.parts, d.S, c.many), stream)
+    settle(x, partial, dweight, dbias, (d.C, c.parts, d.S, c.many), stream)
 
 
 def move(stats: Flat, running_mean: Flat, running_var: Flat, samples: int, momentum: float, unbias: float) -> None:

@@ -2,7 +2,8 @@
 
 Numba's own call costs 20 us for twenty arguments (types are compared and boxed one by one), ``cuda.core.launch`` with
 arguments boxed here 5 us. What remains below is one ``struct.pack_into`` and one call of the driver, by the same
-CUDA bindings that numba-cuda stands on. Where those are not what is expected, Numba's call does it.
+CUDA bindings that numba-cuda stands on. Where those are not what is expected, or the driver refuses a kernel's first
+launch, Numba's call does it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import struct
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from fastbn.cuda.driver import ARITHMETIC, cuda
+from fastbn.cuda import tuning
+from fastbn.cuda.driver import ARITHMETIC, cuda, stream_of
 from fastbn.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Launcher:
 
     def __init__(self, what: Kernel, grid: tuple[int, ...], shared: int):
         bindings = importlib.import_module("cuda.bindings.driver")
+        self.what, self.grid, self.shared, self.proven = what, grid, shared, False
         compiled = next(iter(what.compiled.overloads.values()))
         self.keep = compiled._codelibrary.get_cufunc()
         # A CUkernel may stand where a CUfunction is expected, as numba-cuda itself uses it.
@@ -76,8 +79,22 @@ class Launcher:
             cuda.current_context()
             (code,) = self.call(*self.place, _stream(stream), slot[2], *self.extra)
         self.pool.append(slot)
-        if code != 0:
+        if code == 0:
+            self.proven = True
+        elif self.proven:
             raise DeviceError(f"{self.name}: the driver refused the launch: {code!r}")
+        else:
+            self._instead(code, stream, numbers)
+
+    def _instead(self, code: Any, stream: int, numbers: list[Any]) -> None:
+        """Launch by Numba, now and from now on: what the driver says of a first launch may be about how it was made."""
+        plain = Plain(self.what, self.grid, self.shared)
+        try:
+            plain(stream, numbers)
+        except Exception as error:
+            raise DeviceError(f"{self.name}: the driver refused the launch: {code!r}; by Numba: {error}") from error
+        self.what.replace(self, plain)
+        warnings.warn(f"{self.name}: Numba launches it, the driver said {code!r}", RuntimeWarning, stacklevel=2)
 
 
 class Plain:
@@ -90,7 +107,7 @@ class Plain:
     def _configured(self, stream: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Numba finds small grids worth a warning
-            handle = cuda.external_stream(stream) if stream else 0
+            handle = stream_of(stream) if stream else 0
             return self.what.compiled[self.grid, self.what.threads, handle, self.shared]
 
     def __call__(self, stream: int, numbers: list[Any]) -> None:
@@ -100,6 +117,8 @@ class Plain:
 
 def make(what: Kernel, grid: tuple[int, ...], shared: int) -> Any:
     """Return the quickest launcher that works with the installed numba-cuda."""
+    if not tuning.DIRECT:
+        return Plain(what, grid, shared)
     try:
         return Launcher(what, grid, shared)
     except (ImportError, AttributeError, TypeError, ValueError):

@@ -12,24 +12,24 @@ class Library:
     """What one library does its own way. ``name`` is for messages."""
 
     name = "CUDA"
+    streams_differ = False  # arrays say themselves which stream they are on
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:
         """See an array of this library."""
         raise NotImplementedError
 
-    def current(self) -> int:
-        """Return the number of the GPU that kernels are launched on."""
-        from fastbn.cuda.driver import current_device
-
-        return current_device()
-
-    def signature(self, value: Any) -> Any:
-        """Return what tells arrays of this library apart but their memory; None where it cannot tell."""
+    def signatures(self, values: Any) -> list[Any]:
+        """Return what tells arrays (or None) of this library apart but their memory; TypeError where it cannot tell."""
         raise TypeError(self.name)
 
     def address(self, value: Any) -> int:
         """Return where the memory begins."""
         return self.wrap(value).address
+
+    def addresses(self, values: Any) -> list[int]:
+        """Return where the memory of each begins; 0 for None."""
+        address = self.address
+        return [0 if v is None else address(v) for v in values]
 
     def like(self, value: Any) -> Any:
         """Return an uninitialised array with the shape, dtype and (dense) memory order of another."""

@@ -11,14 +11,20 @@ from fastbn.cuda.simd import access, add
 int64 = types.int64
 
 
-def make_publish(kind: str, W: int, threads: int):
-    """Write the sums of the block where the other blocks find them, and wait until all have."""
+def make_publish(kind: str, W: int, threads: int, alone: bool):
+    """Write the sums of the block where the other blocks find them, and wait until all have.
+
+    ``alone``: there are no other blocks of this tile, and the block waits for its own threads.
+    """
     reduce = make_reduce(kind, W, threads)
 
     @device
     def publish(s, q, red, partial, part, P, V, tile, width, tx, ty, height):
         reduce(s, q, red, partial, part, P, V, tile, width, tx, ty, height)
-        cuda.cg.this_grid().sync()
+        if alone:
+            cuda.syncthreads()
+        else:
+            cuda.cg.this_grid().sync()
 
     return publish
 

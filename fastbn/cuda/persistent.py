@@ -4,7 +4,7 @@ A block has a tile of columns and ``chunk`` rows of it, sums them and keeps the 
 shared memory (26 MB over an H200); behind the barrier every block adds up the sums of its columns, in the order of the
 parts, and writes its rows last first: what the caches still hold is read from there. Floor: one read and one write of
 the tensor where it fits on the chip, one read more where it does not. The launch is a cooperative one, since blocks
-wait for each other; ``rows`` does the same in three launches.
+wait for each other, but where few rows are one block's alone; ``rows`` does the same in three launches.
 """
 
 # mypy: ignore-errors
@@ -104,7 +104,7 @@ def train(what: Variant):
     A, io, output, pivot = ARITHMETIC[kind], access(kind, W), make_output(what), make_pivot(kind)
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
     absorb, settle = make_absorb(what), make_settle(what)
-    publish, (collect, _) = make_publish(kind, W, threads), make_collect(kind, W, threads)
+    publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, three, both = TX * W, 3 * TX * W, 2 * threads * W
 
     @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, 1)
@@ -179,7 +179,7 @@ def backward(what: Variant):
     keep_raw, recall, encode = io.keep, io.recall, io.encode
     kept_terms = make_terms(what._replace(relu=False, residual=False))
     affine, settle = make_affine(kind, False), make_settle_gradients(what)
-    publish, (collect, _) = make_publish(kind, W, threads), make_collect(kind, W, threads)
+    publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, six, both = TX * W, 6 * TX * W, 2 * threads * W
 
     @kernel("TTTTTAAAAAAiiiiiii", kind, threads, 1)

@@ -117,6 +117,16 @@ def slab(dims: Dims, kind: str, aligned: bool, tensors: int, limit: int) -> tupl
     return threads, tensors * channel
 
 
+@functools.lru_cache(maxsize=1024)
+def again(dims: Dims, kind: str) -> int:
+    """Threads of a block that has a channel of a small tensor to itself and reads it twice; 0 if that is no good."""
+    N, C, S = dims
+    values, most = N * S, tuning.SCATTERED if S == 1 else tuning.SMALL
+    if values > tuning.AGAIN or C * values * ITEMSIZE[kind] > most:
+        return 0
+    return next(threads for least, threads in tuning.SLAB if values >= least)
+
+
 class Persistent(NamedTuple):
     """How the one-launch kernel for rows works off a shape; ``threads`` is 0 where it cannot."""
 
@@ -127,6 +137,7 @@ class Persistent(NamedTuple):
     chunk: int = 0  # rows of a block
     kept: int = 0  # vectors that each thread keeps in shared memory
     shared: int = 0  # bytes of it
+    alone: bool = False  # one block below another: few rows, no meeting
 
 
 @functools.lru_cache(maxsize=1024)
@@ -142,11 +153,12 @@ def persistent(dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, 
     vectors = C // lanes
     tx = -(-vectors // -(-vectors // TILE))
     across, height = -(-vectors // tx), threads // tx
-    if across > blocks:
+    alone = tuning.ALONE * height >= N and N * C * ITEMSIZE[kind] <= tuning.SMALL
+    if across > blocks and not alone:
         return Persistent(0)
-    parts = min(blocks // across, -(-N // height))
+    parts = 1 if alone else min(blocks // across, -(-N // height))
     chunk = -(-N // parts)
     arithmetic = 8 if kind == "f64" else 4
     own = 2 * threads * lanes * arithmetic + 7 * TILE * lanes * arithmetic
     kept = max(0, min(-(-chunk // height), (limit - own - tuning.RESERVE) // (threads * 16 * tensors)))
-    return Persistent(threads, across, tx, -(-N // chunk), chunk, kept, kept * threads * 16 * tensors)
+    return Persistent(threads, across, tx, -(-N // chunk), chunk, kept, kept * threads * 16 * tensors, alone)

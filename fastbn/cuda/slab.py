@@ -1,7 +1,8 @@
 """Batch norm on channels-first arrays, a channel to a block that keeps it in shared memory: one read, one write.
 
 Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs.
-Each thread reads back only what it kept itself. For channels of up to a block's shared memory (227 KB on sm_90), in
+Each thread reads back only what it kept itself; small tensors whose runs are no whole vectors are read again instead,
+from the caches (not ``kept``). For channels of up to a block's shared memory (227 KB on sm_90), in
 backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.channel import make_affine, make_block_sum, make_combine, make_keep, make_pivot, make_slopes
-from fastbn.cuda.driver import ARITHMETIC, cuda, kernel, types
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
@@ -28,7 +29,7 @@ def train(what: Variant):
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
     pivot, block_sum, resolve = make_pivot(kind), make_block_sum(kind, threads), make_resolve(kind)
     again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
-    sizes = 2 * (threads // 32)
+    sizes, kept = 2 * (threads // 32), what.kept
 
     @kernel("TTTAAAAAiiiaaaai", kind, threads, 1)
     def slab_train(
@@ -48,10 +49,11 @@ def train(what: Variant):
             r, at2 = advance(r, at1, rest_step, step, past, S4)
             r, at3 = advance(r, at2, rest_step, step, past, S4)
             x0, x1, x2, x3 = load(x, at), load(x, at1), load(x, at2), load(x, at3)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, 4 * (v + threads), x1)
-            keep_raw(slab, 4 * (v + 2 * threads), x2)
-            keep_raw(slab, 4 * (v + 3 * threads), x3)
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, 4 * (v + threads), x1)
+                keep_raw(slab, 4 * (v + 2 * threads), x2)
+                keep_raw(slab, 4 * (v + 3 * threads), x3)
             for raw in (x0, x1, x2, x3):
                 u, t = terms(raw, raw, raw, m, m, m, m)
                 s, q = add(s, u), fma(u, t, q)
@@ -59,7 +61,8 @@ def train(what: Variant):
             v = int32(v + 4 * threads)
         while v < end:
             x0 = load(x, at)
-            keep_raw(slab, 4 * v, x0)
+            if kept:
+                keep_raw(slab, 4 * v, x0)
             u, t = terms(x0, x0, x0, m, m, m, m)
             s, q = add(s, u), fma(u, t, q)
             r, at = advance(r, at, rest_step, step, past, S4)
@@ -75,7 +78,10 @@ def train(what: Variant):
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
-            x0 = recall(slab, 4 * v)
+            if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
+                x0 = recall(slab, 4 * v)
+            else:
+                x0 = load_last(x, at)
             r0 = x0
             if residual:
                 r0 = load_last(res, at)
@@ -86,17 +92,37 @@ def train(what: Variant):
     return slab_train
 
 
+def make_second(what: Variant):
+    """The pair (u, t) of a vector for the second time: from what was kept of it, or read again."""
+    io, kept, by_output = access(what.kind, what.W), what.kept, what.relu and what.residual
+    recall, load_last = io.recall, io.load_last
+    terms = make_terms(what._replace(relu=False, residual=False) if kept else what)
+
+    @device
+    def second(x, g, y, slab, half, v, at, m, invstd, k, b):
+        if kept:
+            x0 = recall(slab, 4 * v)
+            return terms(x0, recall(slab, half + 4 * v), x0, m, invstd, k, b)
+        else:
+            x0, g0 = load_last(x, at), load_last(g, at)
+            y0 = x0
+            if by_output:
+                y0 = load_last(y, at)
+            return terms(x0, g0, y0, m, invstd, k, b)
+
+    return second
+
+
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads = what.kind, what.W, what.threads
     by_output = what.relu and what.residual
-    plain = what._replace(backward=True, relu=False, residual=False)
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
-    load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
-    encode, kept_terms = io.encode, make_terms(plain)
+    load, load_last, store, splat, keep_raw = io.load, io.load_last, io.store, io.splat, io.keep
+    encode, again = io.encode, make_second(what)
     affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
-    sizes = 2 * (threads // 32)
+    sizes, kept = 2 * (threads // 32), what.kept
 
     @kernel("TTTTTAAAAAiiii", kind, threads, 1)
     def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags):
@@ -121,10 +147,11 @@ def backward(what: Variant):
             if by_output:
                 store(dr, at, u0)
                 store(dr, at1, u1)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, 4 * (v + threads), x1)
-            keep_raw(slab, second + 4 * v, encode(u0))
-            keep_raw(slab, second + 4 * (v + threads), encode(u1))
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, 4 * (v + threads), x1)
+                keep_raw(slab, second + 4 * v, encode(u0))
+                keep_raw(slab, second + 4 * (v + threads), encode(u1))
             s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
             r, at = advance(r, at1, rest_step, step, past, S4)
             v = int32(v + 2 * threads)
@@ -136,8 +163,9 @@ def backward(what: Variant):
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
             if by_output:
                 store(dr, at, u0)
-            keep_raw(slab, 4 * v, x0)
-            keep_raw(slab, second + 4 * v, encode(u0))
+            if kept:
+                keep_raw(slab, 4 * v, x0)
+                keep_raw(slab, second + 4 * v, encode(u0))
             s, q = add(s, u0), fma(u0, t0, q)
         db, dw = block_sum(total(s), total(q), scratch)
         dw -= rest * invstd * db
@@ -147,8 +175,7 @@ def backward(what: Variant):
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
-            x0, g0 = recall(slab, 4 * v), recall(slab, second + 4 * v)
-            u, t = kept_terms(x0, g0, x0, m, invstd, k, b)
+            u, t = again(x, g, y, slab, second, v, at, m, invstd, k, b)
             store(dx, at, slope(u, t, k, c1, c0))
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)

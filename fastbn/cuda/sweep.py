@@ -24,6 +24,8 @@ class Variant(NamedTuple):
     residual: bool = False  # forward: added; backward: its gradient is written and ReLU's sign comes from y
     frozen: bool = False  # statistics are constants
     given: bool = False  # forward: mean and variance as arguments instead of ``stats``
+    kept: bool = True  # one launch: in shared memory; else x is read again, from L2
+    alone: bool = False  # one launch for rows: a tile is one block's, which meets nobody
     masked: bool = False  # values count, and outputs are not zero, only where a byte for each (sample, place) says so
 
 

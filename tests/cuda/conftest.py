@@ -17,10 +17,16 @@ collect_ignore: list[str] = []
 if not SIMULATED:
     collect_ignore += [
         "test_arrays.py", "test_launch.py", "test_launcher.py", "test_masks.py", "test_plan.py", "test_public.py",
-        "test_sets.py", "test_simulator.py", "test_torch.py",
+        "test_sets.py", "test_simulator.py", "test_stored.py", "test_torch.py", "test_training.py",
     ]  # fmt: skip
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)
+
+
+NUMBERS = {
+    "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
+    "PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": 10**9,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,6 @@ def small(monkeypatch):
         return
     from fastbn.cuda import choice, tuning
 
-    numbers = {
-        "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
-        "PERSISTENT": False, "SMALL": 0, "SLAB_CHANNELS": 10**9,
-    }  # fmt: skip
-    for name, value in numbers.items():
+    for name, value in NUMBERS.items():
         monkeypatch.setattr(tuning, name, value)
     choice.forget()

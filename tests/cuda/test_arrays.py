@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastbn import device
-from fastbn.cuda import arrays, libraries
+from fastbn.cuda import arrays, driver, libraries
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from tests.cuda.device import GpuArray, through_gpu
 
@@ -84,6 +84,20 @@ def test_gaps_are_copied_or_refused_by_the_library():
     assert np.array_equal(y.host, want.host)
     with pytest.raises(ArgumentTypeError, match="C-contiguous"):
         libraries.Numba().contiguous(gappy)
+
+
+def test_an_array_on_another_stream_is_waited_for(monkeypatch):
+    """Each array says which stream it is on; x's is where everything is launched."""
+    waits = []
+    monkeypatch.setattr(driver, "wait", lambda here, there: waits.append((here, there)))
+    monkeypatch.setattr(type(libraries.NUMBA), "stream", lambda self, value: getattr(value, "on", 0))
+    monkeypatch.setattr(type(libraries.NUMBA), "streams_differ", True, raising=False)
+    x, weight, mean, var = (GpuArray.of(a) for a in (X, ONE, ONE, ONE))
+    x.on, weight.on, mean.on, var.on = 7, 7, 9, 0
+    _, saved = device.train(x, weight, None, mean, var, 0.1, 1e-5, 1, None, None, None)
+    assert waits == [(7, 9), (7, 0)]
+    saved.gradients(GpuArray.of(X), None)
+    assert waits[2:] == [(7, 0)]
 
 
 def test_bfloat16_without_ml_dtypes(monkeypatch):

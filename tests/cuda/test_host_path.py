@@ -1,8 +1,8 @@
 """Everything between a call and the GPU, with the real numba-cuda and a driver that runs nothing.
 
 Compiling, linking (the device runtime of the grid barrier too), opting in to shared memory, streams, cooperative
-launches: what the simulator leaves out and what the first call on a GPU would find. Skipped without the CUDA packages
-or a C compiler.
+launches, the machine code on disk: what the simulator leaves out and what the first call on a GPU would find. Skipped
+without the CUDA packages or a C compiler.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,10 @@ def step(name, call):
     return call()
 
 w = array(64)
-x, y = array(64, 64), array(64, 64)
+x, y = array(4096, 64), array(4096, 64)
 step("rows", lambda: fastbn.batch_norm_train(x, w, w, array(64), array(64), out=y))
+step("alone", lambda: fastbn.batch_norm_train(array(64, 64), w, w))
+step("again", lambda: fastbn.batch_norm_train(array(8, 64, 7, 7), w, w))
 planes = array(2, 64, 28, 28)
 step("slab", lambda: fastbn.batch_norm_train(planes, w, w))
 step("infer", lambda: fastbn.batch_norm_infer(planes, w, w, w, w))
@@ -62,11 +65,27 @@ driver.Kernel.__init__ = keep
 
 @pytest.mark.skipif(not (_installed() and shutil.which("gcc")), reason="needs the CUDA packages and gcc")
 def test_calls_reach_the_driver_as_they_should(tmp_path):
+    begun = time.perf_counter()
+    steps = run(tmp_path)
+    check(steps)
+    compiled, kept = time.perf_counter() - begun, sorted((tmp_path / "kept").rglob("*.sm_90"))
+    assert [path.name.split("-")[0] for path in kept] == [
+        "planes_normalise", "rows_train", "rows_train", "sets_train", "slab_train", "slab_train",
+    ]  # fmt: skip
+    changed = [path.stat().st_mtime_ns for path in kept]
+    kept[0].write_bytes(b"cut off")
+    check(run(tmp_path))  # the others come from the disk, and what is no kernel is compiled again
+    assert [path.stat().st_mtime_ns == then for path, then in zip(kept, changed, strict=True)] == [False] + [True] * 5
+    assert time.perf_counter() - begun < 2 * compiled
+
+
+def run(tmp_path):
     library = tmp_path / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, HERE / "pretended_driver.c", "-ldl"]
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, HERE / "pretended" / "driver.c", "-ldl"]
     subprocess.run(command, check=True)
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     environment |= {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(tmp_path)}
+    environment |= {"FASTBN_CACHE_DIR": str(tmp_path / "kept")}
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", KERNELS + CODE], cwd=HERE.parents[1], env=environment,
         capture_output=True, text=True, timeout=300,
@@ -80,9 +99,15 @@ def test_calls_reach_the_driver_as_they_should(tmp_path):
             steps[name] = []
         else:
             steps[name].append((words[0], *[int(w) for w in words[2:6]], words[6]))
+    return steps
+
+
+def check(steps):
     assert "synchronised" not in steps
     assert [s[0] for s in steps["rows"]] == ["attribute", "together"]
     assert steps["rows"][0][1:3] == (8, 232448 - 4096)  # all that a block may have, less its static part
+    assert [s[:4] for s in steps["alone"] if s[0] == "launch"] == [("launch", 1, 1, 512)]
+    assert [s[:5] for s in steps["again"]] == [("launch", 64, 1, 128, 0)]
     assert [(s[0], s[5]) for s in steps["stream"]] == [("launch", "0x7f0000001000")]
     assert [s[:3] for s in steps["slab"] if s[0] == "launch"] == [("launch", 64, 1)]
     assert len(steps["infer"]) == 1 and [s[0] for s in steps["layer"]] == ["attribute", "launch"]

@@ -23,6 +23,8 @@ SHAPES = {
     "rows": [(77, 13), (67, 12), (8, 3, 7, 7), (9, 8), (3, 16), (2, 1, 5), (8, 5, 3)],
     "slab": [(8, 2, 136), (3, 5, 8, 8), (1, 3, 96), (4, 2, 16)],
     "persistent": [(337, 16), (131, 8), (3, 272), (2, 8)],
+    "alone": [(120, 16), (31, 8), (3, 272), (2, 8)],
+    "again": [(9, 3, 7, 7), (40, 6), (2, 1, 5), (3, 2, 67), (1, 3, 264)],
 }
 ALL = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shapes]
 
@@ -37,16 +39,15 @@ def use(monkeypatch):
     """Return a function that lets ``launch`` choose the kernel of this name, and checks that it does."""
 
     def choose(kernel, dims=None, kind="f32"):
-        monkeypatch.setattr(tuning, "PERSISTENT", kernel == "persistent")
-        monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel == "slab" else 0)
+        monkeypatch.setattr(tuning, "PERSISTENT", kernel in ("persistent", "alone"))
+        monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel in ("slab", "alone", "again") else 0)
+        monkeypatch.setattr(tuning, "AGAIN", 1 << 14 if kernel == "again" else 0)
         choice.forget()
         if dims is None:
             return
-        limits = device_properties()
+        one = choice.one_launch(kind, dims, kernel != "again", False, False, True, False, device_properties())
         chosen = "rows" if plan.plan(dims, kind, True).rows else "planes"
-        chosen = "persistent" if plan.persistent(dims, kind, True, 2, *limits).threads else chosen
-        chosen = "slab" if plan.slab(dims, kind, True, 2, limits[1])[0] else chosen
-        assert chosen == kernel
+        assert kernel == (chosen if one is None else one.name)
 
     return choose
 
@@ -74,7 +75,14 @@ def test_every_kernel_and_option(kernel, shape, use, rng):
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=lambda d: d.name)
 @pytest.mark.parametrize(
     ("kernel", "shape"),
-    [("planes", (3, 2, 8, 9)), ("rows", (16, 3, 7)), ("slab", (3, 3, 64)), ("persistent", (37, 24))],
+    [
+        ("planes", (3, 2, 8, 9)),
+        ("rows", (16, 3, 7)),
+        ("slab", (3, 3, 64)),
+        ("persistent", (37, 24)),
+        ("alone", (37, 24)),
+        ("again", (5, 3, 7)),
+    ],
     ids=str,
 )
 def test_every_dtype(kernel, shape, dtype, use, rng):
@@ -113,7 +121,10 @@ def test_memory_that_is_not_aligned_takes_the_scalar_kernels(skew, use, rng):
         assert np.abs(y.host - want).max() <= 4e-6
 
 
-SMALL = [("planes", (4, 3, 72)), ("rows", (40, 6)), ("slab", (4, 3, 64)), ("persistent", (40, 8))]
+SMALL = [
+    ("planes", (4, 3, 72)), ("rows", (40, 6)), ("slab", (4, 3, 64)), ("persistent", (40, 8)), ("alone", (40, 8)),
+    ("again", (4, 3, 49)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastbn.cuda import driver, launcher
+from fastbn.cuda import driver, launcher, tuning
 from fastbn.errors import DeviceError
 
 READ = {"i": ctypes.c_int32, "l": ctypes.c_int64, "T": ctypes.c_uint64, "A": ctypes.c_uint64}
@@ -78,18 +78,44 @@ def test_a_thread_without_a_context_gets_one_and_errors_are_raised(kernel, monke
     assert len(launch.pool) == 1
 
 
+def test_a_first_launch_that_the_driver_refuses_is_numbas(kernel):
+    what, pretended = kernel(codes=[400])
+    called = []
+    what._compiled = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
+    with pytest.warns(RuntimeWarning, match="Numba launches it, the driver said 400"):
+        what.launcher((3,), 0)(0, NUMBERS)
+    what.launcher((3,), 0)(0, NUMBERS)
+    assert len(pretended.launched) == 1 and called == [(((3,), 64, 0, 0), tuple(NUMBERS))] * 2
+
+
+def test_a_launch_that_nobody_can_make_is_an_error(kernel):
+    what, _ = kernel(codes=[701])
+    what._compiled = Numbas(what, lambda configuration, numbers: 1 / 0)
+    with pytest.raises(DeviceError, match="refused the launch: 701; by Numba: division"):
+        what.launcher((3,), 0)(0, NUMBERS)
+
+
+class Numbas:
+    """A dispatcher of Numba's."""
+
+    def __init__(self, what, called):
+        self.overloads, self.called = what._compiled.overloads, called
+
+    def __getitem__(self, configuration):
+        return lambda *numbers: self.called(configuration, numbers)
+
+
+def test_numbas_way_where_it_is_asked_for(kernel, monkeypatch):
+    monkeypatch.setattr(tuning, "DIRECT", False)
+    assert isinstance(kernel()[0].launcher((3,), 0), launcher.Plain)
+
+
 def test_numbas_way_where_the_bindings_are_not_as_expected(kernel):
     what, pretended = kernel()
     del pretended.CUfunction
     called = []
 
-    class Dispatcher:
-        overloads = what._compiled.overloads
-
-        def __getitem__(self, configuration):
-            return lambda *numbers: called.append((configuration, numbers))
-
-    what._compiled = Dispatcher()
+    what._compiled = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
     launch = launcher.make(what, (3,), 1024)
     launch(0, NUMBERS)
     assert isinstance(launch, launcher.Plain) and called == [(((3,), 64, 0, 1024), tuple(NUMBERS))]

@@ -42,12 +42,6 @@ def test_running_statistics_may_stay_or_be_biased(rng):
     np.testing.assert_allclose(get(rv), reference.statistics(x)[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"ghost": 2}, {"renorm": (3.0, 5.0)}])
-def test_options_that_only_the_cpu_has_are_refused(option):
-    with pytest.raises(fastbn.ArgumentValueError, match=f"{next(iter(option))}: expected None for arrays on a GPU"):
-        fastbn.batch_norm_train(put(np.ones((6, 3, 10), np.float32)), **option)
-
-
 def test_arrays_on_a_gpu_beside_one_on_the_host_are_refused():
     with pytest.raises(fastbn.DeviceError, match="copy the array to the host"):
         fastbn.batch_norm_infer(np.ones((6, 3), np.float32), put(np.ones(3, np.float32)), np.ones(3, np.float32))

@@ -6,8 +6,8 @@ import pytest
 
 from bench import gpu_peers as peers
 from bench.gpu_cases import MOVED, Case
-from fastbn import device, device_arguments, device_known
-from fastbn.cuda import libraries
+from fastbn import device, device_arguments, device_known, dispatch
+from fastbn.cuda import choice, libraries, tuning
 from fastbn.errors import ArgumentTypeError
 
 torch = pytest.importorskip("torch")
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(autouse=True)
 def cpu_tensors(monkeypatch):
     monkeypatch.setattr(libraries.Torch, "stream", lambda self, value: 0)
-    for module in (device, device_arguments):
+    for module in (device, device_arguments, dispatch):
         monkeypatch.setattr(module, "on_device", lambda value: isinstance(value, torch.Tensor))
     libraries._torch.cache_clear()
     with torch.no_grad():
@@ -155,3 +155,46 @@ def test_only_the_very_same_call_is_known(slow):
         assert torch.equal(saved.gradients(turned, None).input, saved.gradients(grad, None).input)
     with torch.enable_grad(), pytest.raises(ArgumentTypeError, match="outside autograd"):
         step(x.clone().requires_grad_(), grad, vectors)
+
+
+def test_replays_go_where_the_arrays_lie(slow):
+    """One array given twice, arrays that are not aligned, work in place, and other kernels in between."""
+    x, grad, vectors = _arrays((6, 4))
+    want = step(x, grad, [v.clone() for v in vectors])
+    skewed = torch.empty(25)[1:].view(6, 4)
+    skewed.copy_(x)
+    for turn in range(8):
+        mine = [v.clone() for v in vectors]
+        if turn in (2, 5):
+            mine[1] = mine[0]
+        if turn == 3:
+            choice.forget()
+        y, saved, grads = step(skewed if turn in (1, 6) else x, grad, mine)
+        exact = [v.clone() for v in vectors]
+        if turn in (2, 5):
+            exact[1] = exact[0].clone()
+            assert not torch.equal(y, want[0])
+        right, _, right_grads = step(x.clone(), grad, exact)
+        assert torch.equal(y, right) and torch.allclose(grads.input, right_grads.input, atol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(mine[2:], exact[2:], strict=True))
+        assert saved.moments.count == 6
+        other, target = grad.clone(), torch.empty_like(grad)
+        assert torch.equal(saved.gradients(other, other).input, saved.gradients(grad, target).input)
+        inplace = x.clone()
+        out = device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, None)
+        assert torch.equal(device_known.infer(inplace, *vectors[2:], *vectors[:2], 1e-5, 1, None, inplace), out)
+
+
+def test_replayed_launches_allocate_what_the_recorded_ones_did(slow, monkeypatch):
+    x, grad, vectors = _arrays((40, 8))
+    for name, value in {"PERSISTENT": True, "SMALL": 0}.items():
+        monkeypatch.setattr(tuning, name, value)
+    choice.forget()
+    results = [step(x, grad, [v.clone() for v in vectors]) for _ in range(4)]
+    for y, saved, grads in results[1:]:
+        assert torch.equal(y, results[0][0]) and grads.weight.shape == (8,)
+        assert all(torch.equal(a, b) for a, b in zip(grads[:3], results[0][2][:3], strict=True))
+        assert saved.vectors.size == 32 and saved.mean.shape == (8,)
+    known = results[0][1].known
+    assert [s.what.function.__name__ for s in known.replays[False].steps] == ["rows_train"]
+    assert len(known.replays[False].sizes) == 1  # scratch lies behind the statistics
