@@ -93,6 +93,8 @@ def _vector(name: str, value: Any) -> Array:
 
 def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
     """Check a running statistic that will be updated in place."""
+    if type(value) is np.ndarray and value.dtype is dtype and value.shape == (channels,) and value.flags.carray:
+        return value
     if not isinstance(value, np.ndarray):
         raise ArgumentTypeError(name, "a NumPy array (it is updated in place)", type(value).__name__)
     if parameter(name, value, channels, dtype) is not value and not value.flags.writeable:

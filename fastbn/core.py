@@ -65,7 +65,11 @@ class Forward:
 
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
-        return None if x is None else views.raw(layout.flat(x, self.layout))
+        if x is None:
+            return None
+        if x.flags.carray and x.itemsize != 2:
+            return x.ravel()
+        return views.raw(layout.flat(x, self.layout))
 
     def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
         """Return what backward needs."""

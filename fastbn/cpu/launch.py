@@ -97,14 +97,11 @@ def train(
     p = plan(dims, _lanes(x))
     N, C, S = dims
     stats = np.empty(3 * C)
-    params = (weight, bias, running_mean, running_var, stats)
-    streamed = _streams(out)
-    if p.kind == "planes":
-        work = (x, residual, out, *params, N, C, S, eps, momentum, relu, streamed)
-        pool.run(planes.train, work, C, p.parallel)
-    elif p.kind == "rows":
-        matrix = (x, residual, out, *params, dims, p.V, p.per, eps, momentum, relu, streamed)
-        pool.run(rows.train, matrix, C, p.parallel)
+    tensors, streamed = (x, residual, out, weight, bias, running_mean, running_var, stats), _streams(out)
+    if p.kind == "rows":
+        pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, p.parallel)
+    elif p.kind == "planes":
+        pool.run(planes.train, (*tensors, N, C, S, eps, momentum, relu, streamed), C, p.parallel)
     else:
         columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
         rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
