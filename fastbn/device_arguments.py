@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from fastbn import layout
-from fastbn.cuda import driver
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
@@ -27,6 +26,8 @@ def _after(array: DeviceArray, x: DeviceArray) -> DeviceArray:
     if array.library is not x.library or array.library.streams_differ:
         here, there = x.stream(), array.stream()
         if here != there:
+            from fastbn.cuda import driver  # not above: without numba-cuda the error is to name the argument
+
             driver.wait(here, there)
     return array
 
