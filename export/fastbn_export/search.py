@@ -213,7 +213,9 @@ class _Search:
         if not rule.joins:
             if any(not other.affine.equals(parked[value][0].affine) for other in parked[value]):
                 raise Refused(f"the readers of '{value.name}' would need different maps")
-            if len({task.node for task in parked[value]}) > 1:  # a copy of the operator is for one reader
+            # A copy of the operator is for one reader, and for all that it reads.
+            reads = [use for use in _uses(value) if use.node is parked[value][0].node]
+            if len({task.node for task in parked[value]}) > 1 or len(reads) != len(parked[value]):
                 raise Refused(self._shared(value))
             return node, self._steps(parked[value][0], node, self._shared(value)), _without(parked, value)
         demands = {}

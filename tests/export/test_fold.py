@@ -290,6 +290,17 @@ def test_a_copy_that_reads_the_middle_of_a_run():
     check(m.build(m.bn(y, 5, parameters=m.positive(5)), m.op("Relu", turned)), duplicate=True)
 
 
+@pytest.mark.parametrize("duplicate", [False, True])
+def test_a_copy_for_a_reader_that_reads_twice(duplicate):
+    """Of two pieces of one value only one gets the shift: no copy of its operator is right for both."""
+    m = Model()
+    y = m.op("Conv", m.input(2, 3, 6, 6), m.weight(4, 3, 3, 3))
+    one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)
+    pieces = m.op("Split", m.op("Concat", y, y, axis=1), outputs=2, axis=1)
+    z = m.bn(m.op("Add", *pieces), 4, parameters=(one, np.arange(4, dtype="f"), zero, one), epsilon=0.0)
+    check(m.build(m.op("Relu", z)), duplicate=duplicate)
+
+
 def test_a_body_does_not_reach_outside():
     m = Model()
     m.input(2, 4, 6, 6, name="x")
