@@ -299,8 +299,8 @@ def _asking(locality):
     return intrinsic(prefetch)
 
 
-prefetch = _asking(3)
-ask = _asking(2)
+prefetch = _asking(3)  # into the first cache
+ask = _asking(2)  # into the second
 
 
 @intrinsic

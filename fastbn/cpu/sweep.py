@@ -28,7 +28,7 @@ from fastbn.cpu.simd import (
     where_positive,
 )
 
-SHORT, NEAR, FAR = 128, 256, 2048
+SHORT, NEAR, FAR = 128, 256, 2048  # elements of a run, and how far ahead of it lines are asked for (``ahead``)
 
 
 @part
