@@ -71,9 +71,9 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
     whose two slabs fit in the cache next to the core, 2.8 at S = 3136 and 3.5 at S = 784: what counts is how long the
     stretches are that are read from memory.
     """
-    per, every = block_channels(N, C, S, 2), max(1, RUN // S)
     x, g, y, dx, dr = split(base(x)), split(base(g)), split(base(y)), split(base(dx)), split(base(dr))
     W = lanes(x)
+    per, every = block_channels(N, C, S, W), max(1, RUN // S)
     size = 2 * W * per
     scratch, sums = np.empty(size + 5 * per, weight.dtype), np.empty(size, np.float64)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
