@@ -94,7 +94,7 @@ class BlockForward(Forward):
         if y is not None:
             arguments.apart("the output that the forward pass saved", to, y, exact_allowed=False)
         gated = layout.empty_like(self.x, self.layout) if self.relu and kept else None
-        tensors = [None if a is None else views.raw(layout.flat(a, self.layout)) for a in (self.x, grad, y, to, gated)]
+        tensors = [None if a is None else views.flat(a, self.layout) for a in (self.x, grad, y, to, gated)]
         dweight, dbias = np.zeros(self.weight.size), np.zeros(self.weight.size)
         for part, d, stats in pieces:
             cut: list[Any] = [None if t is None else t[part] for t in tensors]

@@ -65,11 +65,7 @@ class Forward:
 
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
-        if x is None:
-            return None
-        if x.flags.carray and x.itemsize != 2:
-            return x.ravel()
-        return views.raw(layout.flat(x, self.layout))
+        return None if x is None else views.flat(x, self.layout)
 
     def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
         """Return what backward needs."""

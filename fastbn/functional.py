@@ -304,7 +304,7 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
         return Moments(0, np.zeros(channels), np.zeros(channels))
     x, where = layout.settle(x, axis)
     kind = views.constant(1.0, channels, dtype)
-    mean, _, var = dispatch.kernels().moments(views.raw(layout.flat(x, where)), kind, where.dims, 0.0).reshape(3, -1)
+    mean, _, var = dispatch.kernels().moments(views.flat(x, where), kind, where.dims, 0.0).reshape(3, -1)
     count = where.dims[0] * where.dims[2]
     return Moments(count, mean, var * count)
 

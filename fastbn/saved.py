@@ -109,7 +109,7 @@ class BatchSaved(Saved):
             return Moments(self.count, self._row(0), self._row(2) * self.count)
         if self.x.size == 0:
             return Moments(0, np.zeros(self.weight.size), np.zeros(self.weight.size))
-        x = views.raw(layout.flat(self.x, self.layout))
+        x = views.flat(self.x, self.layout)
         mean, _, var = dispatch.kernels().moments(x, self.weight, self.layout.dims, 0.0).reshape(3, -1)
         return Moments(self.count, mean, var * self.count)
 
@@ -126,7 +126,7 @@ class BatchSaved(Saved):
             arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
         gated = layout.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
-            tensors = [None if a is None else views.raw(layout.flat(a, where)) for a in (x, grad, self.y, out, gated)]
+            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, out, gated)]
             dweight, dbias = dispatch.kernels().backward(
                 *tensors, self.weight, self.bias, self.stats, where.dims, self.frozen, self.relu
             )

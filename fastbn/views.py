@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments
+from fastbn import arguments, layout
 
 Array = npt.NDArray[Any]
 
@@ -42,3 +42,10 @@ def raw(flat: Array) -> Array:
     if not flat.flags.writeable:
         flat = np.asarray(_Memory(flat))
     return flat
+
+
+def flat(x: Array, where: layout.Layout) -> Array:
+    """View an array in a known memory order as the kernels take it."""
+    if x.flags.carray and x.itemsize != 2:
+        return x.ravel()
+    return raw(layout.flat(x, where))

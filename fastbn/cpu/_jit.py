@@ -11,10 +11,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +21,7 @@ import numba
 import numpy as np
 from numba.core.caching import FunctionCache
 
+from fastbn import disk
 from fastbn.cpu._parts import KERNEL_OPTIONS, OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,33 +30,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 @functools.cache
 def source_digest() -> str:
     """Hash of every source file of the kernels, which import from this folder alone, and of what compiles them."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _user_cache() -> Path:
-    for name in ("FASTBN_CACHE_DIR", "NUMBA_CACHE_DIR"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "fastbn" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "fastbn"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbn"
+    return disk.digest(
+        Path(__file__).resolve().parent, numba.__version__, llvmlite.__version__, np.__version__, sys.version
+    )
 
 
 @functools.cache
 def cache_folder() -> Path | None:
     """Where compiled kernels lie; None where nothing is writable (kernels are then compiled in every process)."""
-    try:
-        folder = _user_cache() / source_digest()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: Path.home() without a home
-        return None
+    return disk.folder(source_digest())
 
 
 class _QuietCache(FunctionCache):  # type: ignore[misc]

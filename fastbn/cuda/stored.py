@@ -24,6 +24,7 @@ import llvmlite
 import numba
 import numpy as np
 
+from fastbn import disk
 from fastbn.cuda.driver import types
 
 if TYPE_CHECKING:
@@ -62,31 +63,13 @@ def _digest() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append("")
     versions += [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    digest = hashlib.sha256(" ".join(versions).encode())
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _user_cache() -> Path:
-    for name in ("FASTBN_CACHE_DIR", "NUMBA_CACHE_DIR"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "fastbn" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbn"
+    return disk.digest(Path(__file__).resolve().parent, *versions)
 
 
 @functools.cache
 def folder() -> Path | None:
     """Where kernels lie; None where nothing is writable."""
-    try:
-        found = _user_cache() / f"cuda-{_digest()}"
-        found.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=found):
-            return found
-    except (OSError, RuntimeError):  # RuntimeError: Path.home() without a home
-        return None
+    return disk.folder(f"cuda-{_digest()}")
 
 
 class Store:

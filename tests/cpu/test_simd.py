@@ -14,17 +14,21 @@ if numba.config.DISABLE_JIT:
 
 
 @numba.njit
-def copy(x, y, n):
+def move(x, y, n):
     """Whole vectors, then the tail."""
-    count = x.size
-    p, q = simd.base(x), simd.base(y)
-    x, y = simd.like(q, p), simd.like(p, q)
     W, i = simd.lanes(x), 0
     while i + W <= n:
         simd.store(y, i, simd.load(x, i))
         i += W
     if i < n:
-        simd.store_n(y, i, simd.load_n(x, i, n - i), n - i)
+        simd.store_n(y, i, simd.first(simd.load_n(x, i, n - i), n - i), n - i)
+
+
+@numba.njit
+def copy(x, y, n):
+    count = x.size
+    p, q = simd.base(x), simd.base(y)
+    move(simd.like(q, p), simd.like(p, q), n)
     return count
 
 
@@ -33,13 +37,7 @@ def copy_split(x, y, n):
     """As ``copy``, through split vectors."""
     count = x.size
     p, q = simd.split(simd.base(x)), simd.split(simd.base(y))
-    x, y = simd.like(q, p), simd.like(p, q)
-    W, i = simd.lanes(x), 0
-    while i + W <= n:
-        simd.store(y, i, simd.load(x, i))
-        i += W
-    if i < n:
-        simd.store_n(y, i, simd.first(simd.load_n(x, i, n - i), n - i), n - i)
+    move(simd.like(q, p), simd.like(p, q), n)
     return count
 
 
