@@ -30,14 +30,18 @@ def fastbn(data: Data) -> Call:
     d, op = data, data.case.op
     if op in NORMS:
         return family.fastbn(data)
-    relu = {"activation": "relu", "residual": d.residual} if op.endswith("_fused") else {}
+    x, weight, bias, mean, var, axis, out = d.x, d.weight, d.bias, d.mean, d.var, d.axis, d.out
     if op == "infer":
-        return lambda: f.batch_norm_infer(d.x, d.mean, d.var, d.weight, d.bias, axis=d.axis, out=d.out, **relu)
-    rm, rv = d.mean.copy(), d.var.copy()
-    if op.startswith("train"):
-        return lambda: f.batch_norm_train(d.x, d.weight, d.bias, rm, rv, axis=d.axis, out=d.out, **relu)
-    _, saved = f.batch_norm_train(d.x, d.weight, d.bias, axis=d.axis, out=d.out2, **relu)
-    return lambda: f.backward(d.grad, saved, out=d.out)
+        return lambda: f.batch_norm_infer(x, mean, var, weight, bias, axis=axis, out=out)
+    rm, rv = mean.copy(), var.copy()
+    if op == "train":
+        return lambda: f.batch_norm_train(x, weight, bias, rm, rv, axis=axis, out=out)
+    relu = {"activation": "relu", "residual": d.residual} if op.endswith("_fused") else {}
+    if op == "train_fused":
+        return lambda: f.batch_norm_train(x, weight, bias, rm, rv, axis=axis, out=out, **relu)
+    _, saved = f.batch_norm_train(x, weight, bias, axis=axis, out=d.out2, **relu)
+    grad = d.grad
+    return lambda: f.backward(grad, saved, out=out)
 
 
 def copy(data: Data) -> Call:

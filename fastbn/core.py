@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, running, views
+from fastbn import arguments, dispatch, layout, quick, running, views
 from fastbn.errors import ArgumentValueError
-from fastbn.saved import BatchSaved, no_statistics, output
+from fastbn.saved import BatchSaved, kept, no_statistics, output
 
 Array = npt.NDArray[Any]
 
@@ -123,6 +123,10 @@ def frozen(
     eps: Any = 1e-5, axis: Any = 1, activation: Any = None, residual: Any = None, out: Any = None,
 ) -> tuple[Array, BatchSaved]:  # fmt: skip
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there."""
+    if residual is None:
+        done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
+        if done is not None:
+            return done[0], kept(done, x, True, 0)
     y, forward, stats = infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
     return y, forward.saved(stats, frozen=True)
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, core, dispatch, layout, masked, running, training, views
+from fastbn import arguments, core, dispatch, layout, masked, quick, running, training, views
 from fastbn.errors import ArgumentTypeError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Gradients, Saved, kept
 
 __all__ = ["Gradients", "Saved", "backward", "batch_norm_infer", "batch_norm_train", "frozen", "update_running"]
 
@@ -139,6 +139,10 @@ def batch_norm_train(
         return training.train(
             x, weight, bias, running_mean, running_var, options, axis, residual, mask, lengths, out
         )  # fmt: skip
+    if residual is None:
+        done = quick.train(x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out)
+        if done is not None:
+            return done[0], kept(done, x, False, int(running_mean is not None))
     return core.train(x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out)
 
 
@@ -190,6 +194,10 @@ def batch_norm_infer(
 
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
+    if residual is None:
+        done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
+        if done is not None:
+            return done[0]
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
 
 

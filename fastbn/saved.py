@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, views
+from fastbn import arguments, dispatch, layout, quick, views
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 
@@ -115,6 +115,9 @@ class BatchSaved(Saved):
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
+        done = quick.backward(self, grad_output, out)
+        if done is not None:
+            return Gradients(done[0], done[1] if self.affine[0] else None, done[2] if self.affine[1] else None, None)
         dx, dweight, dbias, residual = self.all_gradients(grad_output, out)
         return Gradients(dx, dweight if self.affine[0] else None, dbias if self.affine[1] else None, residual)
 
@@ -133,6 +136,15 @@ class BatchSaved(Saved):
         else:
             dweight, dbias = np.zeros_like(self.weight), np.zeros_like(self.bias)
         return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
+
+
+def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
+    """Return what backward needs after a quick call."""
+    saved = BatchSaved()
+    _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
+    saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
+    saved.y, saved.residual, saved.frozen, saved.updated = None, False, frozen, updated
+    return saved
 
 
 def output(out: Any, x: Array, axis: int) -> layout.Layout:

@@ -1,0 +1,228 @@
+"""Small plain calls take the short way, with the bits of the long one; all else goes the long way or raises there."""
+
+from __future__ import annotations
+
+import threading
+
+import numba
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import core, quick, saved
+from tests.oracle import same_bits
+
+if numba.config.DISABLE_JIT:
+    pytest.skip("needs the kernels", allow_module_level=True)
+
+SHAPES = [
+    ((64, 100), 1), ((2, 3), 1), ((8, 16, 5, 5), 1), ((4, 6, 40), 1), ((3, 7, 20), -1), ((5, 4, 6), 0), ((1, 9, 2), 1),
+]  # fmt: skip
+
+
+class Case:
+    """Arguments of a small plain call."""
+
+    def __init__(self, rng, shape=(64, 100), axis=1):
+        C = shape[axis]
+        self.axis, self.x = axis, rng.standard_normal(shape, dtype=np.float32)
+        self.weight, self.bias, self.mean = (rng.standard_normal(C, dtype=np.float32) for _ in range(3))
+        self.var = rng.random(C, dtype=np.float32) + 0.5
+        self.grad, self.out = rng.standard_normal(shape, dtype=np.float32), np.empty(shape, np.float32)
+
+    def train(self, **options):
+        mean, var = self.mean.copy(), self.var.copy()
+        given = {"axis": self.axis, "out": self.out} | options
+        y, kept = fastbn.batch_norm_train(self.x, self.weight, self.bias, mean, var, **given)
+        return y, kept, mean, var
+
+    def infer(self, **options):
+        given = {"axis": self.axis, "out": self.out} | options
+        return fastbn.batch_norm_infer(self.x, self.mean, self.var, self.weight, self.bias, **given)
+
+
+@pytest.fixture
+def c(rng):
+    found = Case(rng)
+    for _ in range(2):  # the first call compiles, the second one is known
+        fastbn.backward(found.grad, found.train()[1])
+        found.infer()
+    return found
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """Count the calls that go the long way."""
+    calls = []
+    begin, check = core.Forward.__init__, saved.check_gradient
+    monkeypatch.setattr(core.Forward, "__init__", lambda *a, **k: calls.append(0) or begin(*a, **k))
+    monkeypatch.setattr(saved, "check_gradient", lambda *a, **k: calls.append(1) or check(*a, **k))
+    return calls
+
+
+def results(c, activation):
+    y, kept, mean, var = c.train(activation=activation, out=None)
+    z = c.infer(activation=activation, out=None)
+    w, frozen = fastbn.functional.frozen(c.x, c.mean, c.var, c.weight, c.bias, axis=c.axis, activation=activation)
+    grads = [*fastbn.backward(c.grad, kept)[:3], *fastbn.backward(c.grad, frozen)[:3]]
+    about = [kept.mean, kept.variance, kept.moments.m2, frozen.mean, frozen.invstd]
+    assert (kept.count, kept.updated, frozen.updated) == (c.x.size // c.weight.size, 1, 0)
+    assert all(g.shape == c.weight.shape for g in (grads[1], grads[2], grads[4], grads[5]))
+    return [y, mean, var, z, w, *grads, *about]
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_same_bits_as_the_long_way(shape, axis, activation, rng, long_way, monkeypatch):
+    c = Case(rng, shape, axis)
+    results(c, activation)
+    long_way.clear()
+    short = results(c, activation)
+    assert not long_way
+    for name in ("train", "infer", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+    full = results(c, activation)
+    assert long_way
+    assert all(same_bits(a, b) for a, b in zip(short, full, strict=True))
+
+
+def test_without_parameters_and_statistics(c, long_way):
+    y, kept = fastbn.batch_norm_train(c.x)
+    assert not long_way
+    assert kept.updated == 0
+    assert same_bits(y, fastbn.batch_norm_train(c.x, np.ones_like(c.weight), np.zeros_like(c.bias))[0])
+    grads = fastbn.backward(c.grad, kept)
+    assert not long_way
+    assert (grads.weight, grads.bias, grads.residual) == (None, None, None)
+    assert fastbn.batch_norm_infer(c.x, c.mean, c.var) is not None
+    assert not long_way
+
+
+@pytest.mark.parametrize("change", [
+    {"eps": np.float64(1e-5)}, {"eps": 1}, {"momentum": np.float32(0.1)}, {"axis": np.int64(1)}, {"residual": True},
+    {"unbiased": False},
+], ids=lambda change: next(iter(change)))  # fmt: skip
+def test_other_arguments_go_the_long_way(change, c, long_way):
+    if "residual" in change:
+        change = {"residual": c.grad}
+    c.train(**change)
+    assert long_way
+
+
+@pytest.mark.parametrize("make", [
+    lambda a: a.astype(np.float64), lambda a: np.repeat(a, 2, axis=-1)[..., ::2], lambda a: a.tolist(),
+    lambda a: a[:-1].copy(), lambda a: a.reshape(-1, 2), lambda a: a.view(type("Mine", (np.ndarray,), {})),
+    lambda a: np.frombuffer(a.tobytes(), np.float32), lambda a: a.astype(">f4"),
+], ids=["float64", "strides", "list", "short", "matrix", "subclass", "read-only", "endian"])  # fmt: skip
+@pytest.mark.parametrize("name", ["weight", "bias", "mean", "var"])
+def test_other_vectors_as_the_long_way(name, make, c, monkeypatch):
+    setattr(c, name, make(getattr(c, name)))
+
+    def outcome(call):
+        try:
+            return np.array(call())
+        except (TypeError, ValueError) as e:
+            return f"{type(e).__name__}: {e}"
+
+    calls = [lambda: c.infer(out=None)]
+    if name in ("weight", "bias"):
+        calls.append(lambda: c.train(out=None)[0])
+    short = [outcome(call) for call in calls]
+    monkeypatch.setattr(quick, "train", lambda *a: None)
+    monkeypatch.setattr(quick, "infer", lambda *a: None)
+    for a, b in zip(short, [outcome(call) for call in calls], strict=True):
+        assert a == b if isinstance(b, str) else same_bits(a, b)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("axis", True), ("axis", 2), ("axis", "1"), ("axis", [1]), ("activation", "gelu"), ("activation", np.ones(2)),
+    ("activation", True), ("eps", 0.0), ("eps", float("nan")), ("eps", -1.0), ("momentum", float("inf")),
+    ("momentum", "0.1"), ("out", np.empty((64, 100))), ("out", np.empty((100, 64), np.float32)), ("out", 3),
+])  # fmt: skip
+def test_bad_arguments_raise_and_write_nothing(name, value, c):
+    before = c.out.copy()
+    with pytest.raises((TypeError, ValueError), match=name):
+        c.train(**{name: value})
+    if name != "momentum" and not (name == "eps" and value == 0.0):
+        with pytest.raises((TypeError, ValueError), match=name):
+            c.infer(**{name: value})
+    assert same_bits(before, c.out)
+
+
+def test_overlap(c):
+    memory = np.zeros(2 * c.x.size, np.float32)
+    c.x = memory[: c.x.size].reshape(c.x.shape)
+    moved = memory[100 : 100 + c.x.size].reshape(c.x.shape)
+    _, kept, *_ = c.train()
+    for out in (c.x, moved):
+        with pytest.raises(ValueError, match="out"):
+            c.train(out=out)
+        with pytest.raises(ValueError, match="out"):
+            fastbn.backward(c.grad, kept, out=out)
+    with pytest.raises(ValueError, match="out"):
+        c.infer(out=moved)
+    gradient = memory[-c.x.size :].reshape(c.x.shape)
+    with pytest.raises(ValueError, match="out"):
+        fastbn.backward(gradient, kept, out=memory[-c.x.size - 9 : -9].reshape(c.x.shape))
+    expected = c.infer().copy()
+    assert same_bits(c.infer(out=c.x), expected)
+
+
+def test_gradient_in_place(c, long_way):
+    _, kept, *_ = c.train()
+    expected = fastbn.backward(c.grad, kept).input
+    assert fastbn.backward(c.grad, kept, out=c.grad).input is c.grad
+    assert not long_way
+    assert same_bits(c.grad, expected)
+
+
+def test_one_value_per_channel_and_nothing(c):
+    with pytest.raises(ValueError, match="more than 1 value"):
+        fastbn.batch_norm_train(c.x[:1])
+    assert fastbn.batch_norm_infer(c.x[:1], c.mean, c.var).shape == (1, 100)
+    assert fastbn.batch_norm_train(c.x[:0])[0].shape == (0, 100)
+
+
+def test_x_reshaped_behind_our_back(c):
+    """Its layout is that of the forward pass; what is known of the new shape is not used."""
+    _, kept, *_ = c.train(out=None)
+    other = Case(np.random.default_rng(0), (100, 64))
+    for _ in range(2):
+        fastbn.backward(other.grad, other.train(out=None)[1])
+    expected = fastbn.backward(c.grad, kept)
+    c.x.shape = (100, 64)
+    got = fastbn.backward(c.grad.reshape(100, 64), kept)
+    assert same_bits(got.input.reshape(64, 100), expected.input)
+    assert same_bits(got.weight, expected.weight)
+
+
+def test_forgets_before_it_grows_without_end(c, monkeypatch):
+    monkeypatch.setattr(quick, "REMEMBERED", 3)
+    for rows in range(2, 12):
+        fastbn.batch_norm_train(c.x[:rows])
+        assert len(quick._calls) <= 3
+
+
+def test_many_threads(c):
+    wrong = []
+
+    def work(scale):
+        x = c.x * scale
+        expected = core.train(x, c.weight, c.bias, None, None, 0.1, 1e-5, 1, None, np.zeros_like(x), None)[0]
+        wrong.extend(i for i in range(200) if not same_bits(fastbn.batch_norm_train(x, c.weight, c.bias)[0], expected))
+
+    threads = [threading.Thread(target=work, args=(np.float32(s),)) for s in (1, 2, 3, 4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_without_entries_calls_go_the_long_way(c, long_way, monkeypatch):
+    from fastbn.cpu import entries
+
+    monkeypatch.setattr(quick, "_calls", {})
+    monkeypatch.setattr(entries, "compiled", lambda kernel, args: None)
+    c.train()
+    assert long_way
