@@ -77,13 +77,17 @@ def _add_narrow(x, g, y, at, width, m, k, b, relu, s, q):
 
 @helper
 def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
-    """As ``_add_whole`` from column i on, where columns or rows are missing: nothing at or past ``end`` counts."""
+    """As ``_add_whole`` from column i on, where columns or rows are missing: nothing at or past ``end`` counts.
+
+    No lane of such a vector is read behind the array: the CPU takes a microsecond over a page that is not there.
+    """
     W = lanes(x)
     while i < width:
         n, mv, kv, bv = min(W, width - i), load(m, i), load(k, i), load(b, i)
-        below = at + i + V
-        u0, v0 = _one_edge(x, g, y, at + i, min(n, max(0, end - at - i)), mv, kv, bv, relu)
-        u1, v1 = _one_edge(x, g, y, below, min(n, max(0, end - below)), mv, kv, bv, relu)
+        above, below = at + i, at + i + V
+        n0, n1 = min(n, max(0, end - above)), min(n, max(0, end - below))
+        u0, v0 = _one_edge(x, g, y, above if n0 > 0 else at, n0, mv, kv, bv, relu)
+        u1, v1 = _one_edge(x, g, y, below if n1 > 0 else at, n1, mv, kv, bv, relu)
         store(s, i, load(s, i) + (u0 + u1))
         store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
         i += W

@@ -45,10 +45,9 @@ from fastbn.cpu.sweep import (
 )
 
 BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
-SLAB = (
-    50_000  # lines of a block: longer stretches read faster (C*S apart), up to what the shared cache holds four times,
-)
-# two blocks a thread. Twice as much: training 1.05x, with two threads 1.15-1.25x the time; half as much, float16 1.2x
+# Longer stretches read faster (C*S apart), up to what the shared cache holds four times, two blocks a thread. Twice as
+# many lines: training 1.05x, with two threads 1.15-1.25x the time; half as many: float16 1.2x.
+SLAB = 50_000  # lines of a block
 RUN = 4096  # elements of a channel that are summed in float32: 64 additions a lane
 
 
