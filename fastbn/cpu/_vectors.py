@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import register_model
+from numba.core.registry import cpu_target
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -120,19 +123,67 @@ def decode(builder, pointer: types.CPointer, raw):
     return builder.bitcast(builder.shl(wide, constant(I32, vector.lanes, 16)), vector.ir)
 
 
-def encode(builder, pointer: types.CPointer, value):
-    """Round to nearest even; a NaN stays a (quiet) NaN.
+class _BFloat(ir.Type):
+    """bfloat16, which llvmlite does not have: as the type of an instruction's result only."""
 
-    bfloat16 without the select takes 0.92 of the time, but would make zero of a NaN whose bits are all ones.
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Tell whether what kernels are compiled for has AVX512_BF16."""
+    features = getattr(cpu_target.target_context.codegen(), "_tm_features", "") or ""
+    return "+avx512bf16" in features.split(",")
+
+
+def _halves(builder, vector):
+    """Split a vector into its first and its second half."""
+    half = vector.type.count // 2
+    return [
+        builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, half), list(range(at, at + half))))
+        for at in (0, half)
+    ]
+
+
+def _round_by_instruction(builder, vector: Vector, value):
+    """Round to bfloat16 where the CPU can (AVX512_BF16), but take its answer only where it is right.
+
+    The instruction makes zero of numbers below 2**-126. They are looked for in both halves and hardly ever found.
     """
-    kind = half(pointer)
-    if kind is None:
-        return value
-    vector = vector_of(pointer)
+    first, second = _halves(builder, value)
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [first.type] * 2)
+    fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    found = builder.bitcast(builder.call(fn, [second, first]), ir.VectorType(ir.IntType(16), 32))
+    if vector.split:
+        order = [i // 2 + 16 * (i % 2) for i in range(32)]
+        found = builder.shuffle_vector(found, found, ir.Constant(ir.VectorType(I32, 32), order))
+    kind = ir.FunctionType(ir.VectorType(ir.IntType(1), 16), [first.type, I32])
+    fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.fpclass.ps.512")
+    tiny = builder.or_(*(builder.call(fn, [half, ir.Constant(I32, 0x20)]) for half in (first, second)))
+    before = builder.block
+    with builder.if_then(builder.icmp_unsigned("!=", builder.bitcast(tiny, ir.IntType(16)), ir.IntType(16)(0)), False):
+        exact = _round_by_integers(builder, vector, value)
+        inside = builder.block
+    result = builder.phi(found.type)
+    result.add_incoming(found, before)
+    result.add_incoming(exact, inside)
+    return result
+
+
+def _round_by_integers(builder, vector: Vector, value):
+    """Round to bfloat16 with integer instructions.
+
+    Without the select it takes 0.92 of the time, but would make zero of a NaN whose bits are all ones.
+    """
     lanes = vector.lanes
     raw = ir.VectorType(ir.IntType(16), lanes)
-    if kind == "f16":
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(F16, lanes)), raw)
     bits = builder.bitcast(value, ir.VectorType(I32, lanes))
     odd = builder.and_(builder.lshr(bits, constant(I32, lanes, 16)), constant(I32, lanes, 1))
     rounded = builder.add(builder.add(bits, odd), constant(I32, lanes, 0x7FFF))
@@ -140,14 +191,21 @@ def encode(builder, pointer: types.CPointer, value):
     chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
     if not vector.split:
         return builder.trunc(builder.lshr(chosen, constant(I32, lanes, 16)), raw)
-    first, second = (
-        builder.shuffle_vector(
-            chosen, chosen, ir.Constant(ir.VectorType(I32, lanes // 2), list(range(at, at + lanes // 2)))
-        )
-        for at in (0, lanes // 2)
-    )
+    first, second = _halves(builder, chosen)
     low = builder.lshr(first, constant(I32, lanes // 2, 16))
     return builder.bitcast(builder.or_(low, builder.and_(second, constant(I32, lanes // 2, -0x10000))), raw)
+
+
+def encode(builder, pointer: types.CPointer, value):
+    """Round to nearest even; a NaN stays a (quiet) NaN."""
+    kind = half(pointer)
+    if kind is None:
+        return value
+    vector = vector_of(pointer)
+    if kind == "f16":
+        found = builder.fptrunc(value, ir.VectorType(F16, vector.lanes))
+        return builder.bitcast(found, ir.VectorType(ir.IntType(16), vector.lanes))
+    return (_round_by_instruction if has_bfloat16() else _round_by_integers)(builder, vector, value)
 
 
 def _lowest(builder, bits: int, n):
