@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -190,3 +191,21 @@ assert not [line for line in spills if "vmovup" in line or "vmovdqu" in line], s
 def test_vectors_on_the_stack_lie_on_lines(python, tmp_path):
     """One of them on two pages made bfloat16 training 4.6 times as slow, in one process in thirty."""
     python(ALIGNED, FASTBN_CACHE_DIR=tmp_path)
+
+
+STREAMED = """
+import re, numpy as np, fastbn
+from fastbn.cpu import planes
+x = np.ones((4, 8, 32), np.float16)
+fastbn.batch_norm_train(x)
+(machine,) = planes.train.inspect_asm().values()
+stores = re.findall(r"(\\S*mov\\S*)\\s+%[yz]mm\\d+, \\S*\\(%r\\w+,%r\\w+,2\\)", machine)
+assert any("movnt" in s for s in stores), stores
+assert not [s for s in stores if "movaps" in s or "movdqa" in s], stores
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86's instructions")
+def test_every_store_past_the_caches_is_one(python, tmp_path):
+    """Ordinary stores of whole tensors are unaligned: an aligned one was to be streamed, and LLVM forgot."""
+    python(STREAMED, FASTBN_CACHE_DIR=tmp_path)
