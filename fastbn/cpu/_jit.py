@@ -73,13 +73,21 @@ def jit(function: F) -> F:
     return dispatcher  # type: ignore[no-any-return]
 
 
+def _of_any_integer(dispatcher: Any) -> Any:
+    """Let a part be compiled once for integers: Numba would do so for the constant 0 and again for others."""
+    find = getattr(dispatcher, "get_call_template", None)
+    if find is not None:  # else a plain function, without the JIT
+        dispatcher.get_call_template = lambda args, kws: find(tuple(map(numba.types.unliteral, args)), kws)
+    return dispatcher
+
+
 def part(function: F) -> F:
     """Compile as a part of kernels, inlined into each: a call would pass vectors through memory (1.3x on the sums)."""
     compiled = numba.njit(nogil=True, error_model="numpy", forceinline=True, **OPTIONS)(function)
-    return compiled  # type: ignore[no-any-return]
+    return _of_any_integer(compiled)  # type: ignore[no-any-return]
 
 
 def helper(function: F) -> F:
     """Compile as a part of kernels that may stay a function; nothing of its own on disk."""
     compiled = numba.njit(nogil=True, error_model="numpy", **OPTIONS)(function)
-    return compiled  # type: ignore[no-any-return]
+    return _of_any_integer(compiled)  # type: ignore[no-any-return]

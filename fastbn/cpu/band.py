@@ -19,8 +19,10 @@ from fastbn.cpu.simd import (
     fma,
     head,
     lanes,
+    least,
     load,
     load_n,
+    most,
     store,
     store_n,
     widen_add,
@@ -83,9 +85,9 @@ def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
     """
     W = lanes(x)
     while i < width:
-        n, mv, kv, bv = min(W, width - i), load(m, i), load(k, i), load(b, i)
+        n, mv, kv, bv = least(W, width - i), load(m, i), load(k, i), load(b, i)
         above, below = at + i, at + i + V
-        n0, n1 = min(n, max(0, end - above)), min(n, max(0, end - below))
+        n0, n1 = least(n, most(0, end - above)), least(n, most(0, end - below))
         u0, v0 = _one_edge(x, g, y, above if n0 > 0 else at, n0, mv, kv, bv, relu)
         u1, v1 = _one_edge(x, g, y, below if n1 > 0 else at, n1, mv, kv, bv, relu)
         store(s, i, load(s, i) + (u0 + u1))
@@ -117,10 +119,10 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
     narrow = g is not None and V <= NARROW
-    r, end = r0, min(T, (r1 - 1) * V + v1)
-    whole, vectors = r0 + max(0, min(r1, T // V) - r0) // 2 * 2, width // W * W
+    r, end = r0, least(T, (r1 - 1) * V + v1)
+    whole, vectors = r0 + most(0, least(r1, T // V) - r0) // 2 * 2, width // W * W
     while r < r1:
-        stop = min(r + ROWS, whole)
+        stop = least(r + ROWS, whole)
         while r < stop:
             if narrow:
                 _add_narrow(x, g, y, r * V + v0, vectors, m, k, b, relu, s, q)
@@ -148,9 +150,9 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
     W = lanes(x)
     for row in range(r0, r1):
         at = row * V + v0
-        n = min(v1 - v0, T - at)
+        n = least(v1 - v0, T - at)
         off, end = v0 - o - at, at + n  # column constants of the element at position i lie at i + off
-        h = min(head(y, at), n) if streamed else 0
+        h = least(head(y, at), n) if streamed else 0
         if h > 0:
             _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
         i = at + h
@@ -176,9 +178,9 @@ def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, rel
     W = lanes(x)
     for row in range(r0, r1):
         at = row * V + v0
-        n = min(v1 - v0, T - at)
+        n = least(v1 - v0, T - at)
         off, end = v0 - o - at, at + n
-        h = min(head(dx, at), n) if streamed else 0
+        h = least(head(dx, at), n) if streamed else 0
         if h > 0:
             _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
         i = at + h

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastbn.cpu._jit import helper, part
 from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
-from fastbn.cpu.simd import get, lanes, load, load_n, put, rounded, splat, store, store_n
+from fastbn.cpu.simd import get, lanes, least, load, load_n, put, rounded, splat, store, store_n
 
 
 @part
@@ -33,7 +33,7 @@ def _repeat(values, period, width):
     """
     W = lanes(values)
     for start in range(period, width, period):
-        for i in range(0, min(period, width - start), W):
+        for i in range(0, least(period, width - start), W):
             store(values, start + i, load(values, i))
 
 
@@ -42,7 +42,7 @@ def _fold(sums, period, width):
     """Add all columns to the first ``period`` ones, in order."""
     W = lanes(sums)
     for start in range(period, width, period):
-        i, n = 0, min(period, width - start)
+        i, n = 0, least(period, width - start)
         while i + W <= n:
             store(sums, i, load(sums, i) + load(sums, start + i))
             i += W
@@ -75,7 +75,7 @@ def _row_pivots(x, N, C, c0, c1, m):
     W, r = lanes(x), _spread(N)
     eighth = splat(x, 0.125)
     for c in range(c0, c1, W):
-        n = min(W, c1 - c)
+        n = least(W, c1 - c)
         a = load_n(x, r[0] * C + c, n) + load_n(x, r[1] * C + c, n)
         b = load_n(x, r[2] * C + c, n) + load_n(x, r[3] * C + c, n)
         d = load_n(x, r[4] * C + c, n) + load_n(x, r[5] * C + c, n)

@@ -36,7 +36,8 @@ def wide_sums(x, N, C, S, c):
             d = get(x, i) - mean
             s += d
             q += d * d
-    return mean + s / n, max((q - s * s / n) / n, 0.0)
+    var = (q - s * s / n) / n
+    return mean + s / n, 0.0 if var < 0.0 else var
 
 
 @helper
@@ -66,7 +67,8 @@ def given(mean, var, stats, eps):
 def near(start, s, q, n, eps):
     """Mean and biased variance from sums about ``start``, and whether these can be trusted."""
     shift = s / n
-    var = max((q - s * shift) / n, 0.0)
+    var = (q - s * shift) / n
+    var = 0.0 if var < 0.0 else var  # NaN stays
     return start + shift, var, shift * shift <= FAR * var and q < 1e38 and var + eps > TINY
 
 

@@ -14,20 +14,21 @@ A channel's sums are kept as vectors, float32 ones (``short``) for at most RUN e
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import affine, keep, resolve
 from fastbn.cpu.simd import (
     base,
     clear,
+    empty,
     fence,
     fetch_add,
     get,
     head,
     lanes,
+    least,
     like,
     load,
+    most,
     put,
     rounded,
     split,
@@ -54,7 +55,7 @@ RUN = 4096  # elements of a channel that are summed in float32: 64 additions a l
 @helper
 def block_channels(N, C, S, W):
     """Channels of a block, from the shape and the lanes alone: an eighth of all, but within BLOCK and SLAB."""
-    return max(1, min(SLAB * W, max(BLOCK, N * S * (C // 8))) // (N * S))
+    return most(1, least(SLAB * W, most(BLOCK, N * S * (C // 8))) // (N * S))
 
 
 @helper
@@ -89,7 +90,7 @@ def sum_channel(x, g, y, at, S, m, k, b, relu, short, long, j):
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for i in range(0, S, RUN):
-        s, q = sum_run(x, g, y, at + i, min(RUN, S - i), m, k, b, relu, load(short, s_at), load(short, q_at))
+        s, q = sum_run(x, g, y, at + i, least(RUN, S - i), m, k, b, relu, load(short, s_at), load(short, q_at))
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
@@ -138,15 +139,16 @@ def _begin(x, stats, N, C, S, lo, hi, short, long):
 @jit
 def moments(x, stats, kind, N, C, S, eps, claim):
     """Statistics alone; ``kind`` is an empty array of the arithmetic type. Floor: one read."""
-    x, stats, claim = split(base(x)), base(stats), base(claim)
+    x = split(base(x))
     per = block_channels(N, C, S, lanes(x))
     size = 2 * lanes(x) * per
-    scratch, sums = np.empty(size, kind.dtype), np.empty(size, np.float64)
+    scratch, sums = empty(size, kind), empty(size, stats)
+    stats, claim = base(stats), base(claim)
     short, long = like(x, base(scratch)), base(sums)
-    every = max(1, RUN // S)
+    every = most(1, RUN // S)
     lo = fetch_add(claim, 0, per)
     while lo < C:
-        hi = min(lo + per, C)
+        hi = least(lo + per, C)
         _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
             for c in range(lo, hi):
@@ -166,7 +168,7 @@ def _write_and_sum(x, residual, y, at, i, c, relu, streamed, ahead, start, short
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for o in range(at, at + S, RUN):
-        n = min(RUN, at + S - o)
+        n = least(RUN, at + S - o)
         s, q = load(short, s_at), load(short, q_at)
         i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + ahead, n, start, s, q)
         store(short, s_at, s)
@@ -182,7 +184,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
     at = (r * C + old) * S
     i, c = at, constants(table, per, 0)
     if old < old_hi:
-        i = at + min(head(y, at), S)
+        i = at + least(head(y, at), S)
         store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
     for j in range(old_hi - old):
         end = at + S
@@ -200,7 +202,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         at = end
     if old < old_hi and i < at:
         store_n(y, i, normalise_part(x, residual, y, i, at - i, c, relu), at - i)
-    for j in range(max(0, old_hi - old), hi - lo):
+    for j in range(most(0, old_hi - old), hi - lo):
         start = get(stats, 2 * C + lo + j)
         sum_channel(x, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
 
@@ -215,17 +217,17 @@ def train(
     """
     tracked = running_mean.size > 0
     x, y, residual = split(base(x)), split(base(y)), split(base(residual))
-    per, every = block_channels(N, C, S, lanes(x)), max(1, RUN // S)
+    per, every = block_channels(N, C, S, lanes(x)), most(1, RUN // S)
     size = 2 * lanes(x) * per
-    scratch, sums = np.empty(size + 3 * per, weight.dtype), np.empty(size, np.float64)
+    scratch, sums = empty(size + 3 * per, weight), empty(size, stats)
     weight, bias, stats = base(weight), base(bias), base(stats)
     running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
     short, long, table = like(x, base(scratch)), base(sums), base(scratch) + size
     old = old_hi = 0
     lo = fetch_add(claim, 0, per)
     while lo < C or old < old_hi:
-        lo = min(lo, C)
-        hi = min(lo + per, C)
+        lo = least(lo, C)
+        hi = least(lo + per, C)
         _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
             _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long)
@@ -246,15 +248,15 @@ def train(
 def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
     """Inference with the statistics in ``stats``. Floor: one read, one write. Blocks are stretches of runs (n, c)."""
     x, y, residual = split(base(x)), split(base(y)), split(base(residual))
-    scratch = np.empty(3 * C, weight.dtype)
+    scratch = empty(3 * C, weight)
     weight, bias, stats, claim, table = base(weight), base(bias), base(stats), base(claim), base(scratch)
-    W, per = lanes(x), max(1, BLOCK // S)
+    W, per = lanes(x), most(1, BLOCK // S)
     tabulate(x, stats, weight, bias, table, C, C, 0, C)
     lo = fetch_add(claim, 0, per)
     while lo < N * C:
-        hi = min(lo + per, N * C)
+        hi = least(lo + per, N * C)
         at = lo * S
-        i, c = at + min(head(y, at), S), constants(table, C, lo % C)
+        i, c = at + least(head(y, at), S), constants(table, C, lo % C)
         store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
         for run in range(lo, hi):
             end = (run + 1) * S

@@ -8,12 +8,25 @@ next block's x are asked for.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import gradients, trusted
 from fastbn.cpu.planes import RUN, block_channels, constants, put_away, sum_channel, tabulate, total_of
-from fastbn.cpu.simd import base, clear, fence, fetch_add, get, head, lanes, like, put, split, store_n
+from fastbn.cpu.simd import (
+    base,
+    clear,
+    empty,
+    fence,
+    fetch_add,
+    get,
+    head,
+    lanes,
+    least,
+    like,
+    most,
+    put,
+    split,
+    store_n,
+)
 from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
 
 
@@ -42,7 +55,7 @@ def _gradient_constants(table, per, j):
 def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu, streamed):
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
-    i, c = at + min(head(dx, at), S), _gradient_constants(table, per, 0)
+    i, c = at + least(head(dx, at), S), _gradient_constants(table, per, 0)
     z, u = gradient_part(x, g, y, at, i - at, c, relu)
     store_n(dx, at, z, i - at)
     store_n(dr, at, u, i - at)
@@ -73,15 +86,15 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, N, C, S, froz
     """
     x, g, y, dx, dr = split(base(x)), split(base(g)), split(base(y)), split(base(dx)), split(base(dr))
     W = lanes(x)
-    per, every = block_channels(N, C, S, W), max(1, RUN // S)
+    per, every = block_channels(N, C, S, W), most(1, RUN // S)
     size = 2 * W * per
-    scratch, sums = np.empty(size + 5 * per, weight.dtype), np.empty(size, np.float64)
+    scratch, sums = empty(size + 5 * per, weight), empty(size, stats)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
     stats, claim, long = base(stats), base(claim), base(sums)
     short, table = like(x, base(scratch)), base(scratch) + size
     lo = fetch_add(claim, 0, per)
     while lo < C:
-        hi = min(lo + per, C)
+        hi = least(lo + per, C)
         clear(short, 2 * W * (hi - lo))
         clear(long, 2 * W * (hi - lo))
         tabulate(x, stats, weight, bias, table, per, C, lo, hi)

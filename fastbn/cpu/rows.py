@@ -11,12 +11,10 @@ length, ``per`` the channels of a block (all C if the matrix is widened).
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
-from fastbn.cpu.simd import aligned, base, fence, fetch_add, like
+from fastbn.cpu.simd import base, empty, fence, fetch_add, least, like
 
 PAD = 32  # spare elements of a scratch array, so that its first column can begin a vector
 
@@ -32,7 +30,7 @@ column_stride = helper(stride)
 @helper
 def _block(lo, per, dims, V):
     """Channels and columns of the block that begins with channel lo: (hi, v0, v1)."""
-    hi = min(lo + per, dims[1])
+    hi = least(lo + per, dims[1])
     if per >= dims[1]:
         return hi, 0, V
     return hi, lo * dims[2], hi * dims[2]
@@ -47,10 +45,10 @@ def train(
     R, tracked = (T + V - 1) // V, running_mean.size > 0
     x, y, residual = base(x), base(y), base(residual)
     wide = column_stride(V if per >= dims[1] else per * dims[2])
-    scratch, totals = np.empty(5 * wide + PAD, weight.dtype), np.empty(2 * wide + PAD, np.float64)
+    scratch, totals = empty(5 * wide, weight), empty(2 * wide, stats)
     weight, bias, stats = base(weight), base(bias), base(stats)
     running_mean, running_var, claim = base(running_mean), base(running_var), base(claim)
-    m, ts = like(x, aligned(scratch)), aligned(totals)
+    m, ts = like(x, base(scratch)), base(totals)
     k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
@@ -74,9 +72,9 @@ def infer(x, residual, y, weight, bias, stats, dims, V, per, relu, streamed, cla
     R = (T + V - 1) // V
     x, y, residual = base(x), base(y), base(residual)
     wide = column_stride(V if per >= dims[1] else per * dims[2])
-    scratch = np.empty(3 * wide + PAD, weight.dtype)
+    scratch = empty(3 * wide, weight)
     weight, bias, stats, claim = base(weight), base(bias), base(stats), base(claim)
-    m = like(x, aligned(scratch))
+    m = like(x, base(scratch))
     k, b = m + wide, m + 2 * wide
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
@@ -96,9 +94,9 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
     R = (T + V - 1) // V
     x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
     wide = column_stride(V if per >= dims[1] else per * dims[2])
-    scratch, totals = np.empty(7 * wide + PAD, weight.dtype), np.empty(2 * wide + PAD, np.float64)
+    scratch, totals = empty(7 * wide, weight), empty(2 * wide, stats)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim, m, ts = base(stats), base(claim), like(x, aligned(scratch)), aligned(totals)
+    stats, claim, m, ts = base(stats), base(claim), like(x, base(scratch)), base(totals)
     k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
     c1, c0 = m + 5 * wide, m + 6 * wide
     lo = fetch_add(claim, 0, per)

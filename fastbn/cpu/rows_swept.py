@@ -11,13 +11,11 @@ float64 of bands * 2 * stride(V) + PAD. ``columns`` holds m, k, b, c1, c0 at tha
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
-from fastbn.cpu.rows import PAD, column_stride
-from fastbn.cpu.simd import aligned, base, fence, fetch_add, get, like, put
+from fastbn.cpu.rows import column_stride
+from fastbn.cpu.simd import aligned, base, empty, fence, fetch_add, get, least, like, put
 
 
 @helper
@@ -26,7 +24,7 @@ def _band(number, T, V, height, width):
     across = (V + width - 1) // width
     row, column = number // across, number % across
     R = (T + V - 1) // V
-    return row, row * height, min(R, (row + 1) * height), column * width, min(V, (column + 1) * width)
+    return row, row * height, least(R, (row + 1) * height), column * width, least(V, (column + 1) * width)
 
 
 @helper
@@ -54,9 +52,9 @@ def affines(x, stats, weight, bias, columns, dims, V):
 def sums(x, g, y, columns, part, V, height, width, relu, claim):
     """Sums of u and u*v of every band (see ``sweep.sums``)."""
     T, wide = x.size, column_stride(V)
-    scratch = np.empty(2 * column_stride(width) + PAD, columns.dtype)
+    scratch = empty(2 * column_stride(width), columns)
     x, g, y, part, claim = base(x), base(g), base(y), aligned(part), base(claim)
-    m, s = like(x, aligned(columns)), like(x, aligned(scratch))
+    m, s = like(x, aligned(columns)), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

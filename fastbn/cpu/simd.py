@@ -39,6 +39,7 @@ from fastbn.cpu._memory import (
     stream,
     widen_add,
 )
+from fastbn.cpu._scalars import empty, least, most
 from fastbn.cpu._vectors import V32, V64, Vector, vector_of
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "base",
     "blend",
     "clear",
+    "empty",
     "fence",
     "fetch_add",
     "first",
@@ -57,10 +59,12 @@ __all__ = [
     "get",
     "head",
     "lanes",
+    "least",
     "like",
     "load",
     "load_n",
     "load_or_splat",
+    "most",
     "prefetch",
     "put",
     "rounded",
