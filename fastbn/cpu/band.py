@@ -31,6 +31,7 @@ from fastbn.cpu.sweep import gradient_value, output, term, through_relu, write
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
 NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
+WIDE = 1024  # columns from which lines are asked for where gradients are written: 1.1-1.3x, below 0.95-1
 AHEAD = 4096  # elements ahead whose lines are asked for: what lies two pages on costs no waiting
 
 
@@ -146,22 +147,30 @@ def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
 
 @helper
 def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
-    """Y = activation((x - m)*k + b + r), last row first: it is the one still cached. Floor: read and write the band."""
-    W = lanes(x)
+    """Y = activation((x - m)*k + b + r). Floor: read and write the band.
+
+    Whole rows are one stretch: a vector may end in the next row, column constants go on with the first ones again.
+    With the lines on the seams written in two parts it was 2.0 copies instead of 1.1, at 256 columns, where y begins 16
+    bytes into a line, as NumPy's large arrays do. Rejected: one loop that turns the column back at V, 1.1x.
+    """
+    W, whole, i = lanes(x), v1 - v0 == V, 0
+    stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
     for row in range(r0, r1):
         at = row * V + v0
-        n = least(v1 - v0, T - at)
-        off, end = v0 - o - at, at + n  # column constants of the element at position i lie at i + off
-        h = least(head(y, at), n) if streamed else 0
-        if h > 0:
-            _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
-        i = at + h
-        while i + W <= end:
+        end, off = least(stop, at + v1 - v0), v0 - o - at  # column constants of the element at i lie at i + off
+        if row == r0 or not whole:
+            h = least(head(y, at), end - at) if streamed else 0
+            if h > 0:
+                _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
+            i = at + h
+        last = least(end - 1, stop - W) if whole else end - W
+        while i <= last:
+            ask(x, i + far)
             v = load(x, i) - load(m, i + off)
             write(y, i, output(v, load(r, i), load(k, i + off), load(b, i + off), relu), streamed)
             i += W
-        if i < end:
-            _normalise_n(x, r, y, i, end - i, m, k, b, i + off, relu)
+        if i < end and (row == r1 - 1 or not whole):
+            _normalise_n(x, r, y, i, end - i, m, k, b, i + off + (V if i < at else 0), relu)
 
 
 @part
@@ -174,23 +183,31 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
 
 @helper
 def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
-    """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient``). Floor: two reads and one write of the band."""
-    W = lanes(x)
+    """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient_part``), in stretches as ``band_normalise``.
+
+    Floor: two reads and one write of the band.
+    """
+    W, whole, i, alike = lanes(x), v1 - v0 == V, 0, False
+    stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
     for row in range(r0, r1):
         at = row * V + v0
-        n = least(v1 - v0, T - at)
-        off, end = v0 - o - at, at + n
-        h = least(head(dx, at), n) if streamed else 0
-        if h > 0:
-            _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
-        i = at + h
-        alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
-        while i + W <= end:
+        end, off = least(stop, at + v1 - v0), v0 - o - at
+        if row == r0 or not whole:
+            h = least(head(dx, at), end - at) if streamed else 0
+            if h > 0:
+                _gradient_n(x, g, y, dx, dr, at, h, m, k, b, c1, c0, at + off, relu)
+            i = at + h
+            alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
+        last = least(end - 1, stop - W) if whole else end - W
+        while i <= last:
             j = i + off
+            if V > WIDE:
+                ask(x, i + far)
+                ask(g, i + far)
             v = load(x, i) - load(m, j)
             u = through_relu(load(g, i), v, load(y, i), load(k, j), load(b, j), relu)
             write(dr, i, u, alike)
             write(dx, i, gradient_value(v, u, load(k, j), load(c1, j), load(c0, j)), streamed)
             i += W
-        if i < end:
-            _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off, relu)
+        if i < end and (row == r1 - 1 or not whole):
+            _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off + (V if i < at else 0), relu)

@@ -104,7 +104,7 @@ def train(
         pool.run(planes.train, (*tensors, N, C, S, eps, momentum, relu, streamed), C, p.parallel)
     else:
         columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
-        rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
+        rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
         _swept_normalise(x, residual, out, columns, p, relu, streamed)
     return stats
 
@@ -116,7 +116,7 @@ def _swept_moments(
     down, across = p.bands(x.size)
     columns, part = _columns(weight, p, 3), _part(p, down)
     rows_swept.pivots(x, columns, dims, p.V)
-    sums = (x, None, None, columns, part, p.V, p.height, p.width, None)
+    sums = (x, None, None, None, columns, part, p.V, p.height, p.width, None, False)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum)
     return columns
@@ -166,7 +166,7 @@ def infer(
         return
     p = _swept(p, x.size)
     columns = _columns(weight, p, 3)
-    rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
+    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, _streams(out))
     _swept_normalise(x, residual, out, columns, p, relu, _streams(out))
 
 
@@ -191,10 +191,10 @@ def backward(
         down, across = p.bands(x.size)
         columns, part = _columns(weight, p, 5), _part(p, down)
         bands = (p.V, p.height, p.width, relu)
-        rows_swept.affines(x, stats, weight, bias, columns, dims, p.V)
-        pool.run(rows_swept.sums, (x, grad, y, columns, part, *bands), down * across, p.parallel)
+        rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+        pool.run(rows_swept.sums, (x, grad, y, out, columns, part, *bands, streamed), down * across, p.parallel)
         rows_swept.settle_backward(
-            x, grad, y, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu
+            x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed
         )
         pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
     return dweight, dbias

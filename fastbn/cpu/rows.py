@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
-from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
+from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.simd import base, empty, fence, fetch_add, least, like
 
 PAD = 32  # spare elements of a scratch array, so that its first column can begin a vector
 
 
 def stride(V: int) -> int:
-    """Distance of two column arrays of V elements: whole vectors, and one more that may be read and written."""
-    return V // 32 * 32 + 64
+    """Distance of two column arrays: V elements in whole vectors, one vector more, one that is spare, a ``phase``."""
+    return V // 32 * 32 + 128
 
 
 column_stride = helper(stride)
@@ -57,8 +57,9 @@ def train(
         spread_pivots(x, dims, block, m)
         band_sums(x, None, None, T, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
         settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum)
-        spread_affine(x, stats, weight, bias, dims, block, m, k, b)
-        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, streamed)
+        d = phase(y, v0, V, streamed)
+        spread_affine(x, stats, weight, bias, dims, block, m + d, k + d, b + d)
+        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
@@ -79,8 +80,9 @@ def infer(x, residual, y, weight, bias, stats, dims, V, per, relu, streamed, cla
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
         hi, v0, v1 = _block(lo, per, dims, V)
-        spread_affine(x, stats, weight, bias, dims, (lo, hi, v1 - v0), m, k, b)
-        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, streamed)
+        d = phase(y, v0, V, streamed)
+        spread_affine(x, stats, weight, bias, dims, (lo, hi, v1 - v0), m + d, k + d, b + d)
+        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
@@ -96,13 +98,13 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
     wide = column_stride(V if per >= dims[1] else per * dims[2])
     scratch, totals = empty(7 * wide, weight), empty(2 * wide, stats)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)
-    stats, claim, m, ts = base(stats), base(claim), like(x, base(scratch)), base(totals)
-    k, b, s, q, tq = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide, ts + wide
-    c1, c0 = m + 5 * wide, m + 6 * wide
+    stats, claim, s, ts = base(stats), base(claim), like(x, base(scratch)), base(totals)
+    q, tq = s + wide, ts + wide
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
         hi, v0, v1 = _block(lo, per, dims, V)
-        block = (lo, hi, v1 - v0)
+        block, m = (lo, hi, v1 - v0), s + (2 * wide + phase(dx, v0, V, streamed))
+        k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
         spread_affine(x, stats, weight, bias, dims, block, m, k, b)
         band_sums(x, g, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
         settle_gradients(x, g, y, dims, block, m, ts, tq, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0)

@@ -11,9 +11,9 @@ float64 of bands * 2 * stride(V) + PAD. ``columns`` holds m, k, b, c1, c0 at tha
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import helper, jit
+from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.band import band_gradient, band_normalise, band_sums
-from fastbn.cpu.columns import settle_gradients, settle_moments, spread_affine, spread_pivots
+from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.rows import column_stride
 from fastbn.cpu.simd import aligned, base, empty, fence, fetch_add, get, least, like, put
 
@@ -33,6 +33,12 @@ def _count(T, V, height, width):
     return ((R + height - 1) // height) * ((V + width - 1) // width)
 
 
+@part
+def _constants(x, out, columns, V, streamed):
+    """Where m lies of the constants for ``out``, which is None for pivots."""
+    return like(x, aligned(columns)) + phase(out, 0, V, streamed)
+
+
 @jit
 def pivots(x, columns, dims, V):
     """First step forward: the pivots into m."""
@@ -41,20 +47,20 @@ def pivots(x, columns, dims, V):
 
 
 @jit
-def affines(x, stats, weight, bias, columns, dims, V):
+def affines(x, out, stats, weight, bias, columns, dims, V, streamed):
     """Column constants m, k, b: for the output, and as the first step backward."""
-    x = base(x)
-    m, wide = like(x, aligned(columns)), column_stride(V)
+    x, wide = base(x), column_stride(V)
+    m = _constants(x, base(out), columns, V, streamed)
     spread_affine(x, base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
 
 
 @jit
-def sums(x, g, y, columns, part, V, height, width, relu, claim):
-    """Sums of u and u*v of every band (see ``sweep.sums``)."""
+def sums(x, g, y, out, columns, part, V, height, width, relu, streamed, claim):
+    """Sums of u and u*v of every band (see ``sweep.sum_run``); ``out``: where gradients will go, else None."""
     T, wide = x.size, column_stride(V)
     scratch = empty(2 * column_stride(width), columns)
     x, g, y, part, claim = base(x), base(g), base(y), aligned(part), base(claim)
-    m, s = like(x, aligned(columns)), like(x, base(scratch))
+    m, s = _constants(x, base(out), columns, V, streamed), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
@@ -90,10 +96,12 @@ def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, co
 
 
 @jit
-def settle_backward(x, g, y, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu):
+def settle_backward(
+    x, g, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu, streamed
+):
     """Parameter gradients of all channels, and the column constants c1 and c0."""
     x, s, wide = base(x), aligned(part), column_stride(V)
-    m = like(x, aligned(columns))
+    m = _constants(x, base(out), columns, V, streamed)
     _add_bands(s, V, count)
     settle_gradients(
         x, base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
@@ -106,7 +114,7 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
     """Output of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, residual, y, claim = base(x), base(residual), base(y), base(claim)
-    m = like(x, aligned(columns))
+    m = _constants(x, y, columns, V, streamed)
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
@@ -122,7 +130,7 @@ def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     """Input gradient of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, g, y, dx, dr, claim = base(x), base(g), base(y), base(dx), base(dr), base(claim)
-    m = like(x, aligned(columns))
+    m = _constants(x, dx, columns, V, streamed)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import launch, pool
-from tests.oracle import ALL_SHAPES, SHAPES
+from fastbn.cpu import launch, pool, tuning
+from tests.oracle import ALL_SHAPES, SHAPES, case, same_bits
+from tests.tolerances import DTYPES
 
 if numba.config.DISABLE_JIT:
     pytest.skip("kernels exist in compiled code only", allow_module_level=True)
@@ -78,6 +79,58 @@ print("done")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
 def test_kernels_touch_nothing_outside_of_their_arrays(python):
     assert python(GUARDED, PYTHONPATH=os.pathsep.join(sys.path)).stdout.strip() == "done"
+
+
+class Room:
+    """Memory in which arrays begin ``offset`` elements behind a line, between bytes that must not change."""
+
+    def __init__(self, offset):
+        self.offset, self.taken = offset, []
+
+    def array(self, like):
+        memory = np.full(like.nbytes + 512, 0xA5, np.uint8)
+        start = 128 + -memory.ctypes.data % 64 + self.offset * like.itemsize
+        self.taken.append((memory, start, start + like.nbytes))
+        got = memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+        got[...] = like
+        return got
+
+    def kept(self):
+        return all((m[:a] == 0xA5).all() and (m[b:] == 0xA5).all() for m, a, b in self.taken)
+
+
+# Rows in one block, rows laid side by side, rows swept in bands (some whole vectors, some not, one wide), and runs.
+OFFSET_SHAPES = [
+    (64, 100), (61, 100), (33, 48), (29, 7, 3), (2, 37), (4099, 80), (3001, 130), (2100, 65, 2), (1100, 4133),
+    (3, 40, 57), (5, 9, 196), (2, 33, 16, 128),
+]  # fmt: skip
+
+
+def every_result(c, room, grad):
+    x, residual, out, dx = (room.array(a) for a in (c.x, c.residual, c.x, c.x))
+    results = []
+    for options in ({}, {"residual": residual, "activation": "relu"}):
+        y, saved = fastbn.batch_norm_train(x, c.weight, c.bias, out=out, **options)
+        results.append(y.copy())
+        g = fastbn.backward(grad, saved, out=dx)
+        results += [a.copy() for a in g if a is not None]
+        mean, var = saved.mean.astype(c.weight.dtype), saved.variance.astype(c.weight.dtype)
+        results.append(fastbn.batch_norm_infer(x, mean, var, c.weight, c.bias, out=out, **options).copy())
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", OFFSET_SHAPES, ids=str)
+def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
+    """Streamed or not, from a line or from inside of one: the same bits, and nothing written beside the arrays."""
+    c = case(rng, shape, dtype, activation=None, residual=True)
+    grad = rng.standard_normal(shape).astype(dtype)
+    expected = every_result(c, Room(0), grad)
+    monkeypatch.setattr(tuning, "STREAM", 0)
+    for offset in (0, 1, 4, 8, 13, 27):
+        room = Room(offset)
+        assert all(same_bits(a, b) for a, b in zip(every_result(c, room, grad), expected, strict=True)), offset
+        assert room.kept(), offset
 
 
 @pytest.fixture
