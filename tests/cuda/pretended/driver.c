@@ -52,6 +52,11 @@ int cuLibraryGetKernel(void **k, void *l, const char *name) { *k = malloc(8); re
 int cuKernelGetFunction(void **f, void *k) { *f = k; return 0; }
 int cuKernelGetAttribute(int *v, int a, void *k, int d) { *v = a == 0 ? 1024 : a == 1 ? 4096 : 0; return 0; }
 int cuKernelSetAttribute(int a, int v, void *k, int d) { say("attribute", k, a, v, 0, 0, NULL); return 0; }
+/* What numba-cuda before 0.23 calls for the same. */
+int cuModuleLoadDataEx(void **m, const void *image, unsigned n, void *options, void *values) { *m = malloc(8); return 0; }
+int cuModuleGetFunction(void **f, void *m, const char *name) { *f = malloc(8); return 0; }
+int cuFuncGetAttribute(int *v, int a, void *f) { return cuKernelGetAttribute(v, a, f, 0); }
+int cuFuncSetAttribute(void *f, int a, int v) { return cuKernelSetAttribute(a, v, f, 0); }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n) { *n = 1; return 0; }
 int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned t, unsigned ty, unsigned tz, unsigned shared,
                    void *stream, void **params, void **extra) {
