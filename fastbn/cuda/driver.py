@@ -36,6 +36,7 @@ POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf
 POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
 ARITHMETIC |= {"i32": types.float32, "i64": types.float32}
+GRANTED = 48 * 1024  # bytes of shared memory that a block may have without asking
 
 
 @functools.cache
@@ -182,11 +183,13 @@ class Kernel:
         here = current_device()
         if not size or SIMULATED or here in self._large:
             return
-        bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         function = next(iter(self.compiled.overloads.values()))._codelibrary.get_cufunc()
+        static = int(getattr(function.attrs, "shared", 0))
+        if size + static <= GRANTED:
+            return
+        bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         most = device_properties()[1]
         attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        static = int(getattr(function.attrs, "shared", 0))
         handle = function.handle
         if isinstance(handle, bindings.CUfunction):
             (code,) = bindings.cuFuncSetAttribute(handle, attribute, most - static)
@@ -217,13 +220,13 @@ recorder = _Recorder()
 
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
-    if recorder.steps is not None:
-        recorder.steps.append((what, grid, args, shared))
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)
     else:
         what.launcher(grid, shared)(stream, [a.address if type(a) is Flat else 0 if a is None else a for a in args])
+    if recorder.steps is not None:  # not before: a launch that is refused is made in another way
+        recorder.steps.append((what, grid, args, shared))
 
 
 class Memory:

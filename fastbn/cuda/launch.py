@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import finalize, masks, planes, rows, tuning
 from fastbn.cuda.arrays import WIDE, Flat
-from fastbn.cuda.choice import one_launch
+from fastbn.cuda.choice import attempt, one_launch
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
@@ -157,21 +157,15 @@ def train(
     one = None
     if mask.valid is None:
         one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, device_properties())
-    if one is None:
-        what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
-        return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
-    if stats is None:
-        stats = x.owner.vector(4 * dims[1])
-    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
-    flags = flags_of(weight, bias) | _moves(moved)
-    run(
-        one.kernel,
-        one.grid,
-        stream,
-        (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags),
-        one.shared,
-    )
-    return stats
+    if one is not None:
+        if stats is None:
+            stats = x.owner.vector(4 * dims[1])
+        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+        flags = flags_of(weight, bias) | _moves(moved)
+        if attempt(one, stream, (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags)):
+            return stats
+    what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
+    return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
 
 
 def _split(
@@ -237,12 +231,12 @@ def backward(
     one = None
     if mask.valid is None:
         one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, device_properties())
-    if one is None:
-        what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
-        _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
-        return grads
-    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
-    run(one.kernel, one.grid, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags), one.shared)
+    if one is not None:
+        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+        if attempt(one, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags)):
+            return grads
+    what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
+    _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
     return grads
 
 
