@@ -66,9 +66,13 @@ def _absent() -> str:
     return "it needs an NVIDIA driver and a GPU, none was found; then"
 
 
-@functools.cache
 def device_properties() -> tuple[int, int]:
-    """Return the number of multiprocessors and the bytes of shared memory that a block may use."""
+    """Return the current device's number of multiprocessors and the bytes of shared memory that a block may use."""
+    return _properties(current_device())
+
+
+@functools.cache
+def _properties(number: int) -> tuple[int, int]:
     if SIMULATED:
         return 4, 64 * 1024
     device = cuda.get_current_device()
