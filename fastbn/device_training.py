@@ -89,7 +89,7 @@ class OptionsSaved(device.DeviceSaved):
         C = self.layout.dims[1]
         if not self.several:
             return super()._row(i)
-        return self.vectors.array_owner.reshape((len(self.pieces), 4 * C))[:, i * C : (i + 1) * C]
+        return self.x.library.reshape(self.vectors.array_owner, (len(self.pieces), 4 * C))[:, i * C : (i + 1) * C]
 
     def _run(self, grad: Flat, y: Flat | None, target: Flat, dr: Flat | None) -> tuple[Flat, Flat]:
         from fastbn.cuda import launch, launch_adjust, launch_sets

@@ -68,6 +68,23 @@ for turn in ("first", "second"):
     assert all("several launches instead" in str(w.message) for w in caught), [str(w.message) for w in caught]
 print("end")
 """
+STREAMS = """
+from types import SimpleNamespace
+def streams(*arrays): return {a.__cuda_array_interface__["stream"] for a in arrays}
+
+x, y = (array(64, 64).bind(cuda.external_stream(0x7F0000001000)) for _ in range(2))
+y, saved = step("own", lambda: fastbn.batch_norm_train(x, w, w))
+grads = fastbn.backward(y, saved)
+_, layer = fastbn.layer_norm(x)
+assert streams(y, saved.mean, grads.input, grads.weight, layer.variance) == {0x7F0000001000}
+assert step("moments", lambda: saved.moments).count == 64
+empty = array(0, 64).bind(cuda.external_stream(0x7F0000001000))
+assert streams(step("zeros", lambda: fastbn.batch_norm_train(empty)[1].mean)) == {0x7F0000001000}
+step("mask", lambda: fastbn.batch_norm_train(x, w, w, mask=np.arange(64) < 9))
+foreign = SimpleNamespace(__cuda_array_interface__=w.__cuda_array_interface__)
+assert libraries.NUMBA.host(foreign).shape == (64,)
+print("end")
+"""
 KERNELS = """
 from fastbn.cuda import driver
 KERNELS = []
@@ -108,6 +125,15 @@ def test_what_the_driver_refuses_is_done_by_split_kernels(what, warned, tmp_path
             split = what == "attribute" or name in ("rows", "gradient")
             assert len([s for s in done if s[0] == "launch"]) >= (3 if split else 1)
             assert turn == "first" or what == "attribute" or split == (len(done) >= 3 and name != "layer_gradient")
+
+
+@pytest.mark.skipif(not (_installed() and shutil.which("gcc")), reason="needs the CUDA packages and gcc")
+def test_results_are_on_the_stream_of_x(tmp_path):
+    steps = run(tmp_path, START + STREAMS)
+    done = [s for name in ("own", "moments", "zeros", "mask") for s in steps[name]]
+    assert "end" in steps and {s[-1] for s in done} == {"0x7f0000001000"}
+    assert [s[0] for s in steps["moments"]] == ["down", "synchronised"]
+    assert steps["mask"][0][:2] == ("up", 64)
 
 
 def run(tmp_path, code=KERNELS + START + CODE, **environment):

@@ -45,12 +45,14 @@ int cuCtxPushCurrent_v2(void *c) { current = c; return 0; }
 int cuCtxPopCurrent_v2(void **c) { if (c) *c = current; current = NULL; return 0; }
 int cuCtxGetDevice(int *d) { *d = 0; return 0; }
 int cuCtxSynchronize(void) { puts("synchronised"); return 0; }
-int cuStreamSynchronize(void *s) { puts("synchronised"); return 0; }
+int cuStreamSynchronize(void *s) { say("synchronised", NULL, 0, 0, 0, 0, s); return 0; }
 int cuMemAlloc_v2(uint64_t *p, size_t n) { void *q; if (posix_memalign(&q, 512, n + 512)) return 2; *p = (uint64_t)q; return 0; }
 int cuMemFree_v2(uint64_t p) { free((void *)p); return 0; }
 int cuMemGetInfo_v2(size_t *f, size_t *t) { *f = *t = 1ul << 37; return 0; }
 int cuMemcpyHtoD_v2(uint64_t d, const void *s, size_t n) { memcpy((void *)d, s, n); return 0; }
 int cuMemcpyDtoH_v2(void *d, uint64_t s, size_t n) { memcpy(d, (void *)s, n); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t d, const void *s, size_t n, void *stream) { say("up", NULL, n, 0, 0, 0, stream); return cuMemcpyHtoD_v2(d, s, n); }
+int cuMemcpyDtoHAsync_v2(void *d, uint64_t s, size_t n, void *stream) { say("down", NULL, n, 0, 0, 0, stream); return cuMemcpyDtoH_v2(d, s, n); }
 int cuLibraryLoadData(void **l) { *l = malloc(8); return 0; }
 int cuLibraryGetKernel(void **k, void *l, const char *name) { *k = malloc(8); return 0; }
 int cuKernelGetFunction(void **f, void *k) { *f = k; return 0; }
