@@ -1,6 +1,6 @@
 """Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
 
-``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80 | --sm90]`` to put every
+``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80]`` to put every
 N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of
 CUDA 13.0 (mixed versions fail in several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*"
 "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm. ``--write`` replaces
@@ -232,7 +232,8 @@ def main() -> None:
     """Print the table; write it, or compare it with the written one and fail."""
     if "--store" in sys.argv:
         part = sys.argv[sys.argv.index("--store") + 1]
-        print(store(part, (8, 0) if "--sm80" in sys.argv else (9, 0)), "kernels compiled")
+        named = next((a[4:] for a in sys.argv if re.fullmatch(r"--sm\d+", a)), "90")
+        print(store(part, (int(named[:-1]), int(named[-1]))), "kernels compiled")
         return
     only = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
     rows = table(((9, 0),) if "--sm90" in sys.argv else TARGETS, only)
