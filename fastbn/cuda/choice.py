@@ -74,19 +74,20 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def one_launch(
     kind: str, dims: Dims, whole: bool, relu: bool, residual: bool, backward: bool, frozen: bool,
-    limits: tuple[int, int],
+    limits: tuple[int, int], masked: bool = False,
 ) -> One | None:  # fmt: skip
-    """Return how one launch does it; None where it takes three. ``whole``: all tensors are aligned."""
+    """Return how one launch does it; None where it takes three. ``whole``: all tensors (and the mask) are aligned."""
     tensors = 2 if backward else 1
-    what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
+    what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
+    most = tuning.MASKED_THREADS if masked else 1024
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
-        kernel = _slab(what._replace(threads=threads))
+        kernel = _slab(what._replace(threads=min(threads, most)))
         return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
     p = plan.persistent(dims, kind, whole, tensors, *limits)
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
-        return One("again", _slab(what._replace(W=1, threads=threads, kept=False)), (dims[1],), 0, 0, dims)
+        return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)
     return _rows(what, dims, p) if p.threads else None
 
 
