@@ -1,6 +1,7 @@
 """Batch norm on channels-first arrays, a channel to a block that keeps it in shared memory: one read, one write.
 
-Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs.
+Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs:
+its second axis goes over batches (ghosts) that lie behind each other and have statistics of their own, 4*C each.
 Each thread reads back only what it kept itself; small tensors whose runs are no whole vectors are read again instead,
 from the caches (not ``kept``). For channels of up to a block's shared memory (227 KB on sm_90), in
 backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_block_sum, make_combine, make_keep, make_slopes
+from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
@@ -22,9 +23,21 @@ from fastbn.cuda.sweep import Variant, make_gradient, make_only, make_output, ma
 int32, int64 = types.int32, types.int64
 
 
+@device
+def batch_channel(N, C):
+    """The channel of a block as if all batches were one tensor's first; 32 bits, since registers are scarce."""
+    return int32(cuda.blockIdx.x + cuda.blockIdx.y * N * C)
+
+
+@device
+def batch_stats(C):
+    """Where a block's statistics begin."""
+    return int64(cuda.blockIdx.y) * 4 * C + cuda.blockIdx.x
+
+
 @functools.cache
 def train(what: Variant):
-    """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
+    """Training forward; moves the running statistics if ``flags`` has 4 (one batch). Floor: one read and one write."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
     A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
@@ -39,7 +52,7 @@ def train(what: Variant):
     ):  # fmt: skip
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
+        c, tid = batch_channel(N, C), cuda.threadIdx.x
         m = pivot(x, c, N, C, S, tally)
         S4 = int32(S // W)
         end, v = int32(N * S4), int32(tid)
@@ -78,8 +91,8 @@ def train(what: Variant):
             mean, rest, var, invstd = again(x, mask, n, c, N, C, S, eps, scratch)
         if tid == 0:
             found, (moves, unbias) = (mean, rest, var, invstd), moving(unbias, flags, tally)
-            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
-        k, b = combine(invstd, rest, weight, bias, c, flags)
+            keep_statistics(stats, running_mean, running_var, batch_stats(C), C, found, keep, momentum, unbias, moves)
+        k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
         while v < end:
@@ -126,7 +139,7 @@ def backward(what: Variant):
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load, load_last, store, splat, keep_raw = io.load, io.load_last, io.store, io.splat, io.keep
     encode, again = io.encode, make_second(what)
-    affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
+    combine, block_sum, slopes = make_combine(kind), make_block_sum(kind, threads), make_slopes(kind)
     sizes, kept, only = 2 * (threads // 32), what.kept, make_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
 
@@ -134,8 +147,9 @@ def backward(what: Variant):
     def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags, mask, tally):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
-        m, invstd, k, b, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
+        c, own, tid = batch_channel(N, C), batch_stats(C), cuda.threadIdx.x
+        m, invstd, rest = stats[own], stats[C + own], stats[3 * C + own]
+        k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
         S4 = int32(S // W)
         end, v = int32(N * S4), int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
@@ -179,7 +193,8 @@ def backward(what: Variant):
         db, dw = block_sum(total(s), total(q), scratch)
         dw -= rest * invstd * db
         if tid == 0:
-            dweight[c], dbias[c] = dw, db
+            own = int64(cuda.blockIdx.y) * C + cuda.blockIdx.x
+            dweight[own], dbias[own] = dw, db
         c1, c0 = slopes(dw, db, invstd, k, rest, values(N, S, tally))
         v = int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
