@@ -81,6 +81,10 @@ assert step("moments", lambda: saved.moments).count == 64
 empty = array(0, 64).bind(cuda.external_stream(0x7F0000001000))
 assert streams(step("zeros", lambda: fastbn.batch_norm_train(empty)[1].mean)) == {0x7F0000001000}
 step("mask", lambda: fastbn.batch_norm_train(x, w, w, mask=np.arange(64) < 9))
+other = cuda.external_stream(0x7F0000002000)
+step("elsewhere", lambda: fastbn.batch_norm_train(x, w, w, mask=array(64, dtype=np.bool_).bind(other)))
+sequences, lengths = array(4, 8, 16).bind(cuda.external_stream(0x7F0000001000)), array(4, dtype=np.int32).bind(other)
+step("lengths", lambda: fastbn.batch_norm_train(sequences, lengths=lengths))
 foreign = SimpleNamespace(__cuda_array_interface__=w.__cuda_array_interface__)
 assert libraries.NUMBA.host(foreign).shape == (64,)
 print("end")
@@ -133,7 +137,10 @@ def test_results_are_on_the_stream_of_x(tmp_path):
     done = [s for name in ("own", "moments", "zeros", "mask") for s in steps[name]]
     assert "end" in steps and {s[-1] for s in done} == {"0x7f0000001000"}
     assert [s[0] for s in steps["moments"]] == ["down", "synchronised"]
-    assert steps["mask"][0][:2] == ("up", 64)
+    assert ("up", 64) in [s[:2] for s in steps["mask"]]
+    for name, others in (("elsewhere", 3), ("lengths", 1)):  # weight and bias are on the default stream
+        assert [s[0] for s in steps[name]].count("wait") == others
+        assert {s[-1] for s in steps[name]} == {"0x7f0000001000"}
 
 
 def run(tmp_path, code=KERNELS + START + CODE, **environment):
