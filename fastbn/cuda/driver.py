@@ -36,6 +36,7 @@ POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf
 POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
 ARITHMETIC |= {"i32": types.float32, "i64": types.float32}
+MOST = 4096  # grids of a kernel that are remembered; then all are forgotten
 GRANTED = 48 * 1024  # bytes of shared memory that a block may have without asking
 
 
@@ -173,6 +174,8 @@ class Kernel:
             from fastbn.cuda import launcher
 
             self.allow_shared(shared)
+            if len(self._launchers) >= MOST:
+                self._launchers.clear()
             found = self._launchers[key] = launcher.make(self, grid, shared)
         return found
 
