@@ -219,10 +219,8 @@ def backward(what: Variant):
         cuda.syncthreads()
         tx, ty, height, at0, active = place(tx_count, threads, tile, C, W)
         end, r = int32(min(R, (part + 1) * chunk)), int32(part * chunk + ty)
-        at, step = int64(r) * C + at0, int64(height) * C
-        second = 4 * kept * threads
-        s = q = splat(A(0))
-        count = int32(0)
+        at, step, second = int64(r) * C + at0, int64(height) * C, 4 * kept * threads
+        s, q, count = splat(A(0)), splat(A(0)), int32(0)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)

@@ -93,8 +93,7 @@ def train(what: Variant):
             found, (moves, unbias) = (mean, rest, var, invstd), moving(unbias, flags, tally)
             keep_statistics(stats, running_mean, running_var, batch_stats(C), C, found, keep, momentum, unbias, moves)
         k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
-        v = int32(tid)
-        r, at = first_vector(v, S4, C, S, W, c)
+        v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:
             if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
                 x0 = recall(slab, 4 * v)
@@ -134,8 +133,7 @@ def make_second(what: Variant):
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
-    kind, W, threads = what.kind, what.W, what.threads
-    by_output = what.relu and what.residual
+    kind, W, threads, by_output = what.kind, what.W, what.threads, what.relu and what.residual
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load, load_last, store, splat, keep_raw = io.load, io.load_last, io.store, io.splat, io.keep
     encode, again = io.encode, make_second(what)
@@ -196,8 +194,7 @@ def backward(what: Variant):
             own = int64(cuda.blockIdx.y) * C + cuda.blockIdx.x
             dweight[own], dbias[own] = dw, db
         c1, c0 = slopes(dw, db, invstd, k, rest, values(N, S, tally))
-        v = int32(tid)
-        r, at = first_vector(v, S4, C, S, W, c)
+        v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:
             u, t = again(x, g, y, slab, second, v, at, m, invstd, k, b)
             store(dx, at, only(mask, v, slope(u, t, k, c1, c0)))
