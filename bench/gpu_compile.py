@@ -1,6 +1,6 @@
 """Compile every GPU kernel without a GPU and say what it became: registers, spills, 128-bit accesses, float64.
 
-``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80 | --sm90]`` to put every
+``python -m bench.gpu_compile [--write | --check] [--sm90] [PREFIX]``, or ``--store I/N [--sm80]`` to put every
 N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of
 CUDA 13.0 (mixed versions fail in several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*"
 "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm. ``--write`` replaces
@@ -73,6 +73,7 @@ def kernels() -> Iterator[tuple[str, Any]]:
             yield f"finalize {kind}: adjust gradient", adjust.renorm_gradient(kind, tuning.THREADS)
     yield "finalize: masks count", masks.count(tuning.THREADS)
     yield "finalize: masks gather", masks.gather(tuning.THREADS)
+    yield "finalize: masks tally", masks.tally(tuning.THREADS)
     yield "finalize: masks from lengths", masks.from_lengths("i64", tuning.THREADS)
 
 
@@ -113,10 +114,21 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
 
 
 def _masked(kind: str, W: int) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import planes, rows, tuning
+    from fastbn.cuda import persistent, planes, rows, slab, tuning
     from fastbn.cuda.sweep import Variant
 
     what = Variant(kind, W, tuning.THREADS, relu=True, residual=True, masked=True)
+    rounds = what._replace(threads=tuning.PERSISTENT_THREADS)
+    whole = {
+        f"slab {kind} W{W} 512": (slab, what._replace(threads=tuning.MASKED_THREADS)),
+        f"slab {kind} W{W} 128": (slab, what._replace(threads=128)),
+        f"again {kind} W1 512": (slab, what._replace(W=1, threads=tuning.MASKED_THREADS, kept=False)),
+        f"persistent {kind} W{W}": (persistent, rounds),
+        f"alone {kind} W{W}": (persistent, rounds._replace(alone=True)),
+    }
+    for name, (stage, one) in whole.items():
+        yield f"masked {name} relu residual: train", stage.train(one)
+        yield f"masked {name} relu residual: backward", stage.backward(one._replace(backward=True))
     back = what._replace(backward=True)
     for stage, name in ((planes, "planes"), (rows, "rows")):
         yield f"masked {name} {kind} W{W}: sums", stage.sums(what._replace(relu=False, residual=False))
@@ -232,7 +244,8 @@ def main() -> None:
     """Print the table; write it, or compare it with the written one and fail."""
     if "--store" in sys.argv:
         part = sys.argv[sys.argv.index("--store") + 1]
-        print(store(part, (8, 0) if "--sm80" in sys.argv else (9, 0)), "kernels compiled")
+        named = next((a[4:] for a in sys.argv if re.fullmatch(r"--sm\d+", a)), "90")
+        print(store(part, (int(named[:-1]), int(named[-1]))), "kernels compiled")
         return
     only = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
     rows = table(((9, 0),) if "--sm90" in sys.argv else TARGETS, only)

@@ -1,4 +1,4 @@
-"""Layer, group and instance norm and masked batch norm on the GPU: checked against float64, layer norm timed too."""
+"""Layer, group, instance norm, masked batch norm and ghosts on the GPU against float64; layer norm timed, too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from bench import gpu_peers as peers
 from bench import gpu_timing as timing
 
 EPS = 1e-5
-# Warps, blocks, sets that are split; whole vectors and not; runs of 7x7; (operation, shape, groups).
+# Warps, blocks, sets that are split; whole vectors and not; runs of 7x7; masks and ghosts by every kernel in one launch
+# and by several launches; (operation, shape, groups or ghosts).
 CHECKED = [
     ("layer", (1024, 768), 1), ("layer", (37, 67), 1), ("layer", (300, 4096), 1), ("layer", (130, 30000), 1),
     ("layer", (2, 400000), 1), ("layer", (3, 100003), 1), ("group", (2, 32, 7, 7), 4), ("group", (4, 64, 32, 32), 32),
     ("group", (2, 64, 128, 256), 2), ("group", (33, 24), 8), ("instance", (3, 5, 17, 19), 5),
     ("instance", (8, 64, 56, 56), 64), ("instance", (1, 2, 512, 512), 2), ("masked", (64, 128, 50), 1),
     ("masked", (33, 5, 7), 1), ("masked", (4099, 64), 1), ("masked", (50, 7), 1),
+    ("masked", (8, 16, 64), 1), ("masked", (64, 128, 784), 1), ("masked", (100, 72), 1), ("masked", (2, 3, 400000), 1),
+    ("masked", (300000, 7), 1), ("ghosts", (64, 24, 8, 8), 8), ("ghosts", (64, 24, 7, 7), 8),
+    ("ghosts", (8, 64, 64, 64), 4), ("ghosts", (4096, 64), 4),
 ]  # fmt: skip
 TIMED = [(512 * 64, 768), (4096, 4096), (8192, 1024), (16384, 8192), (65536, 256)]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -45,6 +49,7 @@ def draw(torch: Any, op: str, shape: tuple[int, ...], dtype: str, seed: int, dev
 
 def call(op: str, groups: int, t: dict[str, Any]) -> Any:
     """Our forward pass: (y, saved)."""
+    import fastbn
     from fastbn import device, device_family
 
     if op == "layer":
@@ -53,6 +58,9 @@ def call(op: str, groups: int, t: dict[str, Any]) -> Any:
         return device_family.group_norm(t["x"], groups, t["weight"], t["bias"], 1, EPS, t["out"])
     if op == "instance":
         return device_family.instance_norm(t["x"], t["weight"], t["bias"], 1, EPS, t["out"])
+    if op == "ghosts":
+        size = t["x"].shape[0] // groups
+        return fastbn.batch_norm_train(t["x"], t["weight"], t["bias"], eps=EPS, ghost=size, out=t["out"])
     return device.train(
         t["x"], t["weight"], t["bias"], None, None, 0.1, EPS, 1, None, None, t["out"], mask=t["mask"]
     )  # fmt: skip
@@ -71,6 +79,9 @@ def reference(torch: Any, op: str, groups: int, t: dict[str, Any]) -> dict[str, 
     elif op == "masked":
         view, axes = shape, [0, *range(2, x.ndim)]
         wide, over = (shape[1], *[1] * (x.ndim - 2)), axes
+    elif op == "ghosts":
+        view, axes = (groups, shape[0] // groups, *shape[1:]), [1, *range(3, x.ndim + 1)]
+        wide, over = (shape[1], *[1] * (x.ndim - 2)), [0, *axes]
     else:
         view = (shape[0], groups, shape[1] // groups, *shape[2:])
         axes, over = list(range(2, len(view))), [0, *range(3, len(view))]

@@ -18,20 +18,6 @@ def _array(name: str, value: Any) -> DeviceArray:
     return wrap(name, value)
 
 
-def _after(array: DeviceArray, x: DeviceArray) -> DeviceArray:
-    """Make the stream of x wait for that of an array that may be written on another one.
-
-    PyTorch and CuPy have one current stream for all their arrays; others say with each array which one it is on.
-    """
-    if array.library is not x.library or array.library.streams_differ:
-        here, there = x.stream(), array.stream()
-        if here != there:
-            from fastbn.cuda import driver  # not above: without numba-cuda the error is to name the argument
-
-            driver.wait(here, there)
-    return array
-
-
 def tensor(name: str, value: Any) -> DeviceArray:
     """Check a tensor."""
     array = _array(name, value)
@@ -47,7 +33,7 @@ def like(name: str, value: Any, x: DeviceArray) -> DeviceArray:
         raise ArgumentValueError(name, f"the shape of x, {x.shape}", array.shape)
     if array.kind != x.kind:
         raise ArgumentTypeError(name, f"the dtype of x, {x.name}", array.name)
-    return _after(array, x)
+    return array.ready_for(x)
 
 
 def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> DeviceArray:
@@ -58,7 +44,7 @@ def parameter(name: str, value: Any, x: DeviceArray, shape: tuple[int, ...]) -> 
         raise ArgumentValueError(name, expected, f"shape {array.shape}")
     if array.name != x.arithmetic:
         raise ArgumentTypeError(name, f"{x.arithmetic} (parameters of half types are float32)", array.name)
-    return _after(array, x)
+    return array.ready_for(x)
 
 
 def running(name: str, value: Any, x: DeviceArray, channels: int) -> Flat:

@@ -67,7 +67,7 @@ class DeviceSetsSaved(Saved):
 
     def _row(self, i: int) -> Any:
         sets = self.sizes.sets
-        return self.vectors.array_owner[i * sets : (i + 1) * sets].reshape(self.shape)
+        return self.x.library.reshape(self.vectors.array_owner[i * sets : (i + 1) * sets], self.shape)
 
     @property
     def moments(self) -> Moments:

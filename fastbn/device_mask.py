@@ -49,7 +49,7 @@ def find(
 
 
 def _mask(mask: Any, x: DeviceArray, axis: int) -> DeviceArray:
-    array = wrap("mask", mask, ("bool",))
+    array = wrap("mask", mask, ("bool",)).ready_for(x)
     shape = x.shape[:axis] + x.shape[axis + 1 :]
     if array.shape == shape:
         return array
@@ -67,7 +67,7 @@ def _mask(mask: Any, x: DeviceArray, axis: int) -> DeviceArray:
 
 def _lengths(lengths: Any, x: DeviceArray, axis: int) -> DeviceArray:
     """The mask (N, T) of lengths on the GPU; beyond 0 and T they count as those, since nobody can look."""
-    array = wrap("lengths", lengths, ("int32", "int64"))
+    array = wrap("lengths", lengths, ("int32", "int64")).ready_for(x)
     if x.ndim != 3 or axis == 0:
         raise ArgumentValueError(
             "lengths", "x of shape (N, C, T) with axis=1 or (N, T, C) with axis=2", f"shape {x.shape}, axis {axis}"

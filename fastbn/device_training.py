@@ -2,118 +2,26 @@
 
 Statistics, renormalisation and what may move are worked out on the GPU, in stream order. What must become a number on
 the host waits for it: ``nonfinite="raise"``, ``on_single="running"`` under a mask that is on the GPU, and, when asked,
-``Saved.updated`` and ``Saved.count``. Ghost batches are calls of their own, one after another, on parts of the memory.
+``Saved.updated`` and ``Saved.count``. Small ghost batches of equal size are one launch, others calls of their own on
+parts of the memory.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
 import numpy as np
 
 from fastbn import arguments, device, ghosts, layout, masked, training
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import wrap
+from fastbn.device_pieces import Done, OptionsSaved, Piece, count
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import Saved
 
 __all__ = ["train", "update"]
-
-
-class Piece(NamedTuple):
-    """One batch with statistics of its own: a part of each tensor, as kernels take it."""
-
-    x: Flat
-    residual: Flat | None
-    out: Flat
-    mask: Any  # launch.Mask
-    dims: tuple[int, int, int]
-    start: int  # of the elements
-
-
-class Done(NamedTuple):
-    """What normalising a piece left."""
-
-    stats: Flat
-    params: tuple[Flat | None, Flat | None]
-    renormed: Any  # launch_adjust.Renormed, or None
-    frozen: bool = False
-
-
-class OptionsSaved(device.DeviceSaved):
-    """As ``DeviceSaved``, of one or more pieces; what was counted is known to the GPU alone until somebody asks."""
-
-    __slots__ = ("done", "given", "moves", "pieces", "several")
-
-    pieces: list[Piece]
-    done: list[Done]
-    several: bool  # ghosts: statistics have a row each
-    given: tuple[bool, bool]
-    moves: tuple[int, Flat | None]  # how often running statistics moved: known, and one int32 a piece
-
-    @property
-    def affine(self) -> tuple[bool, bool]:
-        """Tell whether the caller gave weight and bias."""
-        return self.given
-
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """Values per channel, those that a mask leaves: waits for the GPU if there is one."""
-        return sum(map(_count, self.pieces))
-
-    @property
-    def updated(self) -> int:  # type: ignore[override]
-        """How often running statistics moved: waits for the GPU if that was decided there."""
-        known, found = self.moves
-        return known if found is None else int(found.owner.host().sum())
-
-    @property
-    def ghosts(self) -> list[Moments]:
-        """The statistics of each piece, on the host."""
-        C, several = self.layout.dims[1], device.host(self.vectors.array_owner)
-        rows = np.asarray(several, np.float64).reshape(-1, 4, C)
-        mean, var, rest = rows[:, 0], rows[:, 2], rows[:, 3]
-        mean = mean + np.where(np.isfinite(rest), rest, 0.0)
-        return [Moments(n, mean[i], var[i] * n) for i, n in enumerate(map(_count, self.pieces))]
-
-    @property
-    def moments(self) -> Moments:
-        """The statistics of all of it, on the host: waits for the GPU."""
-        if any(d.frozen for d in self.done):
-            return device.moments_found(self.x, self.layout, self.mask)
-        return functools.reduce(Moments.merge, self.ghosts)
-
-    def _row(self, i: int) -> Any:
-        C = self.layout.dims[1]
-        if not self.several:
-            return super()._row(i)
-        return self.vectors.array_owner.reshape((len(self.pieces), 4 * C))[:, i * C : (i + 1) * C]
-
-    def _run(self, grad: Flat, y: Flat | None, target: Flat, dr: Flat | None) -> tuple[Flat, Flat]:
-        from fastbn.cuda import launch, launch_adjust, launch_sets
-
-        C, P = self.layout.dims[1], len(self.pieces)
-        both = self.x.vector(2 * P * C)  # all gradients of bias, then all of weight
-        for i, (piece, d) in enumerate(zip(self.pieces, self.done, strict=True)):
-            g, into = grad.part(piece.start, piece.x.size), target.part(piece.start, piece.x.size)
-            own_y, own_dr = (None if t is None else t.part(piece.start, piece.x.size) for t in (y, dr))
-            grads = both.part((P + i) * C, C), both.part(i * C, C)
-            launch.backward(
-                piece.x, g, own_y, into, own_dr, *d.params, d.stats, piece.dims, d.frozen, self.relu, piece.mask, grads
-            )
-            if d.renormed is not None:
-                launch_adjust.renorm_gradient(piece.x, d.renormed, grads)
-        dweight, dbias = self.x.vector(C), self.x.vector(C)
-        launch_sets.settle(self.x.flat(), both, dweight, dbias, (C, P, 1, 32), self.x.stream())
-        return dweight, dbias
-
-
-def _count(piece: Piece) -> int:
-    if piece.mask.valid is not None:
-        return device.counted(piece.mask)
-    return piece.dims[0] * piece.dims[2]
 
 
 class _Training:
@@ -147,7 +55,7 @@ class _Training:
         """Tell whether a piece has one value per channel and must be normalised by the running statistics."""
         if piece.mask.valid is not None and self.o.on_single == "error":
             return False  # nobody has looked, and nobody will
-        if _count(piece) != 1:
+        if count(piece) != 1:
             return False
         if self.o.on_single == "error":
             if self.o.ghost is None or self.o.renorm is not None:
@@ -184,8 +92,29 @@ class _Training:
         launch.infer(*tensors, *params, stats, piece.dims, f.relu, piece.mask)
         return Done(stats, params, renormed)
 
-    def move(self, pieces: list[Piece], done: list[Done]) -> tuple[int, Flat | None]:
-        """Move the running statistics by each piece in turn."""
+    def alike(self, pieces: list[Piece], single: list[bool]) -> int:
+        """Return how many pieces, from the first on, differ in nothing but their place; 0 where each is a call."""
+        if self.found is not None or self.o.renorm is not None or any(single):
+            return 0
+        found = sum(1 for _ in itertools.takewhile(lambda p: p.dims == pieces[0].dims, pieces))
+        return found if found > 1 else 0
+
+    def together(self, pieces: list[Piece], alike: int, stats: Flat) -> list[Done]:
+        """Launch what one launch can work off; return what it left, nothing where each piece is a call."""
+        if not alike:
+            return []
+        from fastbn.cuda import launch_ghosts
+
+        f, first, C, size = self.f, pieces[0], self.f.layout.dims[1], alike * pieces[0].x.size
+        x, out, added = (None if t is None else t.part(0, size) for t in (f.x.flat(), f.out.flat(), f.residual))
+        assert x is not None and out is not None
+        params, eps = (f.weight, f.bias), self.o.eps
+        if not launch_ghosts.train(x, added, out, params, stats, first.dims, alike, eps, f.relu):
+            return []
+        return [Done(stats.part(4 * C * i, 4 * C), params, None) for i in range(alike)]
+
+    def move(self, pieces: list[Piece], done: list[Done], alike: int) -> tuple[int, Flat | None]:
+        """Move the running statistics by each piece in turn; by those that are alike in one launch."""
         from fastbn.cuda import launch_adjust
 
         o = self.o
@@ -197,18 +126,13 @@ class _Training:
         skip = o.nonfinite == "skip_update"
         asked = skip or any(p.mask.valid is not None for p in pieces)
         for i, (piece, d) in enumerate(zip(pieces, done, strict=True)):
-            if not d.frozen:
-                launch_adjust.move(
-                    piece.x,
-                    d.stats,
-                    self.running,
-                    last.part(i, 1),
-                    piece.dims,
-                    o.momentum,
-                    o.unbiased,
-                    skip,
-                    piece.mask,
-                )
+            if d.frozen or 0 < i < alike:
+                continue
+            n = alike if alike and not i else 1
+            stats = Flat(d.stats.address, n * d.stats.size, d.stats.kind, d.stats.owner)
+            launch_adjust.move(
+                piece.x, stats, self.running, last.part(i, n), piece.dims, o.momentum, o.unbiased, skip, piece.mask, n
+            )
         return sum(not d.frozen for d in done), last if asked else None
 
 
@@ -262,9 +186,12 @@ def _run(t: _Training) -> tuple[Any, Saved]:
     if t.o.nonfinite == "raise" and not all(single):
         t.refuse_nonfinite()
     stats = f.x.vector(4 * C * len(pieces))
-    done = [t.normalise(p, stats.part(4 * C * i, 4 * C), single[i]) for i, p in enumerate(pieces)]
+    alike = t.alike(pieces, single)
+    done = t.together(pieces, alike, stats)
+    for i, piece in itertools.islice(enumerate(pieces), len(done), None):
+        done.append(t.normalise(piece, stats.part(4 * C * i, 4 * C), single[i]))
     saved = OptionsSaved()
-    saved.moves = t.move(pieces, done)
+    saved.moves, saved.alike = t.move(pieces, done, alike), alike
     saved.pieces, saved.done, saved.several = pieces, done, t.o.ghost is not None
     saved.given = f.weight is not None, f.bias is not None
     f.saved(stats, all(single), mask=t.found, into=saved)

@@ -13,7 +13,7 @@ from fastbn.cuda.channel import WARP
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import finite, invsqrt
 
-int32 = types.int32
+int32, int64 = types.int32, types.int64
 
 
 def make_any(threads: int):
@@ -40,36 +40,46 @@ def make_any(threads: int):
 
 @functools.cache
 def move(kind: str, threads: int, masked: bool):
-    """Move the running statistics by those of a batch, by one block; ``moved`` says whether it did.
+    """Move the running statistics by those of batches in turn, by one block; ``moved`` says of each whether it did.
 
     ``flags``: 1, not at all if the mean or the unbiased variance of any channel is not finite; 8, by the biased
     variance. ``unbias`` is n/(n - 1); under a mask that of ``tally``, and fewer than two values move nothing.
     """
     A, any_of, warps = ARITHMETIC[kind], make_any(threads), threads // 32
 
-    @kernel("AAAIiaaaiI", kind, threads)
-    def adjust_move(stats, running_mean, running_var, moved, C, keep, momentum, unbias, flags, tally):
-        scratch = cuda.shared.array(warps, int32)
-        bad, tid = int32(0), cuda.threadIdx.x
+    @device
+    def factor(unbias, tally):
         if masked:
             unbias = A(0)
             if tally[0] > 1:
                 unbias = A(tally[0]) / A(tally[0] - 1)
-            else:
-                bad = int32(1)
+        return unbias
+
+    @device
+    def refused(stats, first, C, unbias, flags, tally):
+        bad = int32(0)
+        if masked and tally[0] < 2:
+            bad = int32(1)
         if flags & 1:
-            for c in range(tid, C, threads):
-                if not finite(stats[c]) or not finite(stats[2 * C + c] * unbias):
+            for c in range(cuda.threadIdx.x, C, threads):
+                if not finite(stats[first + c]) or not finite(stats[first + 2 * C + c] * unbias):
                     bad = int32(1)
-        bad = any_of(bad, scratch)
-        if tid == 0:
-            moved[0] = int32(1 - bad)
-        if bad == 0:
-            if flags & 8:
-                unbias = A(1)
-            for c in range(tid, C, threads):
-                running_mean[c] = keep * running_mean[c] + momentum * stats[c]
-                running_var[c] = keep * running_var[c] + momentum * (stats[2 * C + c] * unbias)
+        return bad
+
+    @kernel("AAAIiaaaiIi", kind, threads)
+    def adjust_move(stats, running_mean, running_var, moved, C, keep, momentum, unbias, flags, tally, batches):
+        scratch = cuda.shared.array(warps, int32)
+        tid, unbias = cuda.threadIdx.x, factor(unbias, tally)
+        by = A(1) if flags & 8 else unbias
+        for batch in range(batches):
+            first = int64(batch) * 4 * C
+            bad = any_of(refused(stats, first, C, unbias, flags, tally), scratch)
+            if tid == 0:
+                moved[batch] = int32(1 - bad)
+            if bad == 0:
+                for c in range(tid, C, threads):
+                    running_mean[c] = keep * running_mean[c] + momentum * stats[first + c]
+                    running_var[c] = keep * running_var[c] + momentum * (stats[first + 2 * C + c] * by)
 
     return adjust_move
 

@@ -193,6 +193,19 @@ class DeviceArray:
         """Return the handle of the caller's current stream."""
         return self.library.stream(self.owner)
 
+    def ready_for(self, x: DeviceArray) -> DeviceArray:
+        """Make the stream of x wait for this array, which may be written on another one; returns it.
+
+        PyTorch and CuPy have one current stream for all their arrays; others say with each array which one it is on.
+        """
+        if self.library is not x.library or self.library.streams_differ:
+            here, there = x.stream(), self.stream()
+            if here != there:
+                from fastbn.cuda import driver  # not above: without numba-cuda the error is to name the argument
+
+                driver.wait(here, there)
+        return self
+
     def bounds(self) -> tuple[int, int]:
         """Return the first address and the one past the last."""
         spans = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]

@@ -6,10 +6,11 @@ import functools
 import warnings
 from typing import Any, NamedTuple
 
-from fastbn.cuda import persistent, plan, plan_sets, slab
+from fastbn.cuda import persistent, plan, plan_sets, sets_kept, slab, tuning
 from fastbn.cuda.arrays import ITEMSIZE
-from fastbn.cuda.driver import SIMULATED, Kernel
+from fastbn.cuda.driver import SIMULATED, Kernel, run
 from fastbn.cuda.plan import Dims
+from fastbn.cuda.sets import SetVariant
 from fastbn.cuda.sweep import Variant
 
 
@@ -39,28 +40,54 @@ def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
         compiled = next(iter(kernel.compiled.overloads.values()))
         room = compiled.max_cooperative_grid_blocks(kernel.threads, shared)
     except Exception as error:  # of the linker, the driver or another version of numba-cuda
-        name = kernel.function.__name__
-        warnings.warn(f"no {name} in one launch, three launches instead: {error}", RuntimeWarning, stacklevel=2)
+        _split_instead(kernel, error)
         return False
     return bool(blocks <= room)
+
+
+def _split_instead(kernel: Kernel, error: Exception) -> None:
+    name = kernel.function.__name__
+    warnings.warn(f"no {name} in one launch, several launches instead: {error}", RuntimeWarning, stacklevel=3)
+
+
+_refused: set[Kernel] = set()
+
+
+def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
+    """Launch; False where the driver will not have all blocks of a barrier on the GPU at once, and then never again.
+
+    It counts the multiprocessors that the process may use only then: a server that shares out the GPU (MPS) may leave
+    fewer than ``fits`` was told. A refused launch has written nothing.
+    """
+    try:
+        run(one.kernel, one.grid, stream, args, one.shared)
+    except Exception as error:
+        if SIMULATED or one.name != "persistent":
+            raise
+        _split_instead(one.kernel, error)
+        _refused.add(one.kernel)
+        forget()
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1024)
 def one_launch(
     kind: str, dims: Dims, whole: bool, relu: bool, residual: bool, backward: bool, frozen: bool,
-    limits: tuple[int, int],
+    limits: tuple[int, int], masked: bool = False,
 ) -> One | None:  # fmt: skip
-    """Return how one launch does it; None where it takes three. ``whole``: all tensors are aligned."""
+    """Return how one launch does it; None where it takes three. ``whole``: all tensors (and the mask) are aligned."""
     tensors = 2 if backward else 1
-    what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen)
+    what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
+    most = tuning.MASKED_THREADS if masked else 1024
     threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
     if threads:
-        kernel = _slab(what._replace(threads=threads))
+        kernel = _slab(what._replace(threads=min(threads, most)))
         return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
     p = plan.persistent(dims, kind, whole, tensors, *limits)
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
-        return One("again", _slab(what._replace(W=1, threads=threads, kept=False)), (dims[1],), 0, 0, dims)
+        return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)
     return _rows(what, dims, p) if p.threads else None
 
 
@@ -72,10 +99,29 @@ def _slab(what: Variant) -> Kernel:
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     what = what._replace(threads=p.threads, alone=p.alone)
     kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
-    if not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
+    if kernel in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
     name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
     return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
+
+
+def set_variant(p: plan_sets.SetPlan, kind: str) -> SetVariant:
+    """Return what the kernels of a plan are compiled for."""
+    return SetVariant(kind, p.W, p.threads, p.affine, p.team, p.kept)
+
+
+@functools.lru_cache(maxsize=1024)
+def sets(
+    d: plan_sets.Sizes, kind: str, whole: bool, given: bool, backward: bool, limit: int
+) -> plan_sets.SetPlan:  # fmt: skip
+    """Return how sets are worked off: as planned, split where a block may not have the shared memory for that."""
+    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limit)
+    if not p.team:
+        return p
+    stage = sets_kept.backward if backward else sets_kept.train
+    if fits(stage(set_variant(p, kind)), 0, p.shared):
+        return p
+    return p._replace(threads=tuning.THREADS, team=0, kept=False, shared=0, blocks=0)
 
 
 class _Chosen:
@@ -92,6 +138,7 @@ def forget() -> None:
     chosen.times += 1
     for cached in (
         one_launch,
+        sets,
         plan.plan,
         plan.masked,
         plan.slab,

@@ -36,6 +36,8 @@ POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf
 POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
 ARITHMETIC |= {"i32": types.float32, "i64": types.float32}
+MOST = 4096  # grids of a kernel that are remembered; then all are forgotten
+GRANTED = 48 * 1024  # bytes of shared memory that a block may have without asking
 
 
 @functools.cache
@@ -65,9 +67,13 @@ def _absent() -> str:
     return "it needs an NVIDIA driver and a GPU, none was found; then"
 
 
-@functools.cache
 def device_properties() -> tuple[int, int]:
-    """Return the number of multiprocessors and the bytes of shared memory that a block may use."""
+    """Return the current device's number of multiprocessors and the bytes of shared memory that a block may use."""
+    return _properties(current_device())
+
+
+@functools.cache
+def _properties(number: int) -> tuple[int, int]:
     if SIMULATED:
         return 4, 64 * 1024
     device = cuda.get_current_device()
@@ -168,6 +174,8 @@ class Kernel:
             from fastbn.cuda import launcher
 
             self.allow_shared(shared)
+            if len(self._launchers) >= MOST:
+                self._launchers.clear()
             found = self._launchers[key] = launcher.make(self, grid, shared)
         return found
 
@@ -182,11 +190,13 @@ class Kernel:
         here = current_device()
         if not size or SIMULATED or here in self._large:
             return
-        bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         function = next(iter(self.compiled.overloads.values()))._codelibrary.get_cufunc()
+        static = int(getattr(function.attrs, "shared", 0))
+        if size + static <= GRANTED:
+            return
+        bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         most = device_properties()[1]
         attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        static = int(getattr(function.attrs, "shared", 0))
         handle = function.handle
         if isinstance(handle, bindings.CUfunction):
             (code,) = bindings.cuFuncSetAttribute(handle, attribute, most - static)
@@ -217,13 +227,13 @@ recorder = _Recorder()
 
 def run(what: Kernel, grid: tuple[int, ...], stream: int, args: tuple[Any, ...], shared: int = 0) -> None:
     """Launch on a stream (its handle). ``args``: Flat, None (an absent tensor) or numbers; nothing is synchronised."""
-    if recorder.steps is not None:
-        recorder.steps.append((what, grid, args, shared))
     if SIMULATED:
         values = [_simulated(a, letter, what.kind) for a, letter in zip(args, what.letters, strict=True)]
         what.compiled[grid, what.threads, 0, shared](*values)
     else:
         what.launcher(grid, shared)(stream, [a.address if type(a) is Flat else 0 if a is None else a for a in args])
+    if recorder.steps is not None:  # not before: a launch that is refused is made in another way
+        recorder.steps.append((what, grid, args, shared))
 
 
 class Memory:

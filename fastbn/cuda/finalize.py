@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_keep, make_pivot, make_pivot_at, make_team_sum
+from fastbn.cuda.channel import WARP, make_keep, make_team_sum
+from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
 
@@ -71,13 +72,18 @@ def make_gather(kind: str, threads: int):
     return gather
 
 
-def make_resolve(kind: str):
-    """Mean, its remainder, variance and invstd from sums about a pivot; False where they cannot be trusted."""
+def make_resolve(kind: str, masked: bool = False):
+    """Mean, its remainder, variance and invstd from sums about a pivot; False where they cannot be trusted.
+
+    Of no values at all, which a mask may leave, mean and variance are 0.
+    """
     A = ARITHMETIC[kind]
     far, tiny = tuning.FAR, tuning.TINY if kind != "f64" else 1e-290
 
     @device
     def resolve(pivot, s, se, q, qe, n, eps):
+        if masked and n == A(0):
+            return True, A(0), A(0), A(0), invsqrt(eps)
         shift = s / n + se / n
         var = max((q - s * shift + qe) / n, A(0))
         mean, rest = two_sum(pivot, shift)
@@ -171,16 +177,9 @@ def settle_train(kind: str, threads: int, masked: bool = False):
     Under a mask, by the unbiased variance unless ``flags`` has 8, and not at all with fewer than two values.
     """
     A = ARITHMETIC[kind]
-    gather, resolve, again = make_gather(kind, threads), make_resolve(kind), make_again(kind, threads, 0, masked)
-    pivot, pivot_at, keep_statistics = make_pivot(kind), make_pivot_at(kind), make_keep(kind)
-    size = 4 * threads
-
-    @device
-    def values(N, S, tally):
-        if masked:
-            return A(tally[0])
-        else:
-            return A(int64(N) * S)
+    gather, resolve = make_gather(kind, threads), make_resolve(kind, masked)
+    again, keep_statistics = make_again(kind, threads, 0, masked), make_keep(kind)
+    (pivot, values, moving), size = make_counted(kind, masked), 4 * threads
 
     @kernel("TAAAAiiiiiiaaaaiMI", kind, threads)
     def finalize_train(
@@ -199,29 +198,20 @@ def settle_train(kind: str, threads: int, masked: bool = False):
         if slot == 0:
             bad[j] = 0
             if c < C:
-                if masked:  # noqa: SIM108  (a branch that is not compiled)
-                    middle = pivot_at(x, c, C, S, tally)
-                else:
-                    middle = pivot(x, c, N, C, S)
-                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, values(N, S, tally), eps)
-                if masked and tally[0] == 0:
-                    good, m, rest, var, invstd = True, A(0), A(0), A(0), invsqrt(eps)
+                middle = pivot(x, c, N, C, S, tally)
+                good, m, rest, var, invstd = resolve(middle, s, se, q, qe, A(values(N, S, tally)), eps)
                 found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
                 if not good:
                     bad[j] = 1
         cuda.syncthreads()
         for i in range(G):
             if bad[i] != 0:
-                m, rest, var, invstd = again(x, mask, values(N, S, tally), first + i, N, C, S, eps, scratch)
+                m, rest, var, invstd = again(x, mask, A(values(N, S, tally)), first + i, N, C, S, eps, scratch)
                 if slot == 0 and j == i:
                     found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
         if slot == 0 and c < C:
             four = (found[j], found[96 + j], found[64 + j], found[32 + j])
-            moves = flags & 4 != 0
-            if masked:
-                moves = moves and tally[0] > 1
-                if flags & 8 == 0:
-                    unbias = A(tally[0]) / A(tally[0] - 1)
+            moves, unbias = moving(unbias, flags, tally)
             keep_statistics(stats, running_mean, running_var, c, C, four, keep, momentum, unbias, moves)
 
     return finalize_train

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import finalize, masks, planes, rows, tuning
 from fastbn.cuda.arrays import WIDE, Flat
-from fastbn.cuda.choice import one_launch
+from fastbn.cuda.choice import attempt, one_launch
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
@@ -39,6 +39,10 @@ ALL = Mask(None, None)
 
 def mask_of(valid: Flat, stream: int) -> Mask:
     """Count the places that a mask leaves, on the GPU."""
+    if valid.size <= tuning.TALLY:
+        tally = valid.owner.empty((5,), "int32").flat()
+        run(masks.tally(tuning.THREADS), (1,), stream, (valid, tally, valid.size))
+        return Mask(valid, tally)
     parts = max(1, min(masks.PARTS, -(-valid.size // tuning.THREADS)))
     chunk = -(-valid.size // parts)
     parts = -(-valid.size // chunk)
@@ -55,9 +59,12 @@ def lengths_to_mask(lengths: Flat, valid: Flat, N: int, T: int, stream: int) -> 
 
 
 def _plan(dims: Dims, kind: str, whole: bool, mask: Mask) -> Plan:
-    if mask.valid is None:
-        return plan(dims, kind, whole)
-    return masked(dims, kind, whole and not mask.valid.address & 7)
+    return plan(dims, kind, whole) if mask.valid is None else masked(dims, kind, whole)
+
+
+def _whole(mask: Mask, *tensors: Flat | None) -> bool:
+    """Tell whether vectors of all tensors may be read at once, and the bytes of a mask for each."""
+    return aligned(*tensors) and (mask.valid is None or not mask.valid.address & 7)
 
 
 def aligned(*tensors: Flat | None) -> bool:
@@ -73,8 +80,9 @@ def flags_of(weight: Flat | None, bias: Flat | None) -> int:
     return (weight is not None) | (bias is not None) << 1
 
 
-def _moves(moved: tuple[Any, Any]) -> int:
-    return 4 if moved[0] is not None else 0
+def _moving_flags(moved: tuple[Any, Any], numbers: tuple[float, ...]) -> int:
+    """Say whether there are running statistics to move, and whether under a mask by the biased variance."""
+    return (4 if moved[0] is not None else 0) | (8 if numbers[3] == 1.0 else 0)
 
 
 def _stage(p: Plan) -> Any:
@@ -112,7 +120,7 @@ def _settle(
     x: Flat, p: Plan, partial: Flat, stats: Flat, moved: tuple[Any, Any], dims: Dims, numbers: tuple[float, ...],
     stream: int, mask: Mask,
 ) -> None:  # fmt: skip
-    flags = _moves(moved) | (8 if numbers[3] == 1.0 else 0)  # 8: the biased variance
+    flags = _moving_flags(moved, numbers)
     args = (x, partial, stats, *moved, *dims, p.depth, p.columns, p.group, *numbers, flags, *mask)
     settle = finalize.settle_train(x.kind, tuning.THREADS, mask.valid is not None)
     run(settle, (-(-dims[1] // p.group),), stream, args)
@@ -153,25 +161,18 @@ def train(
     """
     check()
     tensors, params, moved = (x, residual, out), (weight, bias), (running_mean, running_var)
-    stream, whole, numbers = x.owner.stream(), aligned(*tensors), moving(dims, eps, momentum, unbiased)
-    one = None
-    if mask.valid is None:
-        one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, device_properties())
-    if one is None:
-        what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
-        return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
-    if stats is None:
-        stats = x.owner.vector(4 * dims[1])
-    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
-    flags = flags_of(weight, bias) | _moves(moved)
-    run(
-        one.kernel,
-        one.grid,
-        stream,
-        (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags),
-        one.shared,
-    )
-    return stats
+    stream, whole, numbers = x.owner.stream(), _whole(mask, *tensors), moving(dims, eps, momentum, unbiased)
+    limits, counted = device_properties(), mask.valid is not None
+    one = one_launch(x.kind, dims, whole, bool(relu), residual is not None, False, False, limits, counted)
+    if one is not None:
+        if stats is None:
+            stats = x.owner.vector(4 * dims[1])
+        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+        flags = flags_of(weight, bias) | _moving_flags(moved, numbers)
+        if attempt(one, stream, (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags, *mask)):
+            return stats
+    what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
+    return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
 
 
 def _split(
@@ -189,7 +190,7 @@ def _split(
 def moments(x: Flat, dims: Dims, eps: float, mask: Mask = ALL, stats: Flat | None = None) -> Flat:
     """Statistics alone."""
     check()
-    p = _plan(dims, x.kind, aligned(x), mask)
+    p = _plan(dims, x.kind, _whole(mask, x), mask)
     return statistics_of(x, p, (None, None), dims, moving(dims, eps, 0.0), x.owner.stream(), mask, stats)
 
 
@@ -210,7 +211,7 @@ def infer(
 ) -> None:  # fmt: skip
     """Inference into ``out``, by ``stats`` or by running statistics as they are (one launch)."""
     check()
-    p = _plan(dims, x.kind, aligned(x, residual, out), mask)
+    p = _plan(dims, x.kind, _whole(mask, x, residual, out), mask)
     given = isinstance(stats, Given)
     what = Variant(
         x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given,
@@ -231,18 +232,17 @@ def backward(
     """
     check()
     tensors, params, flags = (x, grad, y, out, grad_residual), (weight, bias), flags_of(weight, bias)
-    stream, whole = x.owner.stream(), aligned(*tensors)
+    stream, whole = x.owner.stream(), _whole(mask, *tensors)
     if grads is None:
         grads = x.owner.vector(dims[1]), x.owner.vector(dims[1])
-    one = None
-    if mask.valid is None:
-        one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, device_properties())
-    if one is None:
-        what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
-        _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
-        return grads
-    scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
-    run(one.kernel, one.grid, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags), one.shared)
+    limits, counted = device_properties(), mask.valid is not None
+    one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, limits, counted)
+    if one is not None:
+        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
+        if attempt(one, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags, *mask)):
+            return grads
+    what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
+    _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)
     return grads
 
 

@@ -25,12 +25,15 @@ def _blocks(channels: int) -> tuple[int]:
 
 def move(
     x: Flat, stats: Flat, running: tuple[Flat, Flat], moved: Flat, dims: Dims, momentum: float, unbiased: bool,
-    skip: bool, mask: Mask,
+    skip: bool, mask: Mask, batches: int = 1,
 ) -> None:  # fmt: skip
-    """Move running statistics by a batch's; writes 1 to ``moved`` (int32) if it did. ``skip``: not if any is bad."""
+    """Move running statistics by those of batches of ``dims`` in turn, 4*C each.
+
+    Writes to ``moved`` (an int32 each) 1 where it did. ``skip``: not where any is bad.
+    """
     _, keep, momentum, unbias = moving(dims, 0.0, momentum)
     flags = skip | (0 if unbiased else 8)
-    args = (stats, *running, moved, dims[1], keep, momentum, unbias, flags, mask.tally)
+    args = (stats, *running, moved, dims[1], keep, momentum, unbias, flags, mask.tally, batches)
     run(adjust.move(WIDE[x.kind], tuning.THREADS, mask.tally is not None), (1,), x.owner.stream(), args)
 
 

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn.cuda import finalize, launch, sets, sets_columns, sets_kept, tuning
+from fastbn.cuda import choice, finalize, launch, sets, sets_columns, sets_kept, tuning
 from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan_sets import SetPlan, Sizes, columns
-from fastbn.cuda.plan_sets import sets as set_plan
-from fastbn.cuda.sets import SetVariant
 
 
-def _plan(x: Flat, d: Sizes, tensors: int, params: tuple[Flat | None, ...], *others: Flat) -> SetPlan:
+def _plan(x: Flat, d: Sizes, backward: bool, params: tuple[Flat | None, ...], *others: Flat) -> SetPlan:
     given = any(p is not None for p in params)
-    return set_plan(d, x.kind, launch.aligned(x, *others, *params), given, tensors, device_properties()[1])
-
-
-def _variant(p: SetPlan, kind: str) -> SetVariant:
-    return SetVariant(kind, p.W, p.threads, p.affine, p.team, p.kept)
+    return choice.sets(d, x.kind, launch.aligned(x, *others, *params), given, backward, device_properties()[1])
 
 
 def _four(d: Sizes) -> tuple[int, int, int, int]:
@@ -31,8 +25,8 @@ def _four(d: Sizes) -> tuple[int, int, int, int]:
 def train(x: Flat, out: Flat, weight: Flat | None, bias: Flat | None, d: Sizes, eps: float) -> Flat:
     """Normalise into ``out``; returns ``stats``. Parameters are by channel."""
     check()
-    p, stream, flags = _plan(x, d, 1, (weight, bias), out), x.owner.stream(), launch.flags_of(weight, bias)
-    what = _variant(p, x.kind)
+    p, stream, flags = _plan(x, d, False, (weight, bias), out), x.owner.stream(), launch.flags_of(weight, bias)
+    what = choice.set_variant(p, x.kind)
     if p.team:
         stats: Flat = x.owner.vector(4 * d.sets)
         args = (x, out, stats, weight, bias, *_four(d), eps, flags)
@@ -50,11 +44,11 @@ def backward(
 ) -> None:
     """Input gradient into ``out`` (which may be grad), parameter gradients into ``dweight`` and ``dbias`` (or None)."""
     check()
-    p, stream, flags = _plan(x, d, 2, (weight,), grad, out), x.owner.stream(), launch.flags_of(weight, None)
+    p, stream, flags = _plan(x, d, True, (weight,), grad, out), x.owner.stream(), launch.flags_of(weight, None)
     affine = dweight is not None or dbias is not None
     if affine and p.affine != "one":
         _by_column(x, grad, stats, dweight, dbias, d, stream)  # before out is written: it may be grad
-    what, by_set = _variant(p, x.kind), x.owner.scratch(2 * d.sets)
+    what, by_set = choice.set_variant(p, x.kind), x.owner.scratch(2 * d.sets)
     if p.team:
         args = (x, grad, out, stats, weight, by_set, *_four(d), flags)
         run(sets_kept.backward(what), (p.blocks,), stream, args, p.shared)
@@ -67,7 +61,7 @@ def backward(
 def _split(
     x: Flat, grad: Flat, out: Flat, weight: Flat | None, stats: Flat, by_set: Flat, d: Sizes, p: SetPlan, stream: int
 ) -> None:
-    s, what, flags = p.split, _variant(p, x.kind), launch.flags_of(weight, None)
+    s, what, flags = p.split, choice.set_variant(p, x.kind), launch.flags_of(weight, None)
     partial = x.owner.scratch(2 * s.parts * d.sets)
     sum_v, sum_vt = by_set.part(0, d.sets), by_set.part(d.sets, d.sets)
     args: Any = (x, grad, stats, weight, partial, *_four(d), s.parts, s.chunk, flags)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import math
 import struct
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from fastbn.errors import DeviceError
 if TYPE_CHECKING:
     from fastbn.cuda.driver import Kernel
 
+FLOAT32_MAX = 3.4028234663852886e38
 NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet
 
 
@@ -41,6 +43,13 @@ def layout_of(letters: str, kind: str) -> tuple[struct.Struct, list[int]]:
 @functools.lru_cache(maxsize=64)
 def _stream(handle: int) -> Any:
     return importlib.import_module("cuda.bindings.driver").CUstream(handle)
+
+
+def as_float32(number: Any) -> Any:
+    """Round a number beyond float32 as C does; ``struct`` refuses it."""
+    if type(number) is float and abs(number) > FLOAT32_MAX:
+        return math.copysign(math.inf, number)
+    return number
 
 
 class Launcher:
@@ -73,7 +82,10 @@ class Launcher:
             slot = self.pool.pop()
         except IndexError:
             slot = self._slot()
-        self.packing.pack_into(slot[0], 0, *numbers)
+        try:
+            self.packing.pack_into(slot[0], 0, *numbers)
+        except OverflowError:
+            self.packing.pack_into(slot[0], 0, *map(as_float32, numbers))
         (code,) = self.call(*self.place, _stream(stream), slot[2], *self.extra)
         if code == NO_CONTEXT:
             cuda.current_context()

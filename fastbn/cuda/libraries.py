@@ -174,18 +174,27 @@ class Numba(Library):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
         from fastbn.cuda.driver import cuda
 
-        return cuda.device_array(shape, dtype_of(dtype))
+        return cuda.device_array(shape, dtype_of(dtype), stream=self._own_stream(like))
+
+    def _own_stream(self, value: Any) -> Any:
+        """Numba's stream of an array: what is made for it says so, or others would read it before it is written."""
+        from fastbn.cuda.driver import stream_of
+
+        handle = self.stream(value)
+        return stream_of(handle) if handle else 0
 
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
-
-        return cuda.to_device(np.zeros(shape, dtype_of(dtype)))
+        return self.put(np.zeros(shape, dtype_of(dtype)), like)
 
     def contiguous(self, value: Any) -> Any:  # noqa: D102
         raise ArgumentTypeError("x", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
 
     def expand(self, value: Any, shape: tuple[int, ...]) -> Any:  # noqa: D102
         raise ArgumentTypeError("mask", f"shape {shape} (Numba does not broadcast on the GPU)", value.shape)
+
+    def reshape(self, value: Any, shape: tuple[int, ...]) -> Any:  # noqa: D102
+        found = value.reshape(shape)
+        return found.bind(value.stream) if getattr(value, "stream", 0) else found  # Numba's reshape forgets it
 
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:  # noqa: D102
         raise ArgumentTypeError("x", "a C-contiguous array (Numba does not transpose on the GPU)", "other strides")
@@ -194,12 +203,18 @@ class Numba(Library):
         raise ArgumentTypeError("out", "a C-contiguous array (Numba does not copy others on the GPU)", "other strides")
 
     def host(self, value: Any) -> Any:  # noqa: D102
-        return value.copy_to_host()
+        from fastbn.cuda.driver import cuda
+
+        stream = self._own_stream(value)
+        found = (value if hasattr(value, "copy_to_host") else cuda.as_cuda_array(value)).copy_to_host()
+        if stream:
+            stream.synchronize()
+        return found
 
     def put(self, values: Any, like: Any) -> Any:  # noqa: D102
         from fastbn.cuda.driver import cuda
 
-        return cuda.to_device(values)
+        return cuda.to_device(values, stream=self._own_stream(like))
 
     def stream(self, value: Any) -> int:  # noqa: D102
         stream = value.__cuda_array_interface__.get("stream")

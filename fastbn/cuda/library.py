@@ -67,6 +67,10 @@ class Library:
         """Return a view broadcast to another shape."""
         raise NotImplementedError
 
+    def reshape(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """Return a view of a contiguous array with another shape."""
+        return value.reshape(shape)
+
     def transpose(self, value: Any, order: tuple[int, ...]) -> Any:
         """Return a view with the axes in another order."""
         return value.transpose(order)

@@ -74,6 +74,44 @@ def gather(threads: int):
 
 
 @functools.cache
+def tally(threads: int):
+    """The same of a small mask by one block: the four places are the first ones of its quarters."""
+    side = threads // 4
+
+    @kernel("MIi", "f32", threads)
+    def masks_tally(mask, tally, size):
+        counts = cuda.shared.array(threads, int32)
+        firsts = cuda.shared.array(threads, int32)
+        tid = cuda.threadIdx.x
+        quarter, chunk = tid // side, (size + 3) // 4
+        end, e = int32(min(size, (quarter + 1) * chunk)), int32(quarter * chunk + (tid - quarter * side))
+        many, first = int32(0), int32(size)
+        while e < end:
+            if mask[e] != 0:
+                many, first = int32(many + 1), int32(min(first, e))
+            e = int32(e + side)
+        counts[tid], firsts[tid] = many, first
+        half = side >> 1
+        while half > 0:
+            cuda.syncthreads()
+            if tid - quarter * side < half:
+                counts[tid] = int32(counts[tid] + counts[tid + half])
+                firsts[tid] = int32(min(firsts[tid], firsts[tid + half]))
+            half >>= 1
+        cuda.syncthreads()
+        if tid == 0:
+            many, first = int32(0), int32(size)
+            for k in range(4):
+                many, first = int32(many + counts[k * side]), int32(min(first, firsts[k * side]))
+            tally[0] = many
+            for k in range(4):
+                place = firsts[k * side] if firsts[k * side] < size else first
+                tally[k + 1] = int32(place if place < size else 0)
+
+    return masks_tally
+
+
+@functools.cache
 def from_lengths(kind: str, threads: int):
     """The mask (N, T) of the first ``lengths[n]`` steps; ``kind`` is that of the lengths, i32 or i64."""
 

@@ -12,25 +12,40 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_combine, make_keep, make_pivot, make_slopes
+from fastbn.cuda.channel import make_affine, make_combine, make_keep, make_slopes
+from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.meeting import make_collect, make_publish
 from fastbn.cuda.rows import TX, place
-from fastbn.cuda.simd import access, add, fma
+from fastbn.cuda.simd import access, add, fma, pick
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
+
+
+def make_row_only(what: Variant):
+    """(mask, row, a) -> a, with zeros in a row that the mask excludes."""
+    masked = what.masked
+
+    @device
+    def only(mask, r, a):
+        if masked:
+            return pick(mask[r], a)
+        else:
+            return a
+
+    return only
 
 
 def make_absorb(what: Variant):
     """Sum a thread's rows and keep the first of them; returns the sums, how many rows, and where they end."""
     kind, W, threads = what.kind, what.W, what.threads
     io, terms = access(kind, W), make_terms(what)
-    load, splat, keep_raw, zero = io.load, io.splat, io.keep, ARITHMETIC[kind](0)
+    load, splat, keep_raw, zero, only = io.load, io.splat, io.keep, ARITHMETIC[kind](0), make_row_only(what)
 
     @device
-    def absorb(x, slab, m, at, step, r, end, height, kept):
+    def absorb(x, slab, m, at, step, r, end, height, kept, mask):
         tid, count = cuda.threadIdx.x, int32(0)
         s = q = splat(zero)
         while r + height < end:
@@ -41,6 +56,8 @@ def make_absorb(what: Variant):
                 keep_raw(slab, 4 * ((count + 1) * threads + tid), x1)
             u0, t0 = terms(x0, x0, x0, m, m, m, m)
             u1, t1 = terms(x1, x1, x1, m, m, m, m)
+            u0, t0 = only(mask, r, u0), only(mask, r, t0)
+            u1, t1 = only(mask, r + height, u1), only(mask, r + height, t1)
             s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
             at += 2 * step
             r, count = int32(r + 2 * height), int32(count + 2)
@@ -49,6 +66,7 @@ def make_absorb(what: Variant):
             if count < kept:
                 keep_raw(slab, 4 * (count * threads + tid), x0)
             u0, t0 = terms(x0, x0, x0, m, m, m, m)
+            u0, t0 = only(mask, r, u0), only(mask, r, t0)
             s, q = add(s, u0), fma(u0, t0, q)
             at += step
             count = int32(count + 1)
@@ -60,38 +78,40 @@ def make_absorb(what: Variant):
 def make_settle(what: Variant):
     """From the collected sums to the constants (m, k, b) of the tile's columns; the first part writes statistics."""
     kind, W, threads = what.kind, what.W, what.threads
-    A, wide, resolve = ARITHMETIC[kind], TX * W, make_resolve(kind)
-    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
+    A, wide, resolve = ARITHMETIC[kind], TX * W, make_resolve(kind, what.masked)
+    again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
+    (_, values, moves_by) = make_counted(kind, what.masked)
     _, column = make_collect(kind, W, threads)
 
     @device
-    def put(constants, j, c, C, found, outputs, moving, flags):
+    def put(constants, j, c, C, found, outputs, moving, flags, tally):
         stats, weight, bias, running_mean, running_var = outputs
         mean, rest, _, invstd = found
         k, b = combine(invstd, rest, weight, bias, c, flags)
         constants[j], constants[wide + j], constants[2 * wide + j] = mean, k, b
         if cuda.blockIdx.y == 0:
             keep, momentum, unbias = moving
-            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)
+            moves, unbias = moves_by(unbias, flags, tally)
+            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
 
     @device
-    def settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags):
-        first = cuda.blockIdx.x * width
+    def settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags, mask, tally):
+        first, n = cuda.blockIdx.x * width, A(values(R, 1, tally))
         for j in range(cuda.threadIdx.x, width, threads):
             bad[j] = 0
             if first + j < C:
                 sd, se, qd, qe = column(red, j, width, slots)
-                good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, A(R), eps)
+                good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, n, eps)
                 if good:
-                    put(constants, j, first + j, C, (mean, rest, var, invstd), outputs, moving, flags)
+                    put(constants, j, first + j, C, (mean, rest, var, invstd), outputs, moving, flags, tally)
                 else:
                     bad[j] = 1
         cuda.syncthreads()
         for j in range(width):
             if bad[j] != 0:
-                found = again(x, x, A(R), first + j, R, C, 1, eps, red)
+                found = again(x, mask, n, first + j, R, C, 1, eps, red)
                 if cuda.threadIdx.x == 0:
-                    put(constants, j, first + j, C, found, outputs, moving, flags)
+                    put(constants, j, first + j, C, found, outputs, moving, flags, tally)
         cuda.syncthreads()
 
     return settle
@@ -101,16 +121,16 @@ def make_settle(what: Variant):
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    A, io, output, pivot = ARITHMETIC[kind], access(kind, W), make_output(what), make_pivot(kind)
+    A, io, output, only = ARITHMETIC[kind], access(kind, W), make_output(what), make_row_only(what)
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
-    absorb, settle = make_absorb(what), make_settle(what)
+    absorb, settle, pivot = make_absorb(what), make_settle(what), make_counted(kind, what.masked).pivot
     publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, three, both = TX * W, 3 * TX * W, 2 * threads * W
 
-    @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, 1)
+    @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1)
     def rows_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, C, R, P, chunk, tx_count, kept, eps, keep,
-        momentum, unbias, flags,
+        momentum, unbias, flags, mask, tally,
     ):  # fmt: skip
         slab, constants = cuda.shared.array(0, int32), cuda.shared.array(three, A)
         red = cuda.shared.array(both, A)
@@ -118,7 +138,7 @@ def train(what: Variant):
         tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
         for j in range(tid, width, threads):
             if tile * width + j < C:
-                constants[j] = pivot(x, tile * width + j, R, C, 1)
+                constants[j] = pivot(x, tile * width + j, R, C, 1, tally)
         cuda.syncthreads()
         tx, ty, height, at0, active = place(tx_count, threads, tile, C, W)
         end, r = int32(min(R, (part + 1) * chunk)), int32(part * chunk + ty)
@@ -126,11 +146,11 @@ def train(what: Variant):
         s = q = splat(A(0))
         count = int32(0)
         if active:
-            s, q, count, at = absorb(x, slab, gather(constants, tx * W), at, step, r, end, height, kept)
+            s, q, count, at = absorb(x, slab, gather(constants, tx * W), at, step, r, end, height, kept, mask)
         publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
         slots = collect(red, partial, P, C, tile, width)
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags)
+        settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags, mask, tally)
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
             while count > 0:
@@ -140,7 +160,7 @@ def train(what: Variant):
                 r0 = x0
                 if residual:
                     r0 = load_last(res, at)
-                store(y, at, output(x0, r0, m, k, b))
+                store(y, at, only(mask, r + count * height, output(x0, r0, m, k, b)))
 
     return rows_train
 
@@ -152,7 +172,7 @@ def make_settle_gradients(what: Variant):
     _, column = make_collect(kind, W, threads)
 
     @device
-    def settle(constants, red, C, R, width, slots, stats, weight, bias, dweight, dbias, flags):
+    def settle(constants, red, C, n, width, slots, stats, weight, bias, dweight, dbias, flags):
         for j in range(cuda.threadIdx.x, width, threads):
             c = cuda.blockIdx.x * width + j
             if c < C:
@@ -160,7 +180,7 @@ def make_settle_gradients(what: Variant):
                 _, invstd, k, _, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
                 db = sd + se
                 dw = (qd + qe) - rest * invstd * db
-                c1, c0 = slopes(dw, db, invstd, k, rest, int64(R))
+                c1, c0 = slopes(dw, db, invstd, k, rest, n)
                 constants[4 * wide + j], constants[5 * wide + j] = c1, c0
                 if cuda.blockIdx.y == 0:
                     dweight[c], dbias[c] = dw, db
@@ -178,14 +198,16 @@ def backward(what: Variant):
     load, load_last, store, splat, gather = io.load, io.load_last, io.store, io.splat, io.gather
     keep_raw, recall, encode = io.keep, io.recall, io.encode
     kept_terms = make_terms(what._replace(relu=False, residual=False))
-    affine, settle = make_affine(kind, False), make_settle_gradients(what)
+    affine, settle, only = make_affine(kind, False), make_settle_gradients(what), make_row_only(what)
+    values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
     publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, six, both = TX * W, 6 * TX * W, 2 * threads * W
 
-    @kernel("TTTTTAAAAAAiiiiiii", kind, threads, 1)
+    @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1)
     def rows_backward(
-        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, C, R, P, chunk, tx_count, kept, flags
-    ):
+        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, C, R, P, chunk, tx_count, kept, flags, mask,
+        tally,
+    ):  # fmt: skip
         slab, constants = cuda.shared.array(0, int32), cuda.shared.array(six, A)
         red = cuda.shared.array(both, A)
         tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
@@ -197,10 +219,8 @@ def backward(what: Variant):
         cuda.syncthreads()
         tx, ty, height, at0, active = place(tx_count, threads, tile, C, W)
         end, r = int32(min(R, (part + 1) * chunk)), int32(part * chunk + ty)
-        at, step = int64(r) * C + at0, int64(height) * C
-        second = 4 * kept * threads
-        s = q = splat(A(0))
-        count = int32(0)
+        at, step, second = int64(r) * C + at0, int64(height) * C, 4 * kept * threads
+        s, q, count = splat(A(0)), splat(A(0)), int32(0)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
@@ -210,6 +230,7 @@ def backward(what: Variant):
                 if by_output:
                     y0 = load(y, at)
                 u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+                u0, t0 = only(mask, r, u0), only(mask, r, t0)
                 if by_output:
                     store(dr, at, u0)
                 if count < kept:
@@ -220,7 +241,7 @@ def backward(what: Variant):
                 r, count = int32(r + height), int32(count + 1)
         publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
         slots = collect(red, partial, P, C, tile, width)
-        settle(constants, red, C, R, width, slots, stats, weight, bias, dweight, dbias, flags)
+        settle(constants, red, C, values(R, 1, tally), width, slots, stats, weight, bias, dweight, dbias, flags)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
@@ -237,6 +258,6 @@ def backward(what: Variant):
                     if by_output:
                         y0 = load_last(y, at)
                     u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
-                store(dx, at, slope(u0, t0, k, c1, c0))
+                store(dx, at, only(mask, part * chunk + ty + count * height, slope(u0, t0, k, c1, c0)))
 
     return rows_backward

@@ -1,6 +1,7 @@
 """Batch norm on channels-first arrays, a channel to a block that keeps it in shared memory: one read, one write.
 
-Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs.
+Training forward moves 2 bytes a byte of tensor, backward 3: the floor. No block waits for another, so any grid runs:
+its second axis goes over batches (ghosts) that lie behind each other and have statistics of their own, 4*C each.
 Each thread reads back only what it kept itself; small tensors whose runs are no whole vectors are read again instead,
 from the caches (not ``kept``). For channels of up to a block's shared memory (227 KB on sm_90), in
 backward half of that, and enough channels to go round the multiprocessors; else ``planes``.
@@ -11,34 +12,48 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_block_sum, make_combine, make_keep, make_pivot, make_slopes
+from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_slopes
+from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
-from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
+from fastbn.cuda.sweep import Variant, make_gradient, make_only, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
 
 
+@device
+def batch_channel(N, C):
+    """The channel of a block as if all batches were one tensor's first; 32 bits, since registers are scarce."""
+    return int32(cuda.blockIdx.x + cuda.blockIdx.y * N * C)
+
+
+@device
+def batch_stats(C):
+    """Where a block's statistics begin."""
+    return int64(cuda.blockIdx.y) * 4 * C + cuda.blockIdx.x
+
+
 @functools.cache
 def train(what: Variant):
-    """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
+    """Training forward; moves the running statistics if ``flags`` has 4 (one batch). Floor: one read and one write."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
     A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
-    pivot, block_sum, resolve = make_pivot(kind), make_block_sum(kind, threads), make_resolve(kind)
-    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
-    sizes, kept = 2 * (threads // 32), what.kept
+    block_sum, resolve, only = make_block_sum(kind, threads), make_resolve(kind, what.masked), make_only(what)
+    again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
+    sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
 
-    @kernel("TTTAAAAAiiiaaaai", kind, threads, 1)
+    @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, 1)
     def slab_train(
-        x, res, y, stats, weight, bias, running_mean, running_var, N, C, S, eps, keep, momentum, unbias, flags
-    ):
+        x, res, y, stats, weight, bias, running_mean, running_var, N, C, S, eps, keep, momentum, unbias, flags, mask,
+        tally,
+    ):  # fmt: skip
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
-        m = pivot(x, c, N, C, S)
+        c, tid = batch_channel(N, C), cuda.threadIdx.x
+        m = pivot(x, c, N, C, S, tally)
         S4 = int32(S // W)
         end, v = int32(N * S4), int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
@@ -56,27 +71,29 @@ def train(what: Variant):
                 keep_raw(slab, 4 * (v + 3 * threads), x3)
             for raw in (x0, x1, x2, x3):
                 u, t = terms(raw, raw, raw, m, m, m, m)
+                u, t = only(mask, v, u), only(mask, v, t)
                 s, q = add(s, u), fma(u, t, q)
+                v = int32(v + threads)
             r, at = advance(r, at3, rest_step, step, past, S4)
-            v = int32(v + 4 * threads)
         while v < end:
             x0 = load(x, at)
             if kept:
                 keep_raw(slab, 4 * v, x0)
             u, t = terms(x0, x0, x0, m, m, m, m)
+            u, t = only(mask, v, u), only(mask, v, t)
             s, q = add(s, u), fma(u, t, q)
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
         sum_d, sum_d2 = block_sum(total(s), total(q), scratch)
-        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(int64(N) * S), eps)
+        n = A(values(N, S, tally))
+        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), n, eps)
         if not good:
-            mean, rest, var, invstd = again(x, x, A(int64(N) * S), c, N, C, S, eps, scratch)
+            mean, rest, var, invstd = again(x, mask, n, c, N, C, S, eps, scratch)
         if tid == 0:
-            found = (mean, rest, var, invstd)
-            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, flags & 4 != 0)
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        v = int32(tid)
-        r, at = first_vector(v, S4, C, S, W, c)
+            found, (moves, unbias) = (mean, rest, var, invstd), moving(unbias, flags, tally)
+            keep_statistics(stats, running_mean, running_var, batch_stats(C), C, found, keep, momentum, unbias, moves)
+        k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
+        v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:
             if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
                 x0 = recall(slab, 4 * v)
@@ -85,7 +102,7 @@ def train(what: Variant):
             r0 = x0
             if residual:
                 r0 = load_last(res, at)
-            store(y, at, output(x0, r0, mean, k, b))
+            store(y, at, only(mask, v, output(x0, r0, mean, k, b)))
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
 
@@ -116,20 +133,21 @@ def make_second(what: Variant):
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
-    kind, W, threads = what.kind, what.W, what.threads
-    by_output = what.relu and what.residual
+    kind, W, threads, by_output = what.kind, what.W, what.threads, what.relu and what.residual
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load, load_last, store, splat, keep_raw = io.load, io.load_last, io.store, io.splat, io.keep
     encode, again = io.encode, make_second(what)
-    affine, block_sum, slopes = make_affine(kind, False), make_block_sum(kind, threads), make_slopes(kind)
-    sizes, kept = 2 * (threads // 32), what.kept
+    combine, block_sum, slopes = make_combine(kind), make_block_sum(kind, threads), make_slopes(kind)
+    sizes, kept, only = 2 * (threads // 32), what.kept, make_only(what)
+    values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
 
-    @kernel("TTTTTAAAAAiiii", kind, threads, 1)
-    def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags):
+    @kernel("TTTTTAAAAAiiiiMI", kind, threads, 1)
+    def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags, mask, tally):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        c, tid = cuda.blockIdx.x, cuda.threadIdx.x
-        m, invstd, k, b, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
+        c, own, tid = batch_channel(N, C), batch_stats(C), cuda.threadIdx.x
+        m, invstd, rest = stats[own], stats[C + own], stats[3 * C + own]
+        k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
         S4 = int32(S // W)
         end, v = int32(N * S4), int32(tid)
         r, at = first_vector(v, S4, C, S, W, c)
@@ -144,6 +162,8 @@ def backward(what: Variant):
                 y0, y1 = load(y, at), load(y, at1)
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
             u1, t1 = terms(x1, g1, y1, m, invstd, k, b)
+            u0, t0 = only(mask, v, u0), only(mask, v, t0)
+            u1, t1 = only(mask, v + threads, u1), only(mask, v + threads, t1)
             if by_output:
                 store(dr, at, u0)
                 store(dr, at1, u1)
@@ -161,6 +181,7 @@ def backward(what: Variant):
             if by_output:
                 y0 = load(y, at)
             u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
+            u0, t0 = only(mask, v, u0), only(mask, v, t0)
             if by_output:
                 store(dr, at, u0)
             if kept:
@@ -170,13 +191,13 @@ def backward(what: Variant):
         db, dw = block_sum(total(s), total(q), scratch)
         dw -= rest * invstd * db
         if tid == 0:
-            dweight[c], dbias[c] = dw, db
-        c1, c0 = slopes(dw, db, invstd, k, rest, int64(N) * S)
-        v = int32(tid)
-        r, at = first_vector(v, S4, C, S, W, c)
+            own = int64(cuda.blockIdx.y) * C + cuda.blockIdx.x
+            dweight[own], dbias[own] = dw, db
+        c1, c0 = slopes(dw, db, invstd, k, rest, values(N, S, tally))
+        v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:
             u, t = again(x, g, y, slab, second, v, at, m, invstd, k, b)
-            store(dx, at, slope(u, t, k, c1, c0))
+            store(dx, at, only(mask, v, slope(u, t, k, c1, c0)))
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
 

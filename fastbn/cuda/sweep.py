@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastbn.cuda.driver import device
-from fastbn.cuda.simd import access, add, fma, gate, mul, sub
+from fastbn.cuda.driver import device, types
+from fastbn.cuda.simd import access, add, fma, gate, mul, pick, sub
 
 
 class Variant(NamedTuple):
@@ -80,3 +80,17 @@ def make_gradient(what: Variant):
             return fma(k, u, fma(c1, t, c0))
 
     return gradient
+
+
+def make_only(what: Variant):
+    """(mask, v, a) -> a, the v-th vector of its channel, with zeros where a mask excludes it."""
+    masked, valid, W = what.masked, access(what.kind, what.W).valid, what.W
+
+    @device
+    def only(mask, v, a):
+        if masked:
+            return pick(valid(mask, types.int64(v) * W), a)
+        else:
+            return a
+
+    return only

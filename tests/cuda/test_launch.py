@@ -10,6 +10,7 @@ import pytest
 from fastbn import reference
 from fastbn.cuda import choice, launch, plan, tuning
 from fastbn.cuda.driver import device_properties
+from fastbn.errors import DeviceError
 from tests.cuda import device
 from tests.cuda.device import GpuArray, through_gpu
 from tests.oracle import case, check_backward, check_frozen, check_infer, check_train, column, normal, same_bits
@@ -245,6 +246,27 @@ def test_same_bits_every_time(use, rng):
         grad = rng.standard_normal(shape).astype(np.float32)
         a, b = device.backward(grad, saved), device.backward(grad, saved)
         assert all(same_bits(p, q) for p, q in zip(a[:3], b[:3], strict=True) if p is not None)
+
+
+def test_a_grid_that_the_driver_refuses_is_split(use, rng, monkeypatch):
+    use("persistent")
+    refused = []
+
+    def refuses(kernel, *rest):
+        refused.append(kernel)
+        raise DeviceError("too large")
+
+    monkeypatch.setattr(choice, "run", refuses)
+    monkeypatch.setattr(choice, "SIMULATED", False)
+    monkeypatch.setattr(choice, "fits", lambda *args: True)
+    monkeypatch.setattr(choice, "_refused", set())
+    c = case(rng, (337, 16), np.float32)
+    with pytest.warns(RuntimeWarning, match="no rows_train in one launch, several launches instead: too large"):
+        _, saved = check_train(c)
+    with pytest.warns(RuntimeWarning, match="no rows_backward"):
+        check_backward(c, saved, rng.standard_normal((337, 16)).astype(np.float32))
+    check_train(c)
+    assert len(refused) == 2
 
 
 def test_the_family_of_entry_points_is_the_cpus():

@@ -66,6 +66,12 @@ def test_the_driver_reads_what_was_given(kernel, cooperative):
     assert what.launcher((5, 6), 0) is what.launcher((5, 6), 0)
 
 
+def test_numbers_beyond_float32_are_infinite(kernel):
+    what, pretended = kernel()
+    what.launcher((1,), 0)(0, [*NUMBERS[:3], 1e300, NUMBERS[4], NUMBERS[5], 7])
+    assert pretended.launched[0][1][3] == float("inf") and pretended.launched[0][1][5:] == [-1.25, 7]
+
+
 def test_a_thread_without_a_context_gets_one_and_errors_are_raised(kernel, monkeypatch):
     what, pretended = kernel(codes=[launcher.NO_CONTEXT, 0, 719])
     woken = []

@@ -7,7 +7,7 @@ import pytest
 
 import fastbn
 from fastbn import functional, reference
-from fastbn.cuda import launch, masks
+from fastbn.cuda import choice, launch, masks, tuning
 from fastbn.cuda.arrays import Flat
 from tests.cuda.device import GpuArray, get, put, through_gpu
 from tests.test_masked import draw, rows
@@ -70,6 +70,61 @@ def test_as_if_packed(rng, shape, axis):
     for activation, residual in ((None, False), ("relu", True), (None, True)):
         check(rng, shape, axis, np.float32, activation, residual)
     check(rng, shape, axis, np.float32, "relu", False, frozen=True)
+
+
+# What fits into one launch, and the numbers that let it.
+ONE = {
+    "slab": (((6, 3, 8), 1), {"SMALL": 1 << 20}),
+    "again": (((5, 2, 3, 3), 1), {"SMALL": 1 << 20, "AGAIN": 1 << 14}),
+    "alone": (((4, 9, 8), 2), {"SMALL": 1 << 20, "PERSISTENT": True}),
+    "persistent": (((40, 8), 1), {"PERSISTENT": True}),
+}
+
+
+@pytest.fixture(params=ONE)
+def one(request, monkeypatch):
+    """Choose a kernel that does it in one launch, and see that it is chosen; returns a shape and the channel axis."""
+    (shape, axis), numbers = ONE[request.param]
+    for name, value in numbers.items():
+        monkeypatch.setattr(tuning, name, value)
+    choice.forget()
+    found, genuine = [], launch.one_launch
+    monkeypatch.setattr(launch, "one_launch", lambda *args: found.append(genuine(*args)) or found[-1])
+    yield shape, axis
+    assert found and {f.name for f in found} == {request.param}
+
+
+def test_one_launch_is_as_if_packed(rng, one):
+    for activation, residual in ((None, False), ("relu", True)):
+        check(rng, *one, np.float32, activation, residual)
+    check(rng, *one, np.float32, "relu", False, frozen=True)
+
+
+def test_one_launch_of_hard_numbers(rng, one):
+    test_hard_numbers(rng, *one)
+
+
+def test_one_launch_moves_what_may_move(rng, one):
+    shape, axis = one
+    x, mask, _, _ = draw(rng, shape, axis)
+    for valid in (0, 1, 2):
+        few = np.zeros(mask.shape, bool)
+        few.flat[:valid] = True
+        mean, var = (put(np.full(shape[axis], v, np.float32)) for v in (0.5, 2.0))
+        y, saved = fastbn.batch_norm_train(put(x), None, None, mean, var, axis=axis, mask=put(few), unbiased=False)
+        assert saved.count == valid and np.isfinite(get(y)).all() and (get(mean) != 0.5).any() == (valid == 2)
+        if valid == 2:
+            np.testing.assert_allclose(get(var), 1.8 + 0.1 * rows(x, axis, few).var(0), rtol=1e-5)
+        dx = get(fastbn.backward(put(x), saved).input)
+        assert np.isfinite(dx).all() and not dx[whole(~few, axis, shape)].any()
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=str)
+@pytest.mark.parametrize("kernel", ["slab", "persistent"])
+def test_one_launch_of_every_dtype(rng, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(tuning, "SMALL" if kernel == "slab" else "PERSISTENT", 1 << 20)
+    choice.forget()
+    check(rng, *(((4, 2, 16), 1) if kernel == "slab" else ((12, 16), 1)), dtype, "relu", False)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=str)
@@ -137,7 +192,9 @@ def test_none_and_one_valid(rng):
                 fastbn.batch_norm_train(put(x), mask=mask)
 
 
-def test_tally_of_large_masks():
+@pytest.mark.parametrize("alone", [0, 1 << 17])
+def test_tally_of_large_masks(alone, monkeypatch):
+    monkeypatch.setattr(tuning, "TALLY", alone)
     rng = np.random.default_rng(3)
     for size, density in ((1, 1.0), (63, 0.5), (5000, 0.01), (70_001, 0.7), (9000, 0.0)):
         mask = rng.random(size) < density

@@ -63,6 +63,14 @@ def test_every_way_to_work_off_sets_is_reached(use):
     assert plan_sets.sets(plan_sets.Sizes(2, 8, 8, 40), "f32", True, True, 1, 64 << 10).team == 0
 
 
+def test_sets_that_a_block_may_not_keep_are_split(rng, use, monkeypatch):
+    use("kept")
+    monkeypatch.setattr(choice, "fits", lambda kernel, blocks, shared: False)
+    for name, d in (("layer", (3, 1, 16, 1)), ("group", (2, 2, 4, 40))):
+        assert choice.sets(plan_sets.Sizes(*d), "f32", True, True, False, 64 << 10).team == 0
+        family.test_forward_and_backward(rng, name, (2, 4, 40), np.dtype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=str)
 @pytest.mark.parametrize(("name", "shape"), [("layer", (3, 16)), ("group", (1, 8, 8))])
 def test_every_dtype(rng, name, shape, dtype, use):

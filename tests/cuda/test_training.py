@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn.cuda import choice, driver, launch_ghosts, tuning
 from tests.cuda.device import GpuArray, Pretended, get, put, through_gpu
 
 
@@ -76,6 +77,61 @@ def compare(rng, shape, axis, options, dtype=np.float32, running=True, **more):
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_as_on_the_host(rng, shape, axis, options):
     compare(rng, shape, axis, options)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Let small tensors take one launch; returns the names of the kernels that are launched."""
+    for name, value in {"SMALL": 1 << 20, "AGAIN": 1 << 14}.items():
+        monkeypatch.setattr(tuning, name, value)
+    choice.forget()
+    names, genuine = [], driver.Kernel.compiled.fget
+    watched = property(lambda self: names.append(self.function.__name__) or genuine(self))
+    monkeypatch.setattr(driver.Kernel, "compiled", watched)
+    return names
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_small_ghosts_are_one_launch(rng, shape, axis, launches):
+    residual = rng.standard_normal(shape).astype(np.float32)
+    for options in ({"ghost": 2}, {"ghost": 2, "nonfinite": "skip_update", "unbiased": False}):
+        for more in ({}, {"activation": "relu", "residual": residual}):
+            launches.clear()
+            compare(rng, shape, axis, options, **more)
+            odd = shape[0] % 2  # the last ghost takes the remainder
+            assert launches.count("slab_train") == launches.count("slab_backward") == 1 + odd
+            assert launches.count("adjust_move") == 1 + odd
+            assert len(launches) == 4 + 3 * odd
+    compare(rng, shape, axis, {"ghost": 3}, dtype=np.float16)
+    compare(rng, shape, axis, {"ghost": 2, "renorm": (1.5, 0.4)})
+
+
+def test_small_ghosts_are_the_bits_of_a_loop(rng, launches, monkeypatch):
+    x = rng.standard_normal((8, 3, 16)).astype(np.float32)
+
+    def call():
+        running = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32))
+        y, saved = fastbn.batch_norm_train(put(x), None, None, *running, ghost=2)
+        grads = fastbn.backward(put(x), saved)
+        return [get(a).tobytes() for a in (y, saved.mean, saved.invstd, grads.input, *running)]
+
+    want = call()
+    monkeypatch.setattr(launch_ghosts, "_find", lambda *args: None)
+    launches.clear()
+    assert call() == want and launches.count("slab_train") == 4
+
+
+def test_a_bad_ghost_in_one_launch_moves_nothing(rng, launches):
+    x = rng.standard_normal((8, 3, 16)).astype(np.float32)
+    x[2, 1, 0] = np.inf
+    for options in ({"nonfinite": "skip_update"}, {}):
+        (_, saved, here), (_, gpu_saved, there) = both(
+            fastbn.batch_norm_train, x, np.ones(3, np.float32), None, np.zeros(3, np.float32), np.ones(3, np.float32),
+            ghost=2, **options
+        )  # fmt: skip
+        assert gpu_saved.updated == saved.updated == (3 if options else 4)
+        for k in (3, 4):
+            np.testing.assert_allclose(get(there[k]), here[k], rtol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{"ghost": 2}, {"renorm": (1.5, 0.4)}, {"ghost": 3, "renorm": (2, 1)}], ids=str)

@@ -10,6 +10,10 @@
 static char context[64];
 static __thread char *current; /* of this thread, as in a driver */
 static int none(void) { return 0; }
+static int refuses(const char *what) { /* what FASTBN_REFUSES names */
+  const char *names = getenv("FASTBN_REFUSES");
+  return names && strstr(names, what);
+}
 static void say(const char *what, void *f, unsigned x, unsigned y, unsigned threads, unsigned shared, void *stream) {
   printf("%s %p %u %u %u %u %p\n", what, f, x, y, threads, shared, stream);
   fflush(stdout);
@@ -41,17 +45,25 @@ int cuCtxPushCurrent_v2(void *c) { current = c; return 0; }
 int cuCtxPopCurrent_v2(void **c) { if (c) *c = current; current = NULL; return 0; }
 int cuCtxGetDevice(int *d) { *d = 0; return 0; }
 int cuCtxSynchronize(void) { puts("synchronised"); return 0; }
-int cuStreamSynchronize(void *s) { puts("synchronised"); return 0; }
+int cuStreamSynchronize(void *s) { say("synchronised", NULL, 0, 0, 0, 0, s); return 0; }
 int cuMemAlloc_v2(uint64_t *p, size_t n) { void *q; if (posix_memalign(&q, 512, n + 512)) return 2; *p = (uint64_t)q; return 0; }
 int cuMemFree_v2(uint64_t p) { free((void *)p); return 0; }
 int cuMemGetInfo_v2(size_t *f, size_t *t) { *f = *t = 1ul << 37; return 0; }
 int cuMemcpyHtoD_v2(uint64_t d, const void *s, size_t n) { memcpy((void *)d, s, n); return 0; }
 int cuMemcpyDtoH_v2(void *d, uint64_t s, size_t n) { memcpy(d, (void *)s, n); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t d, const void *s, size_t n, void *stream) { say("up", NULL, n, 0, 0, 0, stream); return cuMemcpyHtoD_v2(d, s, n); }
+int cuMemcpyDtoHAsync_v2(void *d, uint64_t s, size_t n, void *stream) { say("down", NULL, n, 0, 0, 0, stream); return cuMemcpyDtoH_v2(d, s, n); }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { say("wait", NULL, 0, 0, 0, 0, stream); return 0; }
 int cuLibraryLoadData(void **l) { *l = malloc(8); return 0; }
 int cuLibraryGetKernel(void **k, void *l, const char *name) { *k = malloc(8); return 0; }
 int cuKernelGetFunction(void **f, void *k) { *f = k; return 0; }
 int cuKernelGetAttribute(int *v, int a, void *k, int d) { *v = a == 0 ? 1024 : a == 1 ? 4096 : 0; return 0; }
-int cuKernelSetAttribute(int a, int v, void *k, int d) { say("attribute", k, a, v, 0, 0, NULL); return 0; }
+int cuKernelSetAttribute(int a, int v, void *k, int d) { say("attribute", k, a, v, 0, 0, NULL); return refuses("attribute"); }
+/* What numba-cuda before 0.23 calls for the same. */
+int cuModuleLoadDataEx(void **m, const void *image, unsigned n, void *options, void *values) { *m = malloc(8); return 0; }
+int cuModuleGetFunction(void **f, void *m, const char *name) { *f = malloc(8); return 0; }
+int cuFuncGetAttribute(int *v, int a, void *f) { return cuKernelGetAttribute(v, a, f, 0); }
+int cuFuncSetAttribute(void *f, int a, int v) { return cuKernelSetAttribute(a, v, f, 0); }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n) { *n = 1; return 0; }
 int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned t, unsigned ty, unsigned tz, unsigned shared,
                    void *stream, void **params, void **extra) {
@@ -61,7 +73,14 @@ int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned t, unsi
 int cuLaunchCooperativeKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned t, unsigned ty, unsigned tz,
                               unsigned shared, void *stream, void **params) {
   say("together", f, x, y, t, shared, stream);
-  return current ? 0 : 201;
+  return refuses("together") ? 720 : current ? 0 : 201;
+}
+struct config { unsigned x, y, z, tx, ty, tz, shared; void *stream; struct { int id; char pad[4]; int value[16]; } *attributes; unsigned count; };
+int cuLaunchKernelEx(const struct config *c, void *f, void **params, void **extra) { /* Numba's own launches */
+  for (unsigned i = 0; i < c->count; i++)
+    if (c->attributes[i].id == 2 && c->attributes[i].value[0])
+      return cuLaunchCooperativeKernel(f, c->x, c->y, c->z, c->tx, c->ty, c->tz, c->shared, c->stream, params);
+  return cuLaunchKernel(f, c->x, c->y, c->z, c->tx, c->ty, c->tz, c->shared, c->stream, params, extra);
 }
 int cuGetErrorName(int e, const char **s) { *s = "pretended"; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = "pretended"; return 0; }

@@ -10,7 +10,7 @@ from bench import gpu_family, gpu_peers, gpu_timing, gpu_work
 from bench.gpu_cases import Case
 
 CASES = [Case("train", "NC", "float32", (64, 8)), Case("backward_fused", "NCHW", "float32", (64, 2, 2, 2))]
-FAMILY = [("layer", (3, 12), 1), ("group", (2, 4, 3, 3), 2), ("masked", (5, 2, 4), 1)]
+FAMILY = [("layer", (3, 12), 1), ("group", (2, 4, 3, 3), 2), ("masked", (5, 2, 4), 1), ("ghosts", (6, 2, 4), 3)]
 
 
 class Event:
