@@ -11,6 +11,7 @@ from numba import types
 from numba.core.extending import intrinsic
 from numba.np import arrayobj
 
+from fastbn.cpu._parts import LINE
 from fastbn.cpu._vectors import I64
 
 
@@ -39,14 +40,11 @@ def empty(typingctx, n, kind):
     array = types.Array(kind.dtype, 1, "C")
 
     def codegen(ctx, builder, sig, args):
-        size = kind.dtype.bitwidth // 8
-        step = ir.Constant(I64, size)
-        memory = ctx.nrt.meminfo_alloc_aligned(builder, builder.mul(args[0], step), 64)
+        step = ir.Constant(I64, kind.dtype.bitwidth // 8)
+        memory = ctx.nrt.meminfo_alloc_aligned(builder, builder.mul(args[0], step), LINE)
         result = arrayobj.make_array(array)(ctx, builder)
         data = builder.bitcast(ctx.nrt.meminfo_data(builder, memory), result.data.type)
-        arrayobj.populate_array(
-            result, data=data, shape=[args[0]], strides=[step], itemsize=step, meminfo=memory
-        )  # fmt: skip
+        arrayobj.populate_array(result, data=data, shape=[args[0]], strides=[step], itemsize=step, meminfo=memory)
         return result._getvalue()
 
     return array(types.intp, kind), codegen

@@ -156,7 +156,6 @@ def _round_to_float16(builder, vector: Vector, value):
     """Round by the CPU's instruction, which gives integers: LLVM does not stream vectors of its own half type.
 
     With those, half of the stores of training were ordinary ones, 1.3x the time.
-    By its own, half of the stores of training were ordinary ones.
     """
     raw = ir.VectorType(ir.IntType(16), vector.lanes)
     if not _has("avx512f"):

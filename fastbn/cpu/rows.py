@@ -16,7 +16,7 @@ from fastbn.cpu.band import band_gradient, band_normalise, band_sums
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.simd import base, empty, fence, fetch_add, least, like
 
-PAD = 32  # spare elements of a scratch array, so that its first column can begin a vector
+PAD = 32  # spare elements of an array of columns from NumPy, so that its first one can begin a vector
 
 
 def stride(V: int) -> int:
