@@ -77,10 +77,6 @@ def _lanes(x: Array) -> int:
     return 32 if x.itemsize == 2 else 16
 
 
-def _streams(out: Array) -> bool:
-    return out.nbytes >= tuning.STREAM
-
-
 def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
     return np.zeros(arrays * rows.stride(chosen.V) + rows.PAD, weight.dtype)
 
@@ -97,7 +93,8 @@ def train(
     p = plan(dims, _lanes(x))
     N, C, S = dims
     stats = np.empty(3 * C)
-    tensors, streamed = (x, residual, out, weight, bias, running_mean, running_var, stats), _streams(out)
+    tensors = (x, residual, out, weight, bias, running_mean, running_var, stats)
+    streamed = tuning.streams(x, residual, out)
     if p.kind == "rows":
         pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, p.parallel)
     elif p.kind == "planes":
@@ -156,18 +153,19 @@ def infer(
     """Inference into ``out`` with the means and invstds in ``stats``."""
     p = plan(dims, _lanes(x))
     N, C, S = dims
+    streamed = tuning.streams(x, residual, out, least=tuning.READ_ONCE)
     if p.kind == "planes":
-        work = (x, residual, out, weight, bias, stats, N, C, S, relu, _streams(out))
+        work = (x, residual, out, weight, bias, stats, N, C, S, relu, streamed)
         pool.run(planes.infer, work, N * C, p.parallel)
         return
     if x.size <= tuning.WHOLE:
-        matrix = (x, residual, out, weight, bias, stats, dims, p.V, p.per, relu, _streams(out))
+        matrix = (x, residual, out, weight, bias, stats, dims, p.V, p.per, relu, streamed)
         pool.run(rows.infer, matrix, C, False)
         return
     p = _swept(p, x.size)
     columns = _columns(weight, p, 3)
-    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, _streams(out))
-    _swept_normalise(x, residual, out, columns, p, relu, _streams(out))
+    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+    _swept_normalise(x, residual, out, columns, p, relu, streamed)
 
 
 def backward(
@@ -178,8 +176,8 @@ def backward(
     p = plan(dims, _lanes(x))
     N, C, S = dims
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
-    streamed = _streams(out)
     tensors = (x, grad, y, out, grad_residual)
+    streamed = tuning.streams(*tensors)
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
         work = (*tensors, *params, N, C, S, frozen, relu, streamed)

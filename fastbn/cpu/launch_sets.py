@@ -50,7 +50,7 @@ def train(
     stats = np.empty(3 * count)
     if run is None and weight is not None and bias is not None:
         weight, bias = _by_element(weight, d), _by_element(bias, d)
-    streamed = out.nbytes >= tuning.STREAM
+    streamed = tuning.streams(x, out)
     work = (x, out, weight, bias, stats, count, length, d[1], run, eps, streamed)
     pool.run(sets.train, work, count, x.size >= tuning.PARALLEL)
     return stats
@@ -80,7 +80,7 @@ def backward(
         sums, weight = np.zeros((-(-B // per), 2, C * S)), _by_element(weight, d)
     else:
         sums = np.empty((2, B, C))
-    streamed = out.nbytes >= tuning.STREAM
+    streamed = tuning.streams(x, grad, out)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again below
     work = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length, G, run, per, streamed)
