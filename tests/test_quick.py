@@ -200,7 +200,7 @@ def test_forgets_before_it_grows_without_end(c, monkeypatch):
     monkeypatch.setattr(quick, "REMEMBERED", 3)
     for rows in range(2, 12):
         fastbn.batch_norm_train(c.x[:rows])
-        assert len(quick._calls) <= 3
+        assert len(quick._train) <= 3
 
 
 def test_many_threads(c):
@@ -219,10 +219,10 @@ def test_many_threads(c):
     assert not wrong
 
 
-def test_without_entries_calls_go_the_long_way(c, long_way, monkeypatch):
-    from fastbn.cpu import entries
+def test_without_gates_calls_go_the_long_way(c, long_way, monkeypatch):
+    from fastbn.cpu import gates
 
-    monkeypatch.setattr(quick, "_calls", {})
-    monkeypatch.setattr(entries, "compiled", lambda kernel, args: None)
+    monkeypatch.setattr(quick, "_train", {})
+    monkeypatch.setattr(gates, "_address", lambda kernel, args: None)
     c.train()
     assert long_way

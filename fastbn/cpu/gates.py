@@ -1,0 +1,147 @@
+"""Gates: compiled code that lets small plain calls through to a kernel, and refuses all others before it writes.
+
+A gate takes the arrays as they come from Python (``objects.Handle``), asks itself whether they are plain float32 ones
+that fit, and calls the kernel by the address of its code: a call of (64, 100) in half the time that unpacking, checks
+in Python and Numba's dispatcher take. ``kind`` and ``dtype`` are ``numpy.ndarray`` and its float32. Arguments beyond
+that are (N, C, S), and V and ``per`` of the rows kernels, None for those of ``planes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+
+from fastbn.cpu import finalize, launch, planes, planes_backward, rows
+from fastbn.cpu._jit import jit, part
+from fastbn.cpu.objects import call, data, float32s, float64s, handle, plain, readable, same_shape, vector, zeros2
+
+Dims = tuple[int, int, int]
+
+
+@part
+def _apart(p, q, size):
+    """Tell whether size float32 numbers at p and at q share none."""
+    return p + 4 * size <= q or q + 4 * size <= p
+
+
+@jit
+def train(
+    x, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
+    size, N, C, S, V, per, moved, eps, momentum, relu,
+):  # fmt: skip
+    """Training forward of size elements; 1 if done, 0 if refused. ``moved`` is C or, without running statistics, 0."""
+    p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
+    w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
+    m, v = vector(running_mean, kind, dtype, moved), vector(running_var, kind, dtype, moved)
+    if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not (same_shape(x, y) and _apart(p, q, size)):
+        return 0
+    if not (0.0 < eps < np.inf and -np.inf < momentum < np.inf):
+        return 0
+    xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
+    ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
+    if V is None:
+        call(kernel, xs, None, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, False, zeros2())
+    else:
+        call(kernel, xs, None, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, False, zeros2())
+    return 1
+
+
+@jit
+def infer(x, y, mean, var, weight, bias, stats, kind, dtype, given, kernel, size, N, C, S, V, per, eps, relu):
+    """Inference by a mean and a variance, which go to ``stats`` through ``given``; y may be x."""
+    p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
+    m, v = vector(mean, kind, dtype, C), vector(var, kind, dtype, C)
+    w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
+    if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not same_shape(x, y):
+        return 0
+    if not (p == q or _apart(p, q, size)) or not 0.0 <= eps < np.inf:
+        return 0
+    xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
+    known = float64s(data(stats), 3 * C)
+    call(given, float32s(m, C), float32s(v, C), known, eps)
+    if V is None:
+        call(kernel, xs, None, ys, ws, bs, known, N, C, S, relu, False, zeros2())
+    else:
+        call(kernel, xs, None, ys, ws, bs, known, (N, C, S), V, per, relu, False, zeros2())
+    return 1
+
+
+@jit
+def backward(
+    x, grad, dx, weight, bias, dweight, dbias, stats, kind, dtype, kernel, size, N, C, S, V, per, frozen, relu
+):
+    """Gradients; dx may be grad. ``dweight``, ``dbias`` and ``stats`` are ours."""
+    p, g, q = plain(x, kind, dtype, size), plain(grad, kind, dtype, size), plain(dx, kind, dtype, size)
+    w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
+    if p == 0 or g == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
+        return 0
+    if not _apart(p, q, size) or not (g == q or _apart(g, q, size)):
+        return 0
+    xs, gs, ds, ws, bs = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C), float32s(b, C)
+    dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
+    if V is None:
+        call(kernel, xs, gs, None, ds, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
+    else:
+        call(kernel, xs, gs, None, ds, None, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
+    return 1
+
+
+_INT, _FLOAT = types.intp, types.float64
+_GATES: dict[str, tuple[Any, tuple[Any, Any], int, tuple[Any, ...]]] = {  # objects, and what follows the place
+    "train": (train, (planes.train, rows.train), 9, (_INT, _FLOAT, _FLOAT)),
+    "infer": (infer, (planes.infer, rows.infer), 9, (_FLOAT,)),
+    "backward": (backward, (planes_backward.backward, rows.backward), 10, (types.boolean,)),
+}
+
+
+class Gate(NamedTuple):
+    """The gate of a shape: its code, and the numbers it takes behind the objects."""
+
+    enter: Callable[..., int]
+    numbers: tuple[int | None, ...]
+
+
+def _address(kernel: Any, args: tuple[Any, ...]) -> int | None:
+    """Address of the code that was compiled for arguments of exactly these types; None if there is none yet."""
+    found = getattr(kernel, "overloads", {}).get(args)
+    return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+
+
+def _kernel_arguments(op: str, rows: bool, relu: Any) -> tuple[Any, ...]:
+    """Return the types of a kernel's arguments."""
+    f32, f64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
+    place = (types.UniTuple(_INT, 3), _INT, _INT) if rows else (_INT, _INT, _INT)
+    last = relu, types.boolean, types.Array(types.int64, 1, "C")
+    if op == "train":
+        return (f32, types.none, *[f32] * 5, f64, *place, _FLOAT, _FLOAT, *last)
+    if op == "infer":
+        return (f32, types.none, *[f32] * 3, f64, *place, *last)
+    return (f32, f32, types.none, f32, types.none, *[f32] * 4, f64, *place, types.boolean, *last)
+
+
+def find(op: str, dims: Dims, relu: bool | None) -> Gate | None:
+    """Return the gate for a small contiguous float32 tensor; None before its kernel is compiled, or where it cannot be.
+
+    The code is called as ``train(x, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers,
+    moved, eps, momentum, relu)``, ``infer(x, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps,
+    relu)``, ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
+    """
+    p = launch.plan(dims)
+    if p.kind == "swept" or p.parallel or not readable():
+        return None
+    by_rows, activation = p.kind == "rows", types.none if relu is None else types.boolean
+    gate, kernels, objects, behind = _GATES[op]
+    addresses = [_address(kernels[by_rows], _kernel_arguments(op, by_rows, activation))]
+    if op == "infer":
+        f32, f64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
+        addresses.insert(0, _address(finalize.given, (f32, f32, f64, _FLOAT)))
+    if None in addresses:
+        return None
+    place = (p.V, p.per) if by_rows else (None, None)
+    kinds = [_INT] * (len(addresses) + 4) + [_INT if by_rows else types.none] * 2
+    signature = (*[handle] * objects, *kinds, *behind, activation)
+    gate.compile(signature)
+    return Gate(gate.overloads[signature].entry_point, (*addresses, dims[0] * dims[1] * dims[2], *dims, *place))

@@ -1,0 +1,169 @@
+"""NumPy arrays as compiled code can look at them itself: by the fields of NumPy's struct.
+
+Numba unpacks an array to rank, element size and strides; whether it is a plain one must be asked in Python first, for
+0.15 us an array. Here an argument is the object itself (``Handle``), and what is asked costs nothing. The struct is
+part of NumPy's binary interface, the same in 1.x and 2.x; ``readable`` compares it with what Python sees all the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.extending import NativeValue, intrinsic, register_model, unbox
+from numba.np import arrayobj
+
+from fastbn.cpu._jit import part
+from fastbn.cpu._vectors import I32, I64
+
+# Bytes from the object's address: every object ends its head with its type; then the fields of PyArrayObject_fields.
+DATA = object.__basicsize__
+TYPE, RANK, SHAPE, DTYPE, FLAGS = DATA - 8, DATA + 8, DATA + 16, DATA + 40, DATA + 48
+CARRAY = 0x0001 | 0x0100 | 0x0400  # NPY_ARRAY_CARRAY: C-contiguous, aligned, writeable
+
+
+class Handle(types.Opaque):
+    """Any Python object; the caller of the compiled code keeps it alive."""
+
+    def __init__(self) -> None:
+        super().__init__("handle")
+
+
+handle = Handle()
+register_model(Handle)(models.OpaqueModel)
+
+
+@unbox(Handle)
+def _unbox(typ, obj, c):
+    return NativeValue(obj)
+
+
+@functools.cache
+def readable() -> bool:
+    """Tell whether arrays lie in memory as this file says."""
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    for a in (np.zeros((3, 5, 7), np.float32), np.zeros((4, 6), np.float64)[:, ::2], np.zeros(9, np.int32)):
+        word, half = (lambda at, kind=k: kind.from_address(id(a) + at).value for k in (ctypes.c_int64, ctypes.c_int32))
+        if word(TYPE) != id(np.ndarray) or word(DTYPE) != id(a.dtype) or word(DATA) != a.ctypes.data:
+            return False
+        shape = tuple((ctypes.c_int64 * a.ndim).from_address(word(SHAPE)))
+        if half(RANK) != a.ndim or half(FLAGS) & 0x0FFF != a.flags.num & 0x0FFF or shape != a.shape:
+            return False
+    return True
+
+
+@intrinsic
+def address(typingctx, a):
+    """Address of an object."""
+    return types.intp(a), lambda ctx, builder, sig, args: builder.ptrtoint(args[0], I64)
+
+
+def _reading(size):
+    """Intrinsic of an address that returns the integer there."""
+
+    def read(typingctx, at):
+        def codegen(ctx, builder, sig, args):
+            return builder.sext(builder.load(builder.inttoptr(args[0], size.as_pointer())), I64)
+
+        return types.intp(types.intp), codegen
+
+    return intrinsic(read)
+
+
+_word, _half = _reading(I64), _reading(I32)
+
+
+@part
+def data(a):
+    """Address of an array's first element."""
+    return _word(address(a) + DATA)
+
+
+@part
+def plain(a, kind, dtype, size):
+    """Address of the elements of a plain array: a ``kind``, not a subclass, of ``dtype``, size, and CARRAY; else 0."""
+    at = address(a)
+    if _word(at + TYPE) != address(kind):
+        return 0
+    if _word(at + DTYPE) != address(dtype) or _half(at + FLAGS) & CARRAY != CARRAY:
+        return 0
+    shape, found = _word(at + SHAPE), 1
+    for i in range(_half(at + RANK)):
+        found *= _word(shape + 8 * i)
+    return _word(at + DATA) if found == size else 0
+
+
+@part
+def vector(a, kind, dtype, size):
+    """Address of the elements of a plain array of rank 1, else 0."""
+    at = plain(a, kind, dtype, size)
+    return at if at != 0 and _half(address(a) + RANK) == 1 else 0
+
+
+@part
+def same_shape(a, b):
+    """Tell whether two arrays have the same shape."""
+    rank = _half(address(a) + RANK)
+    if _half(address(b) + RANK) != rank:
+        return False
+    one, other = _word(address(a) + SHAPE), _word(address(b) + SHAPE)
+    for i in range(rank):
+        if _word(one + 8 * i) != _word(other + 8 * i):
+            return False
+    return True
+
+
+def _array(ctx, builder, kind, at, size):
+    """Return a one-dimensional array of Numba's that does not own its memory."""
+    result, step = arrayobj.make_array(kind)(ctx, builder), ir.Constant(I64, kind.dtype.bitwidth // 8)
+    memory = builder.inttoptr(at, result.data.type)
+    arrayobj.populate_array(result, data=memory, shape=[size], strides=[step], itemsize=step, meminfo=None)
+    return result._getvalue()
+
+
+def _viewing(dtype):
+    """Intrinsic of an address and a size that returns the array there."""
+    kind = types.Array(dtype, 1, "C")
+
+    def view(typingctx, at, size):
+        return kind(types.intp, types.intp), lambda ctx, builder, sig, args: _array(ctx, builder, kind, *args)
+
+    return intrinsic(view)
+
+
+float32s, float64s = _viewing(types.float32), _viewing(types.float64)
+
+
+@intrinsic
+def zeros2(typingctx):
+    """Array of two int64 zeros on the stack."""
+    kind = types.Array(types.int64, 1, "C")
+
+    def codegen(ctx, builder, sig, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(I64, 2), zfill=True)
+        return _array(ctx, builder, kind, builder.ptrtoint(memory, I64), ir.Constant(I64, 2))
+
+    return kind(), codegen
+
+
+@intrinsic
+def call(typingctx, at, *arguments):
+    """Call the kernel whose code begins at an address and which takes these arguments."""
+
+    def codegen(ctx, builder, sig, args):
+        kinds, convention = sig.args[1].types, ctx.call_conv
+        code = builder.inttoptr(args[0], convention.get_function_type(types.intp, kinds).as_pointer())
+        status, result = convention.call_function(
+            builder, code, types.intp, kinds, cgutils.unpack_tuple(builder, args[1])
+        )
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return result
+
+    return types.intp(types.intp, types.StarArgTuple(arguments)), codegen
