@@ -119,8 +119,8 @@ def run(f: Forward, rm: Array, rv: Array, momentum: float, eps: float) -> BatchS
 
 
 def frozen(
-    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, *,
-    eps: Any = 1e-5, axis: Any = 1, activation: Any = None, residual: Any = None, out: Any = None,
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
+    eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
 ) -> tuple[Array, BatchSaved]:  # fmt: skip
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there."""
     if residual is None:

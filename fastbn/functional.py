@@ -210,21 +210,18 @@ def frozen(
 
     ``mask`` and ``lengths`` as in ``batch_norm_train``: y and the gradient of x are zero where they exclude a value.
     """
-    if dispatch.on_device(x):
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
 
         return device.frozen(
             x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out, mask, lengths
         )
+    if mask is None and lengths is None:
+        return core.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
 
     def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
-        return core.frozen(
-            x, running_mean, running_var, weight, bias,
-            eps=eps, axis=axis, activation=activation, residual=residual, out=out,
-        )  # fmt: skip
+        return core.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
 
-    if mask is None and lengths is None:
-        return step(x, axis, residual, out)
     return masked.normalise(step, x, axis, residual, mask, lengths, out)
 
 

@@ -2,7 +2,7 @@
 
 Plain: x is a C-contiguous, aligned, writeable float32 array of at most ``MOST`` elements, so is the output, parameters
 and statistics are such vectors, eps and momentum floats, and there is no residual. What the shape, the axis and the
-activation decide is looked up; whether the arrays are such ones, compiled code asks (``cpu.gates``). Where they are not,
+activation decide is looked up; compiled code asks whether the arrays are such ones (``cpu.gates``). Where they are not,
 the answer is None, nothing has been written, and ``core`` does it or says what is wrong.
 """
 
@@ -62,15 +62,15 @@ def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any) -> Call 
 def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None) -> Call | None:
     if len(shape) < 2 or 0 in shape or not -len(shape) <= axis < len(shape) or activation not in (None, "relu"):
         return None
-    from fastbn.cpu import gates
+    from fastbn.cpu import entries
 
     where = layout.contiguous(shape, axis % len(shape))
     N, C, S = where.dims
     relu = True if activation == "relu" else None
     if N * S == 1 and op == "train":
         return None
-    gate = gates.find(op, where.dims, relu)
-    return None if gate is None else Call(*gate, relu, C, where, axis % len(shape), N * S)
+    found = entries.find(op, where.dims, relu)
+    return None if found is None else Call(*found, relu, C, where, axis % len(shape), N * S)
 
 
 def train(

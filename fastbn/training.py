@@ -151,10 +151,7 @@ def _single(f: core.Forward, rm: Array, rv: Array, weight: Any, bias: Any, o: Op
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
     if rm.size == 0:
         raise ArgumentValueError("on_single", "running statistics to normalise by", "none")
-    return core.frozen(
-        f.x, rm, rv, weight, bias,
-        eps=o.eps, axis=f.axis, activation=o.activation, residual=f.residual, out=f.out,
-    )  # fmt: skip
+    return core.frozen(f.x, rm, rv, weight, bias, o.eps, f.axis, o.activation, f.residual, f.out)
 
 
 def finite(batch: Moments, dtype: np.dtype[Any]) -> Array:

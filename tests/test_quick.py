@@ -220,9 +220,9 @@ def test_many_threads(c):
 
 
 def test_without_gates_calls_go_the_long_way(c, long_way, monkeypatch):
-    from fastbn.cpu import gates
+    from fastbn.cpu import entries
 
     monkeypatch.setattr(quick, "_train", {})
-    monkeypatch.setattr(gates, "_address", lambda kernel, args: None)
+    monkeypatch.setattr(entries, "_address", lambda kernel, args: None)
     c.train()
     assert long_way

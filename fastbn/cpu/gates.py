@@ -2,23 +2,16 @@
 
 A gate takes the arrays as they come from Python (``objects.Handle``), asks itself whether they are plain float32 ones
 that fit, and calls the kernel by the address of its code: a call of (64, 100) in half the time that unpacking, checks
-in Python and Numba's dispatcher take. ``kind`` and ``dtype`` are ``numpy.ndarray`` and its float32. Arguments beyond
-that are (N, C, S), and V and ``per`` of the rows kernels, None for those of ``planes``.
+in Python and Numba's dispatcher take. ``kind`` and ``dtype`` are ``numpy.ndarray`` and its float32; (N, C, S) is the
+shape, V and ``per`` belong to the kernels in ``rows`` and are None for those in ``planes``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import numpy as np
-from numba import types
 
-from fastbn.cpu import finalize, launch, planes, planes_backward, rows
 from fastbn.cpu._jit import jit, part
-from fastbn.cpu.objects import call, data, float32s, float64s, handle, plain, readable, same_shape, vector, zeros2
-
-Dims = tuple[int, int, int]
+from fastbn.cpu.objects import call, data, float32s, float64s, plain, same_shape, vector, zeros2
 
 
 @part
@@ -87,61 +80,3 @@ def backward(
     else:
         call(kernel, xs, gs, None, ds, None, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
     return 1
-
-
-_INT, _FLOAT = types.intp, types.float64
-_GATES: dict[str, tuple[Any, tuple[Any, Any], int, tuple[Any, ...]]] = {  # objects, and what follows the place
-    "train": (train, (planes.train, rows.train), 9, (_INT, _FLOAT, _FLOAT)),
-    "infer": (infer, (planes.infer, rows.infer), 9, (_FLOAT,)),
-    "backward": (backward, (planes_backward.backward, rows.backward), 10, (types.boolean,)),
-}
-
-
-class Gate(NamedTuple):
-    """The gate of a shape: its code, and the numbers it takes behind the objects."""
-
-    enter: Callable[..., int]
-    numbers: tuple[int | None, ...]
-
-
-def _address(kernel: Any, args: tuple[Any, ...]) -> int | None:
-    """Address of the code that was compiled for arguments of exactly these types; None if there is none yet."""
-    found = getattr(kernel, "overloads", {}).get(args)
-    return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
-
-
-def _kernel_arguments(op: str, rows: bool, relu: Any) -> tuple[Any, ...]:
-    """Return the types of a kernel's arguments."""
-    f32, f64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
-    place = (types.UniTuple(_INT, 3), _INT, _INT) if rows else (_INT, _INT, _INT)
-    last = relu, types.boolean, types.Array(types.int64, 1, "C")
-    if op == "train":
-        return (f32, types.none, *[f32] * 5, f64, *place, _FLOAT, _FLOAT, *last)
-    if op == "infer":
-        return (f32, types.none, *[f32] * 3, f64, *place, *last)
-    return (f32, f32, types.none, f32, types.none, *[f32] * 4, f64, *place, types.boolean, *last)
-
-
-def find(op: str, dims: Dims, relu: bool | None) -> Gate | None:
-    """Return the gate for a small contiguous float32 tensor; None before its kernel is compiled, or where it cannot be.
-
-    The code is called as ``train(x, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers,
-    moved, eps, momentum, relu)``, ``infer(x, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps,
-    relu)``, ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
-    """
-    p = launch.plan(dims)
-    if p.kind == "swept" or p.parallel or not readable():
-        return None
-    by_rows, activation = p.kind == "rows", types.none if relu is None else types.boolean
-    gate, kernels, objects, behind = _GATES[op]
-    addresses = [_address(kernels[by_rows], _kernel_arguments(op, by_rows, activation))]
-    if op == "infer":
-        f32, f64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
-        addresses.insert(0, _address(finalize.given, (f32, f32, f64, _FLOAT)))
-    if None in addresses:
-        return None
-    place = (p.V, p.per) if by_rows else (None, None)
-    kinds = [_INT] * (len(addresses) + 4) + [_INT if by_rows else types.none] * 2
-    signature = (*[handle] * objects, *kinds, *behind, activation)
-    gate.compile(signature)
-    return Gate(gate.overloads[signature].entry_point, (*addresses, dims[0] * dims[1] * dims[2], *dims, *place))

@@ -30,7 +30,7 @@ CARRAY = 0x0001 | 0x0100 | 0x0400  # NPY_ARRAY_CARRAY: C-contiguous, aligned, wr
 class Handle(types.Opaque):
     """Any Python object; the caller of the compiled code keeps it alive."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__("handle")
 
 
@@ -43,19 +43,25 @@ def _unbox(typ, obj, c):
     return NativeValue(obj)
 
 
-@functools.cache
-def readable() -> bool:
-    """Tell whether arrays lie in memory as this file says."""
-    if ctypes.sizeof(ctypes.c_void_p) != 8:
+def _as_said(a):
+    """Tell whether one array lies in memory as this file says."""
+
+    def field(at, kind=ctypes.c_int64):
+        return kind.from_address(id(a) + at).value
+
+    if field(TYPE) != id(np.ndarray) or field(DTYPE) != id(a.dtype) or field(DATA) != a.ctypes.data:
         return False
-    for a in (np.zeros((3, 5, 7), np.float32), np.zeros((4, 6), np.float64)[:, ::2], np.zeros(9, np.int32)):
-        word, half = (lambda at, kind=k: kind.from_address(id(a) + at).value for k in (ctypes.c_int64, ctypes.c_int32))
-        if word(TYPE) != id(np.ndarray) or word(DTYPE) != id(a.dtype) or word(DATA) != a.ctypes.data:
-            return False
-        shape = tuple((ctypes.c_int64 * a.ndim).from_address(word(SHAPE)))
-        if half(RANK) != a.ndim or half(FLAGS) & 0x0FFF != a.flags.num & 0x0FFF or shape != a.shape:
-            return False
-    return True
+    if field(RANK, ctypes.c_int32) != a.ndim or field(FLAGS, ctypes.c_int32) & CARRAY != a.flags.num & CARRAY:
+        return False
+    return tuple((ctypes.c_int64 * a.ndim).from_address(field(SHAPE))) == a.shape
+
+
+@functools.cache
+def readable():
+    """Tell whether arrays lie in memory as this file says."""
+    whole, gaps, fixed = np.zeros((3, 5, 7), np.float32), np.zeros((4, 6))[:, ::2], np.zeros(9, np.int32)
+    fixed.flags.writeable = False
+    return ctypes.sizeof(ctypes.c_void_p) == 8 and all(map(_as_said, (whole, gaps, fixed)))
 
 
 @intrinsic
@@ -113,7 +119,7 @@ def same_shape(a, b):
     if _half(address(b) + RANK) != rank:
         return False
     one, other = _word(address(a) + SHAPE), _word(address(b) + SHAPE)
-    for i in range(rank):
+    for i in range(rank):  # noqa: SIM110 -- compiled
         if _word(one + 8 * i) != _word(other + 8 * i):
             return False
     return True
