@@ -66,6 +66,14 @@ def contiguous(shape: tuple[int, ...], axis: int) -> Layout:
     return Layout(tuple(range(len(shape))), dims)
 
 
+def dense(shape: tuple[int, ...], axis: int) -> Layout:
+    """Return the layout that ``of`` finds for a C-contiguous array without empty axes."""
+    strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+    found = of(shape, tuple(strides), 1, axis)
+    assert found is not None
+    return found
+
+
 def settle(x: Array, axis: int) -> tuple[Array, Layout]:
     """Return x and its layout, x copied to C order where it has none or where its elements are not aligned."""
     layout = of(x.shape, x.strides, x.itemsize, axis) if x.flags.aligned else None
