@@ -80,7 +80,7 @@ class BlockForward(Forward):
         target[...] = self.out
         return target
 
-    def train(self, part: slice, d: Blocks, eps: float) -> Array:
+    def train_piece(self, part: slice, d: Blocks, eps: float) -> Array:
         """Normalise the blocks of one piece into out; return their statistics."""
         x, residual, out = (None if t is None else t[part] for t in map(self.flat, (self.x, self.residual, self.out)))
         assert x is not None and out is not None

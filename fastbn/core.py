@@ -63,6 +63,35 @@ class Forward:
         N, _, S = self.layout.dims
         return N * S
 
+    def result(self) -> Array:
+        """Return y where the caller wants it."""
+        return self.out
+
+    def nothing(self) -> Array:
+        """Return y of a batch without values."""
+        self.out[...] = 0
+        return self.result()
+
+    def train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
+        """Normalise by the batch; returns its statistics. Running ones are moved if they have elements."""
+        stats: Array = dispatch.kernels().train(
+            *map(self.flat, (self.x, self.residual, self.out)),
+            self.weight, self.bias, running_mean, running_var, self.layout.dims, eps, momentum, self.relu,
+        )  # fmt: skip
+        return stats
+
+    def statistics(self, eps: float) -> Array:
+        """Return the statistics of the batch."""
+        stats: Array = dispatch.kernels().moments(self.flat(self.x), self.weight, self.layout.dims, eps)
+        return stats
+
+    def normalise(self, stats: Array) -> None:
+        """Normalise by given statistics."""
+        dispatch.kernels().infer(
+            *map(self.flat, (self.x, self.residual, self.out)),
+            self.weight, self.bias, stats, self.layout.dims, self.relu,
+        )  # fmt: skip
+
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
         return None if x is None else views.flat(x, self.layout)
@@ -75,6 +104,7 @@ class Forward:
         saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine
         saved.relu, saved.residual, saved.frozen = self.relu, self.residual is not None, frozen
         saved.y = self.out if self.relu and saved.residual else None  # else the sign is found again from x
+        saved.places = None
         return saved
 
 
@@ -98,19 +128,7 @@ def run(f: Forward, rm: Array, rv: Array, momentum: float, eps: float) -> BatchS
     """Normalise checked arguments by the batch and move checked running statistics, if they have elements."""
     mean = rm if rm.flags.carray else np.array(rm, order="C")
     var = rv if rv.flags.carray else np.array(rv, order="C")
-    stats = dispatch.kernels().train(
-        f.flat(f.x),
-        f.flat(f.residual),
-        f.flat(f.out),
-        f.weight,
-        f.bias,
-        mean,
-        var,
-        f.layout.dims,
-        eps,
-        momentum,
-        f.relu,
-    )
+    stats = f.train(mean, var, momentum, eps)
     if mean is not rm:
         rm[:] = mean
     if var is not rv:
@@ -136,12 +154,15 @@ def infer(
 ) -> tuple[Array, Forward, Array]:
     """Normalise by given statistics; returns y, the checked arguments and the statistics as kernels take them."""
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=True)
-    dims = f.layout.dims
-    eps = arguments.epsilon(eps, positive=False)
-    mean = arguments.parameter("running_mean", mean, dims[1], f.dtype)
-    var = arguments.parameter("running_var", var, dims[1], f.dtype)
-    kernels = dispatch.kernels()
-    stats = kernels.given(mean, var, eps)
+    return f.out, f, given(f, mean, var, eps)
+
+
+def given(f: Forward, mean: Any, var: Any, eps: Any) -> Array:
+    """Normalise checked arguments by given statistics; returns these as kernels take them."""
+    eps, channels = arguments.epsilon(eps, positive=False), f.weight.size
+    mean = arguments.parameter("running_mean", mean, channels, f.dtype)
+    var = arguments.parameter("running_var", var, channels, f.dtype)
+    stats: Array = dispatch.kernels().given(mean, var, eps)
     if f.x.size:
-        kernels.infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
-    return f.out, f, stats
+        f.normalise(stats)
+    return stats

@@ -86,7 +86,7 @@ def instance_norm(
     if result.count == 1:
         raise ArgumentValueError("x", "more than 1 value per channel and sample", f"shape {f.x.shape}")
     whole = slice(None)
-    result.stats = f.train(whole, f.blocks, eps)
+    result.stats = f.train_piece(whole, f.blocks, eps)
     result.pieces = [(whole, f.blocks, result.stats)]
     return f.result(), result
 

@@ -219,10 +219,9 @@ def frozen(
     if mask is None and lengths is None:
         return core.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
 
-    def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
-        return core.frozen(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
-
-    return masked.normalise(step, x, axis, residual, mask, lengths, out)
+    f = masked.forward(x, weight, bias, axis, activation, residual, out, mask, lengths)
+    stats = core.given(f, running_mean, running_var, eps)
+    return f.result(), f.saved(stats, frozen=True)
 
 
 def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
@@ -302,15 +301,16 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
         return device.moments_of(x, axis, mask, lengths)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
-    if mask is not None or lengths is not None:
-        x, axis = masked.pack(x, axis, masked.valid(mask, lengths, x, axis)), 1
     channels, dtype = x.shape[axis], arguments.arithmetic(x.dtype)
-    if x.size == 0:
-        return Moments(0, np.zeros(channels), np.zeros(channels))
-    x, where = layout.settle(x, axis)
-    kind = views.constant(1.0, channels, dtype)
-    mean, _, var = dispatch.kernels().moments(views.flat(x, where), kind, where.dims, 0.0).reshape(3, -1)
-    count = where.dims[0] * where.dims[2]
+    if mask is not None or lengths is not None:
+        count, stats = masked.statistics(x, masked.valid(mask, lengths, x, axis), axis, 0.0)
+    elif x.size == 0:
+        count, stats = 0, np.zeros(3 * channels)
+    else:
+        x, where = layout.settle(x, axis)
+        count, kind = x.size // channels, views.constant(1.0, channels, dtype)
+        stats = dispatch.kernels().moments(views.flat(x, where), kind, where.dims, 0.0)
+    mean, _, var = stats.reshape(3, -1)
     return Moments(count, mean, var * count)
 
 

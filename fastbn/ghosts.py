@@ -150,7 +150,7 @@ def train(f: BlockForward, size: int, eps: float) -> tuple[Array, GhostSaved]:
     if min(d.N * d.S for _, d in pieces) == 1:
         raise ArgumentValueError("ghost", "more than 1 value per channel in a ghost batch", size)
     saved = GhostSaved()
-    saved.f, saved.pieces = f, [(part, d, f.train(part, d, eps)) for part, d in pieces]
+    saved.f, saved.pieces = f, [(part, d, f.train_piece(part, d, eps)) for part, d in pieces]
     saved.count, saved.updated = f.count, 0
     saved.ghosts = [
         Moments(d.N * d.S, mean, var * (d.N * d.S))

@@ -1,26 +1,20 @@
-"""Masks: the valid values are packed into rows, normalised as rows, and put back; everything else is zero.
-
-Packing is what the semantics mean, and a masked position can hold NaN or inf and never be looked at. It costs a copy
-in and a copy out, which kernels that weigh positions would save.
-"""
+"""Batch norm under a mask: ``core.Forward`` and its gradients over packed values (``places``), a chunk at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, layout, recycled
-from fastbn.errors import ArgumentTypeError, ArgumentValueError
-from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn import arguments, dispatch, layout, recycled, views
+from fastbn.core import Forward
+from fastbn.errors import ArgumentValueError
+from fastbn.places import Places
+from fastbn.saved import BatchSaved, output
 
 Array = npt.NDArray[Any]
-
-# (x, axis, residual, out) -> (y, saved): how the packed values, or all of them, are normalised
-Step = Callable[[Any, Any, Any, Any], tuple[Array, Saved]]
 
 
 def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
@@ -32,65 +26,146 @@ def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
     return arguments.from_lengths(lengths, x, axis)
 
 
-def pack(x: Array, axis: int, mask: Array) -> Array:
-    """Return the valid values as rows (M, C), in the order of the mask."""
-    packed: Array = np.moveaxis(x, axis, -1)[mask]
-    return packed
+def _in_order(x: Array) -> Array:
+    """Return x in C order, as ``places`` counts."""
+    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")
 
 
-def unpack(packed: Array, like: Array, axis: int, mask: Array, out: Array | None) -> Array:
-    """Put rows back where they came from, zero elsewhere."""
-    result: Array = recycled.empty_like(like) if out is None else out
-    result[...] = 0
-    np.moveaxis(result, axis, -1)[mask] = packed
-    return result
+def statistics(x: Array, mask: Array, axis: int, eps: float) -> tuple[int, Array]:
+    """Return how many values of a channel are valid, and their statistics (zeros if none)."""
+    places, kind = Places(mask, x.shape, axis), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
+    if places.count * x.size == 0:
+        return 0, np.zeros(3 * x.shape[axis])
+    return places.count, places.statistics(views.raw(_in_order(x).reshape(-1)), kind, eps)
 
 
-class MaskedSaved(Saved):
-    """What the packed values saved, and where they came from."""
+def forward(
+    x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, mask: Any, lengths: Any
+) -> Forward:
+    """Check arguments, of which all values count or only some."""
+    if mask is not None or lengths is not None:
+        x = arguments.tensor("x", x)
+        axis = layout.normalise_axis(axis, x.ndim)
+        mask = valid(mask, lengths, x, axis)
+        if not mask.all():
+            return MaskedForward(x, weight, bias, axis, activation, residual, out, mask)
+    return Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
 
-    __slots__ = ("axis", "dtype", "inner", "mask", "shape")
 
-    inner: Saved
-    mask: Array
-    axis: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+class MaskedForward(Forward):
+    """Checked arguments of which only some values count; x is copied where it does not lie in C order."""
+
+    __slots__ = ("places", "target")
+
+    def __init__(
+        self, x: Array, weight: Any, bias: Any, axis: int, activation: Any, residual: Any, out: Any, mask: Array
+    ):
+        self.places = Places(mask, x.shape, axis)
+        self.target = None
+        if not (x.flags.c_contiguous and (out is None or getattr(out, "flags", x.flags).c_contiguous)):
+            if out is not None:
+                output(out, x, axis)
+                arguments.apart("x", out, x, exact_allowed=False)
+            self.target = recycled.empty_like(x) if out is None else out
+            x, out = np.array(x, order="C"), None
+        super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
 
     @property
-    def moments(self) -> Moments:  # noqa: D102
-        return self.inner.moments
+    def count(self) -> int:
+        """Valid values per channel."""
+        return self.places.count
 
-    def gradients(self, grad_output: Any, out: Any) -> Gradients:
-        """See ``fastbn.backward``."""
-        axis, mask = self.axis, self.mask
-        grad = arguments.tensor("grad_output", grad_output)
-        if grad.shape != self.shape:
-            raise ArgumentValueError("grad_output", f"the shape of x, {self.shape}", grad.shape)
-        if grad.dtype != self.dtype:
-            raise ArgumentTypeError("grad_output", f"the dtype of x, {self.dtype}", grad.dtype)
-        if out is not None:
-            arguments.output(out, grad, axis)
-        dx, dweight, dbias, residual = self.inner.gradients(pack(grad, axis, mask), None)
-        if residual is not None:
-            residual = unpack(residual, grad, axis, mask, None)
-        return Gradients(unpack(dx, grad, axis, mask, out), dweight, dbias, residual)
+    def result(self) -> Array:
+        """Return y where the caller wants it."""
+        if self.target is None:
+            return self.out
+        target: Array = self.target
+        target[...] = self.out
+        return target
+
+    def train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
+        """See ``core.Forward``."""
+        stats = np.empty((3, self.weight.size))
+        for some, values, residual in self._chunks():
+            weight = self.weight[some]
+            stats[:, some] = dispatch.kernels().train(
+                values, residual, values, weight, self.bias[some], running_mean[some], running_var[some],
+                self.places.shape(weight.size), eps, momentum, self.relu,
+            ).reshape(3, -1)  # fmt: skip
+        return stats.reshape(-1)
+
+    def _chunks(self) -> Iterator[tuple[slice, Array, Array | None]]:
+        """Channels and their packed x and residual; what x is turned into goes to y."""
+        (x, residual, y), places = (self.flat(t) for t in (self.x, self.residual, self.out)), self.places
+        rooms = places.room(x), places.room(residual)
+        assert y is not None
+        for some in places.chunks():
+            values = places.pack(x, some, rooms[0])
+            yield some, values, places.pack(residual, some, rooms[1])
+            places.unpack(values, y, some)
+
+    def statistics(self, eps: float) -> Array:
+        """See ``core.Forward``."""
+        x = self.flat(self.x)
+        assert x is not None
+        return self.places.statistics(x, self.weight, eps)
+
+    def normalise(self, stats: Array) -> None:
+        """See ``core.Forward``."""
+        for some, values, residual in self._chunks():
+            weight, shape = self.weight[some], self.places.shape(self.weight[some].size)
+            known = _some(stats, some)
+            dispatch.kernels().infer(values, residual, values, weight, self.bias[some], known, shape, self.relu)
+        if self.count == 0:
+            self.out[...] = 0
+
+    def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
+        """Return what backward needs."""
+        saved = super().saved(stats, frozen, updated)
+        saved.count, saved.places = self.count, self.places
+        return saved
 
 
-def normalise(step: Step, x: Any, axis: Any, residual: Any, mask: Any, lengths: Any, out: Any) -> tuple[Array, Saved]:
-    """Normalise the valid values as ``step`` does; zero elsewhere."""
-    x = arguments.tensor("x", x)
-    axis = layout.normalise_axis(axis, x.ndim)
-    mask = valid(mask, lengths, x, axis)
-    if mask.all():
-        return step(x, axis, residual, out)
-    if residual is not None:
-        residual = pack(arguments.same_kind("residual", residual, x), axis, mask)
+def gradients(saved: BatchSaved, grad_output: Any, out: Any) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients of input, weight, bias and residual: zero where masked."""
+    grad = arguments.same_kind("grad_output", grad_output, saved.x)
+    result = recycled.empty_like(grad) if out is None else out
     if out is not None:
-        arguments.output(out, x, axis)
-        arguments.apart("x", out, x, exact_allowed=False)
-    y, inner = step(pack(x, axis, mask), 1, residual, None)
-    saved = MaskedSaved()
-    saved.stats, saved.count, saved.updated = inner.stats, inner.count, inner.updated
-    saved.inner, saved.mask, saved.axis, saved.shape, saved.dtype = inner, mask, axis, x.shape, x.dtype
-    return unpack(y, x, axis, mask, out), saved
+        output(out, saved.x, saved.axis)
+        arguments.apart("x", out, saved.x, exact_allowed=False)
+        arguments.apart("grad_output", out, grad, exact_allowed=True)
+        if saved.y is not None:
+            arguments.apart("the output that the forward pass saved", out, saved.y, exact_allowed=False)
+    dx = result if result.flags.c_contiguous else np.empty(result.shape, result.dtype)
+    residual = np.zeros(result.shape, result.dtype) if saved.residual else None
+    tensors = (saved.x, _in_order(grad), saved.y, dx, residual)
+    dweight, dbias = _gradients(saved, *(None if t is None else views.raw(t.reshape(-1)) for t in tensors))
+    if dx is not result:
+        result[...] = dx
+    return result, dweight, dbias, residual
+
+
+def _gradients(saved: BatchSaved, x: Any, grad: Any, y: Any, dx: Any, residual: Any) -> tuple[Array, Array]:
+    """Gradients into ``dx`` and ``residual``; returns those of weight and bias."""
+    places, dweight, dbias = saved.places, np.zeros_like(saved.weight), np.zeros_like(saved.bias)
+    if places.count == 0:
+        dx[...] = 0
+    rooms = [places.room(t) for t in (x, grad, y, residual if saved.relu else None)]
+    for some in places.chunks():
+        values, g = places.pack(x, some, rooms[0]), places.pack(grad, some, rooms[1])
+        gated, weight = None if rooms[3] is None else rooms[3][: values.size], saved.weight[some]
+        if residual is not None and gated is None:
+            places.unpack(g, residual, some)
+        dweight[some], dbias[some] = dispatch.kernels().backward(
+            values, g, places.pack(y, some, rooms[2]), g, gated, weight, saved.bias[some], _some(saved.stats, some),
+            places.shape(weight.size), saved.frozen, saved.relu,
+        )  # fmt: skip
+        places.unpack(g, dx, some)
+        if gated is not None:
+            places.unpack(gated, residual, some)
+    return dweight, dbias
+
+
+def _some(stats: Array, channels: slice) -> Array:
+    """Return the statistics of some channels."""
+    return np.ascontiguousarray(stats.reshape(3, -1)[:, channels]).reshape(-1)

@@ -120,7 +120,7 @@ def infer(
 
 def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array] | None:
     """Gradients of input, weight and bias for a ``saved.BatchSaved``."""
-    if saved.residual:
+    if saved.residual or saved.places is not None:
         return None
     x = saved.x
     call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None)

@@ -88,14 +88,18 @@ def no_statistics(channels: int, eps: float) -> Array:
 
 
 class BatchSaved(Saved):
-    """What plain batch norm saves; ``frozen`` statistics are constants, ``y`` tells the sign where x cannot."""
+    """What batch norm saves; ``frozen`` statistics are constants, ``y`` tells the sign where x cannot.
 
-    __slots__ = ("affine", "axis", "bias", "frozen", "layout", "relu", "residual", "weight", "x", "y")
+    ``places`` (``fastbn.places``) are the valid ones under a mask.
+    """
+
+    __slots__ = ("affine", "axis", "bias", "frozen", "layout", "places", "relu", "residual", "weight", "x", "y")
 
     x: Array
     y: Array | None
     axis: int
     layout: layout.Layout
+    places: Any
     weight: Array
     bias: Array
     affine: tuple[bool, bool]
@@ -107,10 +111,14 @@ class BatchSaved(Saved):
     def moments(self) -> Moments:  # noqa: D102
         if not self.frozen:
             return Moments(self.count, self._row(0), self._row(2) * self.count)
-        if self.x.size == 0:
+        if self.count == 0:
             return Moments(0, np.zeros(self.weight.size), np.zeros(self.weight.size))
         x = views.flat(self.x, self.layout)
-        mean, _, var = dispatch.kernels().moments(x, self.weight, self.layout.dims, 0.0).reshape(3, -1)
+        if self.places is None:
+            stats = dispatch.kernels().moments(x, self.weight, self.layout.dims, 0.0)
+        else:
+            stats = self.places.statistics(x, self.weight, 0.0)
+        mean, _, var = stats.reshape(3, -1)
         return Moments(self.count, mean, var * self.count)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
@@ -123,6 +131,10 @@ class BatchSaved(Saved):
 
     def all_gradients(self, grad_output: Any, out: Any) -> tuple[Array, Array, Array, Array | None]:
         """Gradients of input, weight, bias (also where there is none) and residual."""
+        if self.places is not None:
+            from fastbn import masked
+
+            return masked.gradients(self, grad_output, out)
         x, where = self.x, self.layout
         grad, out = check_gradient(grad_output, x, where, self.axis, out, grad_kept=self.residual)
         if self.y is not None:
@@ -143,7 +155,7 @@ def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
     saved = BatchSaved()
     _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
     saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
-    saved.y, saved.residual, saved.frozen, saved.updated = None, False, frozen, updated
+    saved.y, saved.residual, saved.frozen, saved.updated, saved.places = None, False, frozen, updated, None
     return saved
 
 

@@ -15,7 +15,7 @@ from fastbn import arguments, core, dispatch, ghosts, layout, masked, renorm, ru
 from fastbn.blocks import BlockForward
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Saved, no_statistics
+from fastbn.saved import BatchSaved, Saved, no_statistics
 
 Array = npt.NDArray[Any]
 
@@ -62,39 +62,33 @@ def train(
     o = check(o)
     if o.ghost is not None and not (mask is None and lengths is None and o.renorm is None):
         return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, mask, lengths, out)
-
-    def step(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
-        return _train(x, weight, bias, running_mean, running_var, o, axis, residual, out)
-
-    if mask is None and lengths is None:
-        return step(x, axis, residual, out)
-    return masked.normalise(step, x, axis, residual, mask, lengths, out)
-
-
-def _train(
-    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, o: Options, axis: Any, residual: Any, out: Any
-) -> tuple[Array, Saved]:
     if o.ghost is None:
-        f = core.Forward(x, weight, bias, axis, o.activation, residual, out, in_place=False)
+        f = masked.forward(x, weight, bias, axis, o.activation, residual, out, mask, lengths)
     else:
         f = BlockForward(x, weight, bias, axis, o.activation, residual, out)
-    C = f.weight.size
-    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
-    if o.renorm is not None and rm.size < C:
+    return _train(f, running_mean, running_var, o)
+
+
+def _train(f: core.Forward, running_mean: Any, running_var: Any, o: Options) -> tuple[Array, Saved]:
+    """Normalise checked arguments."""
+    rm, rv = running.pair(running_mean, running_var, f.weight.size, f.dtype)
+    if o.renorm is not None and rm.size < f.weight.size:
         raise ArgumentValueError("renorm", "running statistics to renormalise towards", "none")
-    if f.x.size == 0:
-        return f.out, f.saved(no_statistics(C, o.eps), frozen=False)
+    if f.count * f.x.size == 0:
+        return f.nothing(), f.saved(no_statistics(f.weight.size, o.eps), frozen=False)
     if f.count == 1:
-        return _single(f, rm, rv, weight, bias, o)
+        return _single(f, rm, rv, o)
     if isinstance(f, BlockForward) and o.ghost is not None:
         return _ghosts(f, rm, rv, o.ghost, o)
     if o.renorm is None and o.nonfinite != "raise":
         if o.update_stats and o.unbiased and o.nonfinite == "propagate":
-            return f.out, core.run(f, rm, rv, o.momentum, o.eps)
-        saved = core.run(f, rm[:0], rv[:0], 0.0, o.eps)
-        saved.updated = _move(rm, rv, [saved.moments], f.dtype, o)
-        return f.out, saved
-    return _statistics_first(f, rm, rv, o)
+            saved = core.run(f, rm, rv, o.momentum, o.eps)
+        else:
+            saved = core.run(f, rm[:0], rv[:0], 0.0, o.eps)
+            saved.updated = _move(rm, rv, [saved.moments], f.dtype, o)
+    else:
+        saved = _statistics_first(f, rm, rv, o)
+    return f.result(), saved
 
 
 def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tuple[Array, Saved]:
@@ -113,45 +107,42 @@ def _ghosts_in_turn(
     """Ghosts under a mask or renormalised: all by the running statistics before the call, which move at the end."""
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
-    rm, rv = running.pair(running_mean, running_var, x.shape[axis], arguments.arithmetic(x.dtype))
+    moved = running.pair(running_mean, running_var, x.shape[axis], arguments.arithmetic(x.dtype))
     valid = None if mask is None and lengths is None else masked.valid(mask, lengths, x, axis)
     alone = o._replace(ghost=None, update_stats=False)
 
-    def plain(x: Any, axis: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
-        return _train(x, weight, bias, running_mean, running_var, alone, axis, residual, out)
-
     def turn(samples: slice, x: Array, residual: Any) -> tuple[Array, Saved]:
-        if valid is None:
-            return plain(x, axis, residual, None)
-        return masked.normalise(plain, x, axis, residual, valid[samples], None, None)
+        some = None if valid is None else valid[samples]
+        f = masked.forward(x, weight, bias, axis, o.activation, residual, None, some, None)
+        return _train(f, running_mean, running_var, alone)
 
     assert o.ghost is not None
     y, saved = ghosts.in_turn(turn, x, axis, residual, out, o.ghost)
-    saved.updated = _move(rm, rv, [g for g in saved.ghosts if g.count > 1], rm.dtype, o)
+    saved.updated = _move(*moved, [g for g in saved.ghosts if g.count > 1], moved[0].dtype, o)
     return y, saved
 
 
-def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> tuple[Array, Saved]:
+def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> BatchSaved:
     """Take the statistics, decide, then normalise: one more read of x."""
-    kernels, dims = dispatch.kernels(), f.layout.dims
-    stats = kernels.moments(f.flat(f.x), f.weight, dims, o.eps)
+    stats = f.statistics(o.eps)
     mean, _, var = stats.reshape(3, -1)
     batch = Moments(f.count, mean, var * f.count)
     if o.nonfinite == "raise":
         refuse_nonfinite(batch, f.dtype)
     saved = f.saved(stats, frozen=False) if o.renorm is None else renorm.correct(f, stats, rm, rv, o.eps, o.renorm)
-    kernels.infer(f.flat(f.x), f.flat(f.residual), f.flat(f.out), f.weight, f.bias, stats, dims, f.relu)
+    f.normalise(stats)
     saved.updated = _move(rm, rv, [batch], f.dtype, o)
-    return f.out, saved
+    return saved
 
 
-def _single(f: core.Forward, rm: Array, rv: Array, weight: Any, bias: Any, o: Options) -> tuple[Array, Saved]:
+def _single(f: core.Forward, rm: Array, rv: Array, o: Options) -> tuple[Array, Saved]:
     """One value per channel has no variance: refuse, or normalise by the running statistics and leave them alone."""
     if o.on_single == "error":
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
     if rm.size == 0:
         raise ArgumentValueError("on_single", "running statistics to normalise by", "none")
-    return core.frozen(f.x, rm, rv, weight, bias, o.eps, f.axis, o.activation, f.residual, f.out)
+    stats = core.given(f, rm, rv, o.eps)
+    return f.result(), f.saved(stats, frozen=True)
 
 
 def finite(batch: Moments, dtype: np.dtype[Any]) -> Array:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn import masked, reference
+from fastbn import places, reference
 from tests.tolerances import DTYPES, arithmetic, assert_within, bound
 
 CASES = [
@@ -25,6 +25,12 @@ CASES = [
 def rows(x, axis, mask):
     """Pack by hand: valid positions as rows."""
     return np.moveaxis(x, axis, -1)[np.broadcast_to(mask, np.moveaxis(x, axis, -1).shape[:-1])]
+
+
+def packed_by_hand(x, axis, mask):
+    """Pack by hand as the array lies: rows (M, C), or channels-first (1, C, M)."""
+    values = rows(x, axis, mask)
+    return values if axis % x.ndim == x.ndim - 1 else np.ascontiguousarray(values.T)[None]
 
 
 def draw(rng, shape, axis, dtype=np.float32, density=0.6):
@@ -44,26 +50,41 @@ def test_same_as_packing(rng, shape, axis, dtype):
     g = rng.standard_normal(shape).astype(dtype)
     moving = [np.full(C, 0.5, p), np.full(C, 2.0, p)]
     packed_moving = [m.copy() for m in moving]
+    px, pr, pg = (packed_by_hand(a, axis, mask) for a in (x, residual, g))
     for activation in (None, "relu"):
         y, saved = fastbn.batch_norm_train(
             x, weight, bias, *moving, axis=axis, mask=mask, residual=residual, activation=activation
         )
         packed, inner = fastbn.batch_norm_train(
-            rows(x, axis, mask),
-            weight,
-            bias,
-            *packed_moving,
-            residual=rows(residual, axis, mask),
-            activation=activation,
-        )
-        assert np.array_equal(rows(y, axis, mask), packed) and not rows(y, axis, ~mask).any()
+            px, weight, bias, *packed_moving, residual=pr, activation=activation
+        )  # fmt: skip
+        assert np.array_equal(packed_by_hand(y, axis, mask), packed) and not rows(y, axis, ~mask).any()
         assert np.array_equal(saved.mean, inner.mean) and saved.count == inner.count == mask.sum()
-        grads, packed_grads = fastbn.backward(g, saved), fastbn.backward(rows(g, axis, mask), inner)
+        grads, packed_grads = fastbn.backward(g, saved), fastbn.backward(pg, inner)
         for got, want in ((grads.input, packed_grads.input), (grads.residual, packed_grads.residual)):
             assert got.shape == shape
-            assert np.array_equal(rows(got, axis, mask), want) and not rows(got, axis, ~mask).any()
+            assert np.array_equal(packed_by_hand(got, axis, mask), want) and not rows(got, axis, ~mask).any()
         assert np.array_equal(grads.weight, packed_grads.weight) and np.array_equal(grads.bias, packed_grads.bias)
+        moments = fastbn.Moments.of(x, axis, mask)
+        assert np.array_equal(moments.m2, fastbn.Moments.of(px).m2) and moments.count == mask.sum()
     assert all(np.array_equal(a, b) for a, b in zip(moving, packed_moving, strict=True))
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_few_channels_at_a_time(rng, runs, monkeypatch):
+    """The bits do not depend on how many are packed together, nor on whether runs or values are moved."""
+    x, mask, weight, bias = draw(rng, (5, 7, 60), 1)
+    if runs:
+        mask[:, 10:50] = True
+    g, results = rng.standard_normal(x.shape).astype(np.float32), []
+    for chunk, run in ((1 << 18, 10), (1, 10), (3 * mask.sum(), 1), (2 * mask.sum(), 1 << 30)):
+        monkeypatch.setattr(places, "CHUNK", chunk)
+        monkeypatch.setattr(places, "RUN", run)
+        mean, var = np.zeros(7, np.float32), np.ones(7, np.float32)
+        y, saved = fastbn.batch_norm_train(x, weight, bias, mean, var, mask=mask, residual=g, activation="relu")
+        results.append([y, mean, var, *fastbn.backward(g, saved), fastbn.Moments.of(x, mask=mask).m2])
+    for others in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 def test_against_the_reference(rng):
@@ -197,9 +218,77 @@ def test_errors_name_the_argument(call, error, named):
         call()
 
 
-def test_pack_and_unpack_are_inverse(rng):
-    x = rng.standard_normal((3, 4, 5))
-    mask = rng.random((3, 5)) < 0.5
-    packed = masked.pack(x, 1, mask)
-    assert packed.shape == (mask.sum(), 4)
-    assert np.array_equal(masked.unpack(packed, x, 1, mask, None), np.where(mask[:, None], x, 0))
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize(("shape", "axis"), [*CASES, ((3, 4, 100), 1), ((2, 100, 3), 2), ((3, 5), 0)], ids=str)
+def test_pack_and_unpack_are_inverse(rng, shape, axis, density):
+    x, _, _, _ = draw(rng, shape, axis)
+    mask = rng.random(np.moveaxis(x, axis, -1).shape[:-1]) < density
+    where = places.Places(mask, shape, axis % len(shape))
+    everything = slice(0, shape[axis])
+    packed = where.pack(x.reshape(-1), everything, np.empty(x.size, np.float32))
+    by_hand = packed_by_hand(x, axis, mask)
+    assert where.count == mask.sum() and np.array_equal(packed, by_hand.reshape(-1))
+    y = np.full(x.size, np.nan, np.float32)
+    where.unpack(packed, y, everything)
+    assert np.array_equal(y.reshape(shape), np.where(np.expand_dims(mask, axis), x, 0))
+
+
+def test_threads_and_masks(rng):
+    x, mask, weight, bias = draw(rng, (16, 40, 2000), 1)
+    g, results = rng.standard_normal(x.shape).astype(np.float32), []
+    try:
+        for threads in (1, 2, 3):
+            fastbn.set_num_threads(threads)
+            for t, m, axis in ((x, mask, 1), (x.reshape(16, 2000, 40), mask, 2)):
+                y, saved = fastbn.batch_norm_train(t, weight, bias, axis=axis, mask=m)
+                results.append([y, *fastbn.backward(g.reshape(t.shape), saved)[:3]])
+    finally:
+        fastbn.set_num_threads(None)
+    for i, others in enumerate(results):
+        assert all(np.array_equal(a, b) for a, b in zip(results[i % 2], others, strict=True))
+
+
+@pytest.mark.parametrize("options", [
+    {"renorm": (1.5, 0.5)}, {"nonfinite": "raise"}, {"nonfinite": "skip_update"}, {"unbiased": False},
+    {"update_stats": False}, {"activation": "relu"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5, 9), 1), ((6, 9, 5), 2)], ids=str)
+def test_with_other_options_as_packing(rng, shape, axis, options):
+    x, mask, weight, bias = draw(rng, shape, axis)
+    g, results = rng.standard_normal(x.shape).astype(np.float32), []
+    for packs in (False, True):
+        t, h, where = (x, g, {"axis": axis, "mask": mask}) if not packs else (*(
+            packed_by_hand(a, axis, mask) for a in (x, g)
+        ), {})  # fmt: skip
+        mean, var = np.full(5, 0.5, np.float32), np.full(5, 2.0, np.float32)
+        y, saved = fastbn.batch_norm_train(t, weight, bias, mean, var, **where, **options)
+        dx, *rest = fastbn.backward(h, saved)[:3]
+        y, dx = (a if packs else packed_by_hand(a, axis, mask) for a in (y, dx))
+        results.append([y, dx, *rest, mean, var, saved.mean, saved.moments.m2, np.array(saved.updated)])
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_over_the_gradient_and_not_over_x(rng):
+    x, mask, _, _ = draw(rng, (6, 5, 90), 1)
+    g = rng.standard_normal(x.shape).astype(np.float32)
+    _, saved = fastbn.batch_norm_train(x, mask=mask, residual=g)
+    want = fastbn.backward(g, saved)
+    with pytest.raises(ValueError, match=r"^out: expected"):
+        fastbn.backward(g, saved, out=x)
+    assert np.array_equal(want.residual, np.where(mask[:, None], g, 0))
+    got = fastbn.backward(g, saved, out=g)
+    assert got.input is g and np.array_equal(g, want.input) and np.array_equal(got.residual, want.residual)
+
+
+def test_frozen_under_a_mask(rng):
+    """Its own moments and gradients are those of the valid values."""
+    x, mask, weight, bias = draw(rng, (6, 5, 90), 1)
+    g = rng.standard_normal(x.shape).astype(np.float32)
+    mean, var = rng.standard_normal(5, dtype=np.float32), rng.random(5, dtype=np.float32) + 0.5
+    y, saved = fastbn.functional.frozen(x, mean, var, weight, bias, mask=mask)
+    packed, inner = fastbn.functional.frozen(packed_by_hand(x, 1, mask), mean, var, weight, bias)
+    assert np.array_equal(packed_by_hand(y, 1, mask), packed) and not rows(y, 1, ~mask).any()
+    assert np.array_equal(saved.moments.m2, inner.moments.m2) and saved.moments.count == mask.sum()
+    grads, want = fastbn.backward(g, saved), fastbn.backward(packed_by_hand(g, 1, mask), inner)
+    assert np.array_equal(packed_by_hand(grads.input, 1, mask), want.input)
+    assert np.array_equal(grads.weight, want.weight) and np.array_equal(grads.bias, want.bias)

@@ -134,7 +134,7 @@ def store_n(typingctx, y, i, v, n):
     return types.void(y, types.intp, v, types.intp), codegen
 
 
-class _Streaming(StoreInstr):
+class StreamInstr(StoreInstr):
     """A volatile non-temporal store: LLVM merged plain ones with the ordinary store of another branch.
 
     They are then ordinary themselves: one in four of float16 training, all of bfloat16's.
@@ -144,6 +144,14 @@ class _Streaming(StoreInstr):
         text = []
         super().descr(text)
         buf.append("".join(text).replace("store ", "store volatile ", 1))
+
+
+def stream_store(builder, value, pointer, align):
+    """Store past the caches."""
+    op = StreamInstr(builder.block, value, pointer)
+    op.align = align
+    op.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+    builder._insert(op)
 
 
 @intrinsic
@@ -157,10 +165,7 @@ def stream(typingctx, y, i, v):
     def codegen(ctx, builder, sig, args):
         vec, size = memory_vector(sig.args[0])
         raw = encode(builder, sig.args[0], args[2])
-        op = _Streaming(builder.block, raw, vector_pointer(builder, args[0], args[1], vec))
-        op.align = size * vec.count
-        op.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
-        builder._insert(op)
+        stream_store(builder, raw, vector_pointer(builder, args[0], args[1], vec), size * vec.count)
         return ctx.get_dummy_value()
 
     return types.void(y, types.intp, v), codegen

@@ -11,6 +11,7 @@ from fastbn import reference
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
+Table = tuple[Array, Array, Array | None]
 _quiet = np.errstate(all="ignore")  # compiled kernels do not warn of inf and NaN either
 
 
@@ -104,3 +105,25 @@ def backward(
     if grad_residual is not None:
         _encode(gated, grad_residual)
     return dweight.astype(weight.dtype), dbias.astype(bias.dtype)
+
+
+def _positions(table: Table, S: int) -> Array:
+    """Return where the valid values lie in (N, S), flat."""
+    first, start, place = table
+    length = np.ones_like(start) if place is None else np.diff(place)
+    samples = np.repeat(np.arange(first.size - 1), np.diff(first))
+    pieces = [np.arange(n * S + a, n * S + a + m) for n, a, m in zip(samples, start, length, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *pieces])
+
+
+def pack(x: Array, packed: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
+    """See ``launch.pack``."""
+    by_channel = x.reshape(-1, C, S).swapaxes(0, 1)[lo:hi].reshape(hi - lo, -1)
+    packed.reshape(hi - lo, M)[...] = by_channel[:, _positions(table, S)]
+
+
+def unpack(packed: Array, y: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
+    """See ``launch.unpack``."""
+    by_channel = np.zeros((hi - lo, y.size // C), y.dtype)
+    by_channel[:, _positions(table, S)] = packed.reshape(hi - lo, M)
+    y.reshape(-1, C, S)[:, lo:hi] = by_channel.reshape(hi - lo, -1, S).swapaxes(0, 1)

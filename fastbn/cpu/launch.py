@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import finalize, planes, planes_backward, pool, rows, rows_swept, tuning
+from fastbn.cpu import finalize, packing, planes, planes_backward, pool, rows, rows_swept, tuning
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
+Table = tuple[Array, Array, Array | None]
 
 
 class Plan(NamedTuple):
@@ -196,3 +197,20 @@ def backward(
         )
         pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
     return dweight, dbias
+
+
+def pack(x: Array, packed: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
+    """Pack the valid values of channels lo..hi - 1; see ``packing`` for the numbers."""
+    samples = table[0].size - 1
+    pool.run(packing.pack, (x, packed, *table, C, S, M, lo, hi), samples, packed.size >= tuning.PARALLEL)
+
+
+def unpack(packed: Array, y: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
+    """Put packed values back, zero elsewhere."""
+    samples = table[0].size - 1
+    pool.run(
+        packing.unpack,
+        (packed, y, *table, C, S, M, lo, hi, tuning.streams(y, y)),
+        samples,
+        packed.size >= tuning.PARALLEL,
+    )
