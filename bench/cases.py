@@ -41,7 +41,7 @@ class Case(NamedTuple):
     @property
     def floor(self) -> float:
         """Bytes that must move, in copies of the tensor."""
-        reads, writes = (READS_WRITES | NORMS)[self.op]
+        reads, writes = (READS_WRITES | NORMS | MASKS)[self.op]
         if self.rows and self.op.startswith(("train", "backward")) and self.nbytes > 1 << 20:
             reads *= 2 if self.op in ("train", "backward") else 1.5
         return (reads + writes) / 2
@@ -61,6 +61,7 @@ NORMS = {
     for name in ("layer_norm", "group_norm", "instance_norm")
     for back in ("", "_backward")
 }
+MASKS = {"masked": (1, 1), "masked_backward": (2, 1)}  # see ``masks``
 NORM_SHAPES = [
     ("layer_norm", (8192, 768)), ("group_norm", (32, 64, 56, 56)), ("group_norm", (64, 256, 14, 14)),
     ("instance_norm", (32, 64, 56, 56)),
@@ -82,6 +83,7 @@ def quick() -> list[Case]:
     cases += [Case(op, RESNET50[1]) for op in ("train_fused", "backward_fused")]
     cases += [Case(op, RESNET50[1], dtype=dtype) for op in ("train", "infer") for dtype in ("float16", "bfloat16")]
     cases += [Case(name + back, shape) for name, shape in NORM_SHAPES for back in ("", "_backward")]
+    cases += [Case(op, (32, 256, 1000)) for op in MASKS] + [Case(op, (32, 1000, 256), "channels_last") for op in MASKS]
     return cases
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import family
-from bench.cases import NORMS
+from bench import family, masks
+from bench.cases import MASKS, NORMS
 from bench.data import Data
 
 Call = Callable[[], object]
@@ -30,6 +30,8 @@ def fastbn(data: Data) -> Call:
     d, op = data, data.case.op
     if op in NORMS:
         return family.fastbn(data)
+    if op in MASKS:
+        return masks.fastbn(data)
     x, weight, bias, mean, var, axis, out = d.x, d.weight, d.bias, d.mean, d.var, d.axis, d.out
     if op == "infer":
         return lambda: f.batch_norm_infer(x, mean, var, weight, bias, axis=axis, out=out)
@@ -59,6 +61,8 @@ def torch(data: Data) -> Call:
     d, op = data, data.case.op
     if op in NORMS:
         return family.torch(data)
+    if op in MASKS:
+        return masks.torch(data)
     x, grad, residual, out, out2 = (_tensor(a, d) for a in (d.x, d.grad, d.residual, d.out, d.out2))
     w, b, m, v = (t.from_numpy(a.copy()) for a in (d.weight, d.bias, d.mean, d.var))
     save = (t.empty(w.numel(), dtype=w.dtype), t.empty(w.numel(), dtype=w.dtype))

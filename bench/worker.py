@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import family
-from bench.cases import NORMS, Case
+from bench import family, masks
+from bench.cases import MASKS, NORMS, Case
 from bench.data import Data
 from bench.peers import PEERS, Call, Unsupported
 from fastbn import reference
@@ -38,6 +38,8 @@ def error(data: Data) -> float:
     d, op = data, data.case.op
     if op in NORMS:
         return family.error(d, result(d))
+    if op in MASKS:
+        return masks.error(d, result(d))
     channels = np.unique(np.linspace(0, d.weight.size - 1, 3).astype(int))
 
     def take(a: Any) -> Any:
