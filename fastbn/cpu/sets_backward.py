@@ -25,6 +25,7 @@ from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.simd import (
     ask,
     base,
+    blend,
     clear,
     fence,
     fetch_add,
@@ -192,19 +193,44 @@ def write_run(x, g, dx, w, i, end, col, c, other, streamed):
 
 
 @part
-def write_set(x, g, dx, weight, at, L, S, period, c, streamed):
-    """Write a set: masked stores up to the first line and behind the last one."""
+def write_seam(x, g, dx, i, n, p, c, w, streamed):
+    """Write the vector whose first n lanes belong to the set with constants p, the others to that with c."""
+    v = (
+        blend(n, splat(x, p[0]), splat(x, c[0])), blend(n, splat(x, p[1]), splat(x, c[1])),
+        blend(n, splat(x, p[2]), splat(x, c[2])), blend(n, splat(x, p[3]), splat(x, c[3])),
+        blend(n, splat(x, p[4]), splat(x, c[4])),
+    )  # fmt: skip
+    write(dx, i, gradient(load(x, i), load(g, i), v, w), streamed)
+
+
+@part
+def begin_set(x, g, dx, weight, at, L, S, period, p, c, joined, streamed):
+    """Write what lies before a set's first line, with the last lanes of the set before it if ``joined``."""
+    n = min(head(dx, at), L) if lanes(x) <= L else 0
+    if n > 0 and joined:
+        before = lanes(x) - n
+        w = across(x, weight, (at - L) % period + L - before, S, before, period)
+        write_seam(x, g, dx, at - before, before, p, c, w, streamed)
+    elif n > 0:  # a masked store of nothing costs 100 ns
+        w = across(x, weight, at % period, S, n, period)
+        store_n(dx, at, gradient(load_n(x, at, n), load_n(g, at, n), spread(x, c), w), n)
+    return at + n
+
+
+@part
+def write_set(x, g, dx, weight, at, L, S, period, p, c, joined, followed, streamed):
+    """Write a set in whole lines: the lanes behind its last one are left to the next set if it is ``followed``.
+
+    With lines on seams written in two parts (65536, 100) took 3.7 times as long, and (65536, 64) 2.8 times where the
+    array does not begin on a line.
+    """
     W, col, length, v = lanes(x), at % period, L if S is None else S, spread(x, c)
-    n = min(head(dx, at), L if S is None else S) if L >= W else 0
-    if n > 0:  # a masked store of nothing costs 100 ns
-        z = gradient(load_n(x, at, n), load_n(g, at, n), v, across(x, weight, col, S, n, period))
-        store_n(dx, at, z, n)
-    i, n = at + n, 0
+    i = begin_set(x, g, dx, weight, at, L, S, period, p, c, joined, streamed)
     for run in range(0, L, length):
         end = at + run + length
         i = write_run(x, g, dx, inner(weight, col + run, S), i, end, col + i - at, c, max(L, NEAR), streamed)
         n = end - i
-        if n > 0:
+        if n > 0 and not (followed and run + length == L):
             w = across(x, weight, col + (run if S is not None else L - n), S, n, period)
             if run + length < L:
                 write(dx, i, gradient(load(x, i), load(g, i), v, w), streamed)
@@ -241,13 +267,17 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, S, per, streamed, 
     short = like(x, base(scratch))
     samples = sets // G
     lo = fetch_add(claim, 0, per)
+    p = (0.0, 0.0, 0.0, 0.0, 0.0)  # constants of the set before
     while lo < samples:
         hi = min(lo + per, samples)
         for t in range(lo * G, hi * G):
+            joined, followed = t > lo * G and lanes(x) <= L, t + 1 < hi * G and lanes(x) <= L
             mean, invstd = get(stats, t), get(stats, sets + t)
             c = constants(x, mean, invstd)
             s, q = set_sums(x, g, weight, sums, short, sets, t, L, S, period, mean, c)
-            write_set(x, g, dx, weight, t * L, L, S, period, (c[0], c[1], c[2], -q / L, -s / L), streamed)
+            d = (c[0], c[1], c[2], -q / L, -s / L)
+            write_set(x, g, dx, weight, t * L, L, S, period, p, d, joined, followed, streamed)
+            p = d
             done = (t + 1) // G
             if by_element and (t + 1) % G == 0 and ((done - lo) % ROWS == 0 or done == hi):
                 put_away(short, sums, lo // per, period)
