@@ -63,7 +63,7 @@ def find(op: str, dims: Dims, relu: bool | None) -> tuple[Entry, Numbers] | None
     relu)``, ``infer(x, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)`` or
     ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
     """
-    p = launch.plan(dims)
+    p = launch.plan(dims, once=op == "infer")
     if p.kind == "swept" or p.parallel or not readable():
         return None
     by_rows, activation = p.kind == "rows", types.none if relu is None else types.boolean

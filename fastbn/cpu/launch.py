@@ -45,13 +45,26 @@ def _side_by_side(V: int, N: int, most: int, lanes: int) -> int:
     return step if step <= N and step * V <= 4 * most else count
 
 
+def _as_planes(N: int, C: int, S: int, lanes: int) -> bool:
+    """Tell whether gradients and training of (N, C, S) read a block of channels at a time.
+
+    They do so run by run, S elements, and stretch by stretch, the runs of a block that lie side by side; N of these are
+    C*S apart. Short ones are slow: (49152, 16, 16) took 25 times as long as its rows do, (7864, 16, 100) 4 times. The
+    border lies where both take as long: S - lanes = 3*sqrt(N), 4*sqrt(N) for half types whose runs end inside of
+    vectors, or stretches of 8 KB, less where the cache helps.
+    """
+    stretch = max(S, min(C * S // 8, planes.SLAB * lanes // N))
+    dear = 18 if lanes == 32 and S % lanes else 9
+    return (S - lanes) ** 2 > dear * N and stretch >= min(128 * lanes, N * C * S // 4096)
+
+
 @functools.lru_cache(maxsize=1024)
-def plan(dims: Dims, lanes: int = 16) -> Plan:
-    """Choose the kernel for a shape and vectors of so many lanes."""
+def plan(dims: Dims, lanes: int = 16, once: bool = False) -> Plan:
+    """Choose the kernel for a shape and vectors of so many lanes; ``once``: for inference, which reads x once."""
     N, C, S = dims
     size = N * C * S
     parallel = size >= tuning.PARALLEL
-    if lanes <= S:  # from one vector on the channels-first kernel is as fast as any
+    if lanes <= S and (once or _as_planes(N, C, S, lanes)):
         return Plan("planes", parallel)
     V = C * S
     V *= _side_by_side(V, N, tuning.MATRIX, lanes)
@@ -152,7 +165,7 @@ def infer(
     relu: bool | None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` with the means and invstds in ``stats``."""
-    p = plan(dims, _lanes(x))
+    p = plan(dims, _lanes(x), once=True)
     N, C, S = dims
     streamed = tuning.streams(x, residual, out, least=tuning.READ_ONCE)
     if p.kind == "planes":

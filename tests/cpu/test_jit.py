@@ -196,7 +196,7 @@ def test_vectors_on_the_stack_lie_on_lines(python, tmp_path):
 STREAMED = """
 import re, numpy as np, fastbn
 from fastbn.cpu import planes
-x = np.ones((4, 8, 32), np.float16)
+x = np.ones((4, 8, 128), np.float16)
 fastbn.batch_norm_train(x)
 (machine,) = planes.train.inspect_asm().values()
 stores = re.findall(r"(\\S*mov\\S*)\\s+%[yz]mm\\d+, \\S*\\(%r\\w+,%r\\w+,2\\)", machine)

@@ -26,6 +26,17 @@ def test_the_shapes_of_the_tests_reach_every_kernel(kind, shape):
     assert launch.plan((shape[0], shape[1], int(np.prod(shape[2:])))).kind == kind
 
 
+@pytest.mark.parametrize(("dims", "kind", "half"), [
+    ((32, 64, 112 * 112), "planes", "planes"), ((32, 1024, 196), "planes", "planes"),
+    ((32, 2048, 49), "planes", "rows"), ((8, 16, 256), "planes", "planes"), ((1, 64, 16), "rows", "rows"),
+    ((256, 64, 64), "rows", "rows"), ((4096, 7, 100), "swept", "swept"), ((20000, 7, 16), "swept", "swept"),
+    ((4096, 3, 3136), "planes", "swept"),
+], ids=str)  # fmt: skip
+def test_runs_that_are_short_or_far_apart_are_rows(dims, kind, half):
+    assert (launch.plan(dims).kind, launch.plan(dims, 32).kind) == (kind, half)
+    assert launch.plan(dims, once=True).kind == "planes"  # inference reads all of it once, in order
+
+
 def test_rows_come_in_one_block_and_in_many():
     plans = [launch.plan((s[0], s[1], int(np.prod(s[2:])))) for s in SHAPES["rows"]]
     assert {p.per < s[1] for p, s in zip(plans, SHAPES["rows"], strict=True)} == {False, True}
