@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import pool, sets, sets_backward, tuning
+from fastbn.cpu import pool, sets, sets_backward, sets_short, tuning
 
 Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
@@ -83,8 +83,11 @@ def backward(
     streamed = tuning.streams(x, grad, out)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again below
-    work = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length, G, run, per, streamed)
-    pool.run(sets_backward.backward, work, B, x.size >= tuning.PARALLEL)
+    tensors, parallel = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length), x.size >= tuning.PARALLEL
+    if run is None and G == 1 and length <= sets_short.SHORT:
+        pool.run(sets_short.backward, (*tensors, per, streamed), B, parallel)
+    else:
+        pool.run(sets_backward.backward, (*tensors, G, run, per, streamed), B, parallel)
     if weight is None:
         return np.zeros(C), np.zeros(C)
     if run is not None:
