@@ -26,7 +26,7 @@ from fastbn.errors import ArgumentTypeError
 from . import search
 from .editor import Editor
 from .facts import Facts, holding
-from .files import save_model
+from .files import ModelFileError, save_model
 from .plan import Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import BatchNorm, Source, find
@@ -72,7 +72,10 @@ class FoldResult:
             The file cannot be written.
         """
         if self._edited is None:
-            save_model(self.model, path)
+            try:
+                save_model(self.model, path)
+            except ModelFileError as error:
+                raise OSError(str(error)) from None
             return
         with _uncollected():
             save(self._edited, path)

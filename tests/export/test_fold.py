@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import fastbn_export
 import numpy as np
@@ -480,11 +481,16 @@ def test_save_of_large_tensors(tmp_path):
     onnx.checker.check_model(written, full_check=True)
 
 
-def test_a_failed_save_leaves_nothing(tmp_path):
-    result = fold(chain())
+@pytest.mark.parametrize("keep", [None, "*"])
+def test_a_failed_save_leaves_nothing(tmp_path, keep):
+    """Neither of a folded model nor of one that is as it was; a pipe stays a pipe."""
+    result = fold(chain(), keep=keep)
     with pytest.raises(OSError, match="nowhere"):
         result.save(tmp_path / "nowhere" / "out.onnx")
-    assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        result.save(tmp_path / "pipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def external(tmp_path):
