@@ -72,7 +72,7 @@ def _check_outputs(out: str | Path | None, report: str | None, *reads: str | Pat
 
 def _keep_weights(beside: set[Path], *outputs: str | Path | None) -> None:
     """Refuse outputs that would overwrite a file with weights of an input."""
-    for out in map(Path, filter(None, outputs)):
+    for out in (Path(path) for path in outputs if path):
         if taken := beside & {out.resolve(), out.with_name(f"{out.name}.data").resolve()}:
             raise ModelFileError(f"{out}: expected another name: the input has its weights in {taken.pop().name}")
 
