@@ -148,7 +148,8 @@ class Editor:
         assert edit.shift is not None
         value, graph = edit.value, edit.node.graph
         assert graph is not None
-        add = ir.Node("", "Add", [None, None], name=self._unique(f"{edit.node.name or value.name}.bias_add"))
+        name = self._unique(f"{edit.node.name or value.name}.bias_add")
+        add = ir.Node("", "Add", [None, None], edit.attributes, name=name)
         out = add.outputs[0]
         graph.insert_after(edit.node, add)
         self._take_over(value, out)

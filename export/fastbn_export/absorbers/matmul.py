@@ -22,7 +22,7 @@ def shift_steps(site: Site, edits: Sequence[Edit], shift: ChannelAffine, onward:
     if site.node.op_type == "MatMul" and _two_matrices(site):
         bias = shift.shift if shift.axis == 1 else shift.shift[:, None]
         steps.append(Step.absorbed(*edits, BecomeGemm(site.node, bias, dtype)))
-    steps.append(Step.absorbed(*edits, AddShift(site.node, out, shift, site.rank(out), dtype)))
+    steps.append(Step.absorbed(*edits, AddShift(site.node, out, shift, site.rank(out), dtype, site.opset)))
     return steps
 
 
