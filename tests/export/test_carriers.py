@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fastbn_export.fold import fold
 
 from .folding import Model, check, folded
 from .test_absorbers import is_folded, is_left
@@ -70,6 +71,7 @@ POSITIVE = {
     "MaxPool": lambda m, y: m.op("MaxPool", y, kernel_shape=[2, 2], pads=[1, 1, 1, 1]),
     "GlobalMaxPool": lambda m, y: m.op("GlobalMaxPool", y),
     "ReduceMax": lambda m, y: m.op("ReduceMax", y, axes=[2]),
+    "ReduceMin": lambda m, y: m.op("ReduceMin", y, axes=[2]),
     "Pad": lambda m, y: m.op("Pad", y, m.ints(0, 0, 1, 1, 0, 0, 1, 1)),
     "AveragePool": lambda m, y: m.op("AveragePool", y, kernel_shape=[2, 2], pads=[1] * 4, count_include_pad=1),
     "Mul": lambda m, y: m.op("Mul", y, m.op("Sigmoid", m.input(2, 1, 5, 5))),
@@ -83,7 +85,9 @@ def test_scale_without_shift(case):
     is_folded(m.build(m.bn(POSITIVE[case](m, conv(m, 2, 4, 5, 5)), 4, parameters=m.positive(4))))
     m = Model()
     model = m.build(m.bn(POSITIVE[case](m, conv(m, 2, 4, 5, 5)), 4))
-    is_left(model, REASON.get(case, "negative scale" if "Max" in case else f"a shift does not pass {case}"))
+    is_left(
+        model, REASON.get(case, "negative scale" if "Max" in case or "Min" in case else f"a shift does not pass {case}")
+    )
 
 
 @pytest.mark.parametrize("case", POSITIVE)
@@ -120,6 +124,40 @@ def test_pad_value_maps_along():
     m = Model()
     y = m.op("Pad", conv(m, 2, 4, 5, 5), m.ints(0, 1, 0, 0, 0, 0, 0, 0))
     is_left(m.build(m.bn(y, 5)), "pads the channel axis")
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, 1, 1)])
+def test_padding_with_infinity(signs):
+    """What a maximum behind it does not see; a positive scale keeps it, for channels of any shift."""
+    m = Model()
+    gamma, *rest = m.statistics(4)
+    pads = m.ints(0, 0, 1, 1, 0, 0, 1, 1), m.constant(np.float32(-np.inf))
+    y = m.op("Pad", conv(m, 2, 4, 5, 5), *pads)
+    y = m.bn(y, 4, parameters=(np.abs(gamma) * np.float32(signs), *rest))
+    model = m.build(m.op("Relu", y) if min(signs) > 0 else m.op("Sigmoid", y))
+    if min(signs) > 0:
+        is_folded(model, "Conv", "Pad", "Relu")
+    else:
+        is_left(model, "would differ between channels")
+
+
+@pytest.mark.parametrize(
+    ("opset", "operands", "attributes"),
+    [
+        (17, ["", np.array([1, 1.2, 2, 2], "f")], {}),
+        (10, [np.array([1, 1.2, 2, 2], "f")], {}),
+        (18, ["", np.array([1.2, 2], "f")], {"axes": [-3, 3]}),
+        (18, ["", "", np.array([4, 8])], {"axes": [1, 2], "keep_aspect_ratio_policy": "not_larger"}),
+    ],
+)
+def test_a_factor_that_mixes_channels_and_keeps_their_number(opset, operands, attributes):
+    """The runtime leaves an axis alone whose length stays; the specification, and onnx's evaluator, do not."""
+    m = Model(opset=opset)
+    given = [m.constant(o) if isinstance(o, np.ndarray) else o for o in operands]
+    y = m.op("Resize", conv(m, 2, 4, 5, 5), *given, mode="nearest", **attributes)
+    y = m.op("Reshape", y, m.ints(2, 4, -1))
+    result = fold(m.build(m.bn(y, 4)))
+    assert any(text in result.report.entries[0].reason for text in ("may resize the channel axis", "aspect ratio"))
 
 
 DOWN = {
