@@ -213,6 +213,17 @@ def test_identity_between_fixed_names():
     assert folded(check(m.build(y)))
 
 
+def test_an_identity_in_float32_is_none_in_float64():
+    """Parameters of float32 beside data of float64, since opset 15: a scale of 1 - 2.5e-8 shows."""
+    ones, zeros = np.ones(4, "f"), np.zeros(4, "f")
+    m = Model(dtype=np.float64)
+    model = m.build(m.bn(m.op("Relu", m.input(2, 4, 3)), 4, parameters=(ones, zeros, zeros, ones), epsilon=5e-8))
+    assert fold(model).report.left == 1
+    m = Model()
+    model = m.build(m.bn(m.op("Relu", m.input(2, 4, 3)), 4, parameters=(ones, zeros, zeros, ones), epsilon=5e-8))
+    assert fold(model).report.left == 0
+
+
 def test_growth_is_refused():
     """Two MatMuls without a bias would need two Adds in the place of one normalization."""
     m = Model()
