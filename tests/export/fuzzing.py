@@ -534,7 +534,10 @@ def _choice(f: Fuzz, x: str, s: Shape) -> Any:
     kind = f.pick("Where", "Max", "Min", "Mean") if f.opset >= 13 else "Mean"
     if kind == "Where":
         mask = f.constant(f.rng.random(made[0][1][-1:]) < 0.5)
+        values[1] = f.parameter() if f.chance(0.3) else values[1]
         return f.op("Where", mask, *values), made[0][1]
+    if f.chance(0.3) and f.opset >= 8:
+        values.append(f.parameter(*f.pick((), (1,))))
     return f.op(kind, *values), made[0][1]
 
 

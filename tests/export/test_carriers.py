@@ -314,6 +314,32 @@ def test_branches_that_meet_and_repetitions(case):
     is_folded(m.build(m.op("Relu", m.bn(y, 4, parameters=positive))))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 1, 5, 5)])
+@pytest.mark.parametrize("op", ["Sum", "Max", "Min", "Mean", "Where"])
+def test_a_constant_branch_that_is_broadcast_along_the_channels(op, shape):
+    """It grows to a value for each channel, but not beyond."""
+    m = Model()
+    mask = [m.constant(np.eye(5) > 0)] if op == "Where" else []
+    y = m.op(op, *mask, conv(m, 2, 4, 5, 5), m.weight(*shape))
+    gamma, *rest = m.statistics(4)
+    model = m.build(m.bn(y, 4, parameters=(np.abs(gamma), *rest)))
+    is_left(model, "grow beyond") if len(shape) == 4 else is_folded(model)
+
+
+@pytest.mark.parametrize("value", [0, -np.inf])
+def test_a_constant_branch_that_the_map_leaves_as_it_is(value):
+    m = Model()
+    y = m.op("Max", conv(m, 2, 4, 5, 5), m.constant(np.float32(value)))
+    result = is_folded(m.build(m.bn(y, 4, parameters=m.positive(4))), "Conv", "Max")
+    assert [t.dims for t in result.model.graph.initializer].count([]) == 1
+
+
+def test_a_constant_of_both_axes_minus_a_normalization():
+    m = Model()
+    y = m.op("Sub", m.weight(1, 4, 5, 5), m.bn(m.op("Sigmoid", m.input(2, 4, 5, 5)), 4))
+    is_folded(m.build(m.op("Conv", y, m.weight(3, 4, 3, 3), pads=[1] * 4)), "Sigmoid", "Sub", "Conv")
+
+
 DOWN_ALSO = ("Tile", "Expand", "CastLike", "Clip", "Einsum", "GridSample")
 
 
