@@ -154,6 +154,23 @@ def test_dequantized_weight(kind):
     is_folded(m.build(y), "DequantizeLinear", "Conv")
 
 
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+def test_dequantized_weight_whose_channels_lie_along_axis_1(kind):
+    """Those that a ConvTranspose delivers, and those that a Conv reads."""
+    m = Model()
+    q = m.constant(m.rng.integers(-90, 90, (3, 4, 2, 2)).astype(np.int8))
+    step, along = m.constant(np.full(() if kind == "tensor" else 4, 0.01, np.float32)), {"axis": 1}
+    w = m.op("DequantizeLinear", q, step, **({} if kind == "tensor" else along))
+    y = m.bn(m.op("ConvTranspose", m.input(2, 3, 5, 5), w), 4)
+    is_folded(m.build(m.op("Relu", y)), "DequantizeLinear", "ConvTranspose", "Relu")
+    m = Model()
+    q = m.constant(m.rng.integers(-90, 90, (4, 3, 2, 2)).astype(np.int8))
+    step = m.constant(np.full(() if kind == "tensor" else 3, 0.01, np.float32))
+    w = m.op("DequantizeLinear", q, step, **({} if kind == "tensor" else along))
+    y = m.op("Conv", m.bn(m.op("Sigmoid", m.input(2, 3, 5, 5)), 3), w)
+    is_folded(m.build(y), "DequantizeLinear", "Sigmoid", "Conv")
+
+
 @pytest.mark.parametrize("stored", [np.int8, np.uint8])
 @pytest.mark.parametrize("faked", [False, True])
 def test_dequantized_weight_and_scales_of_both_signs_and_zero(stored, faked):
