@@ -109,7 +109,7 @@ def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
     if value.is_graph_output():
         raise Refused(f"'{value.name}' is a graph output")
     uses = _uses(value)
-    if not uses:
+    if not value.uses():
         raise Refused(f"'{value.name}' has no readers")
     if len({use.node for use in uses}) != len(uses):
         raise Refused(f"an operator reads '{value.name}' twice")

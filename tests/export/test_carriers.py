@@ -236,6 +236,24 @@ def test_channels_are_not_confused_with_their_neighbours():
     assert not folded(result)
 
 
+UNIFORM = {
+    "Unsqueeze": lambda m: m.bn(m.op("Unsqueeze", m.op("MatMul", m.input(2, 6, 3), m.weight(3, 5)), m.ints(1)), 1),
+    "Unsqueeze behind Flatten": lambda m: m.bn(
+        m.op("Unsqueeze", m.op("Flatten", conv(m, 2, 4, 3, 3), axis=4), m.ints(2)), 1
+    ),
+    "Reshape": lambda m: m.bn(m.op("Reshape", conv(m, 2, 4, 3, 3), m.ints(8, 1, -1)), 1),
+    "Squeeze": lambda m: m.op(
+        "Conv", m.op("Squeeze", m.bn(m.op("Sigmoid", m.input(2, 1, 4, 5)), 1), m.ints(1)), m.weight(3, 4, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNIFORM)
+def test_the_map_of_one_channel_lies_along_any_axis(case):
+    m = Model()
+    is_folded(m.build(m.op("Relu", UNIFORM[case](m))))
+
+
 def test_disjoint_slices():
     m = Model()
     y = conv(m, 2, 6, 5, out=6)
