@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from .affine import Array
 
-__all__ = ["RULES", "Unknown", "cast", "tensor_array"]
+__all__ = ["RULES", "Unknown", "bounds", "cast", "tensor_array"]
 
 _LIMIT = 1 << 28
 """Largest constant, in elements, that an expression may grow to."""
@@ -29,6 +29,13 @@ _PLAIN: dict[int, tuple[Any, str]] = {
 Rule = Callable[[ir.Node, list[Any], int], Array | tuple[Array, ...]]
 RULES: dict[str, Rule] = {}
 """From op type to ``rule(node, inputs, opset)``: the output, or all of them where an operator has several."""
+
+
+def bounds(start: int, end: int, step: int, size: int) -> slice:
+    """Python's slice for ONNX's bounds: backwards these are clipped to the axis, or to right before it for the end."""
+    if step < 0:
+        return slice(max(start, -size), None if end < -size else end, step)
+    return slice(start, end, step)
 
 
 class Unknown(Exception):
@@ -347,11 +354,9 @@ def _slice(node: ir.Node, inputs: list[Array], opset: int) -> Array:
         raise Unknown
     axes = _ints(node, "axes", inputs, 3) or list(range(len(starts)))
     steps = _ints(node, "steps", inputs, 4) or [1] * len(starts)
-    if any(s <= 0 for s in steps):
-        raise Unknown
     out = inputs[0]
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        out = out[(slice(None),) * (axis % out.ndim) + (slice(start, end, step),)]
+        out = out[(slice(None),) * (axis % out.ndim) + (bounds(start, end, step, out.shape[axis]),)]
     return out
 
 

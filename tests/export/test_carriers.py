@@ -36,6 +36,7 @@ UP = {
     "Split": lambda m: (m.op("Split", conv(m, 2, 4, 5), m.ints(1, 3), axis=1, outputs=2)[1], 3),
     "Slice channels": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(1), m.ints(4), m.ints(1), m.ints(2)), 2),
     "Slice backwards": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(-1), m.ints(-9), m.ints(1), m.ints(-1)), 4),
+    "Slice to the first": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(-9), m.ints(-9), m.ints(1), m.ints(-1)), 1),
     "Slice elsewhere": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(1), m.ints(4), m.ints(2)), 4),
     "Gather": lambda m: (m.op("Gather", conv(m, 2, 4, 5), m.ints(3, 0), axis=1), 2),
     "Gather elsewhere": lambda m: (m.op("Gather", conv(m, 2, 4, 5, 6), m.constant(np.int64(3)), axis=3), 4),
@@ -190,6 +191,14 @@ def test_downstream(case):
         is_left(model, "cannot be followed through Reshape")
     else:
         is_folded(model)
+
+
+def test_a_slice_backwards_from_before_the_first_channel():
+    """ONNX clips the bounds and delivers the first channel; Python's slice is empty."""
+    m = Model()
+    y = m.bn(m.op("Sigmoid", m.input(2, 4, 5)), 4)
+    y = m.op("Slice", y, m.ints(-9), m.ints(-9), m.ints(1), m.ints(-1))
+    is_folded(m.build(m.op("Conv", y, m.weight(3, 1, 1))))
 
 
 def test_flatten_into_gemm():

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..affine import Array, ChannelAffine
+from ..expressions import bounds
 from ..plan import Refused, SetConstant, Step
 from ..registry import Operator, Site, operator
 
@@ -129,7 +130,7 @@ class Slice(Operator):
         if starts is None or ends is None:
             raise Refused("Slice lacks its bounds")
         size = _length(site, site.input(0), site.affine.axis)
-        return np.arange(size)[slice(starts[k], _end(ends[k], steps[k], size), steps[k])]
+        return np.arange(size)[bounds(starts[k], ends[k], steps[k], size)]
 
     def _count(self, site: Site) -> int:
         dims = site.dims(site.input(1))
@@ -157,13 +158,6 @@ class Slice(Operator):
         if kept is not None and (a.size != _length(site, site.input(0), a.axis)):
             raise Refused(f"the map has {a.size} channels, Slice reads another number")
         return [Step.carry((site.node.outputs[0], a if kept is None else a.take(kept)))]
-
-
-def _end(end: int, step: int, size: int) -> int | None:
-    """ONNX writes "down to and including the first" as a very negative end."""
-    if step < 0 and end < -size:
-        return None
-    return end
 
 
 def _scatter(site: Site, kept: Array) -> ChannelAffine:
