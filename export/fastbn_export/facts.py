@@ -187,6 +187,11 @@ class Facts:
                 break
         return None if dims is None or axis >= len(dims) else dims[axis]
 
+    def contradicts(self, value: ir.Value, axis: int, size: int) -> bool:
+        """Whether a value certainly has no axis of this length there, as far as is known without inference."""
+        dims = self._cheap(value)
+        return dims is not None and (axis >= len(dims) or (isinstance(d := dims[axis], int) and d != size))
+
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """Element type, or None."""
         if value.const_value is not None:
