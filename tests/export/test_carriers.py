@@ -193,6 +193,16 @@ def test_downstream(case):
         is_folded(model)
 
 
+@pytest.mark.parametrize("upstream", [True, False])
+def test_a_gather_behind_the_end(upstream):
+    """No runtime runs it; it may stand in a branch that is never taken."""
+    m = Model()
+    x = conv(m, 2, 4, 5) if upstream else m.bn(m.op("Sigmoid", m.input(2, 4, 5)), 4)
+    y = m.op("Gather", x, m.ints(0, 4), axis=1)
+    result = fold(m.build(m.bn(y, 2) if upstream else m.op("Conv", y, m.weight(3, 2, 1))))
+    assert "reads behind the end" in str(result.report.entries[0].reason)
+
+
 def test_a_slice_backwards_from_before_the_first_channel():
     """ONNX clips the bounds and delivers the first channel; Python's slice is empty."""
     m = Model()

@@ -184,8 +184,10 @@ class Gather(Operator):
         return site.int("axis", 0) % rank, site.rank(site.input(1))
 
     def _indices(self, site: Site, axis: int) -> Array:
-        indices = site.constant(1, "indices").reshape(-1).astype(np.int64)
-        return np.where(indices < 0, indices + _length(site, site.input(0), axis), indices)
+        indices, size = site.constant(1, "indices").reshape(-1).astype(np.int64), _length(site, site.input(0), axis)
+        if np.any(indices < -size) or np.any(indices >= size):
+            raise Refused("Gather reads behind the end")
+        return np.where(indices < 0, indices + size, indices)
 
     def channels(self, site: Site) -> Array | None:
         """The constant indices."""
