@@ -60,6 +60,12 @@ def test_gemm_of_two_computed_factors(ta, tb, c, axis):
     is_folded(m.build(m.bn(y, 3) if axis else m.bn(m.op("Transpose", y), 5)))
 
 
+def test_gemm_of_data_whose_rows_are_the_channels():
+    m = Model()
+    y = m.op("Transpose", m.op("Gemm", m.input(4, 5), m.weight(5, 3)))
+    is_left(m.build(m.bn(y, 4)), "axis of Gemm's data")
+
+
 @pytest.mark.parametrize("op", ["Gather", "Slice"])
 def test_one_channel_that_is_broadcast_to_several(op):
     """The scale is one of one channel; behind the product there are three."""

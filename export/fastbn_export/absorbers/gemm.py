@@ -48,6 +48,8 @@ class Gemm(Operator):
             if site.facts.size(value, axis) != a.size:
                 raise Refused(f"the map has {a.size} channels, the factor of Gemm may have another number")
             return [], [(value, a.linear().at(axis))]
+        if site.facts.is_constant(site.input(1 - index)) and not site.facts.is_constant(value):
+            raise Refused("the map lies along an axis of Gemm's data, not of its weight")
         weight = site.constant(index, "weight")
         if weight.ndim != 2 or weight.shape[axis] != a.size:
             raise Refused(f"the map has {a.size} channels, Gemm's weight has shape {weight.shape}")
