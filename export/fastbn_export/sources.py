@@ -93,6 +93,8 @@ class BatchNorm(Source):
         if self._known is None or not _same(self._known[0], facts, node.inputs[1:5]):
             computed = self._compute(facts)
             self._known = _stored(facts, node.inputs[1:5]), computed  # expressions are stored when they are read
+        if facts.contradicts(node.inputs[0], 1, self._known[1].size):
+            raise Refused("the data has no axis 1 of as many entries as the parameters of the normalization")
         return self._known[1]
 
     def _compute(self, facts: Facts, own: tuple[Array, Array] | None = None) -> ChannelAffine:

@@ -410,6 +410,16 @@ def test_parameters_from_outside():
     assert "is a graph input" in left_reason(m.build(m.op("BatchNormalization", y, m.input(4), beta, mean, variance)))
 
 
+@pytest.mark.parametrize("reader", ["Unsqueeze", "ReduceMean", "Relu"])
+def test_a_vector_has_no_channel_axis(reader):
+    """It is one channel by the specification; its shape is not stated where it is computed."""
+    m = Model()
+    y = m.bn(m.op("Sigmoid", m.input(5)), 1, parameters=m.positive(1))
+    more = {"Unsqueeze": [m.ints(1)]}.get(reader, [])
+    y = m.op(reader, y, *more, **({"axes": [0]} if reader == "ReduceMean" else {}))
+    assert "no axis 1" in str(check(m.build(y)).report.entries[0].reason)
+
+
 def test_negative_variance_is_left():
     m = Model()
     y = m.op("Conv", m.input(2, 3, 4, 4), m.weight(4, 3, 1, 1))

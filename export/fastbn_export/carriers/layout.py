@@ -211,7 +211,10 @@ class Unsqueeze(Relabel):
 
     def forth(self, site: Site) -> ChannelAffine:
         """The place of the axis among the new ones."""
-        return site.affine.at(self._kept(site)[site.affine.axis])
+        kept = self._kept(site)
+        if site.affine.axis >= len(kept):
+            raise Refused("the map's axis is not one of the Unsqueeze")
+        return site.affine.at(kept[site.affine.axis])
 
 
 @operator("Squeeze")

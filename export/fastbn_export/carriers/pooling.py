@@ -132,6 +132,8 @@ class Reduce(Operator):
         axes, rank = self._axes(site)
         kept = list(range(rank)) if site.int("keepdims", 1) else [i for i in range(rank) if i not in axes]
         carried = self._carried(site, site.affine.axis, axes, False)
+        if site.affine.axis not in kept:
+            raise Refused(f"the map's axis is not one of {site.node.op_type}")
         return _through(site, False, carried.at(kept.index(site.affine.axis)))
 
 
