@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from fastbn_export.fold import fold
 
-from .folding import Model, check, folded
-from .test_absorbers import is_folded, is_left
+from .folding import Model, check, folded, is_folded, is_left
 
 
 def conv(m, *shape, out=4):

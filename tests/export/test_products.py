@@ -1,4 +1,4 @@
-"""Products of two factors: a computed one takes the scale where no constant one can, and each axis is its own."""
+"""Gemm, MatMul, Einsum: a constant factor takes the map along its axes, a computed one is asked for the scale."""
 
 from __future__ import annotations
 
@@ -10,8 +10,110 @@ import pytest
 from fastbn_export.fold import fold
 from onnx import helper, version_converter
 
-from .folding import Model, check, feeds_for, folded, ops, run
-from .test_absorbers import is_folded, is_left
+from .folding import Model, check, feeds_for, folded, is_folded, is_left, ops, run
+
+
+@pytest.mark.parametrize(
+    ("transposed", "c"), list(itertools.product([0, 1], [None, (), (1,), (4,), (1, 4), (3, 1), (3, 4)]))
+)
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0), (1.0, 0.0)])
+def test_gemm(transposed, c, alpha, beta):
+    m = Model()
+    extra = [] if c is None else [m.weight(*c)]
+    y = m.op("Gemm", m.input(3, 5), m.weight(*((4, 5) if transposed else (5, 4))), *extra,
+             alpha=alpha, beta=beta, transB=transposed)  # fmt: skip
+    is_folded(m.build(m.bn(y, 4)), "Gemm")
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_gemm_rows(trans):
+    m = Model()
+    y = m.op("Gemm", m.weight(*((5, 4) if trans else (4, 5))), m.input(5, 3), m.weight(3), transA=trans)
+    is_folded(m.build(m.bn(m.op("Transpose", y, perm=[1, 0]), 4)), "Gemm", "Transpose")
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_gemm_with_an_offset_computed_by_another(beta):
+    m = Model()
+    c = m.op("Gemm", m.input(3, 6), m.weight(6, 4), m.weight(4))
+    y = m.op("Gemm", m.input(3, 5), m.weight(5, 4), c, beta=beta, alpha=0.7)
+    is_folded(m.build(m.op("Relu", m.bn(y, 4))), "Gemm", "Gemm", "Relu")
+
+
+def test_gemm_with_an_offset_from_outside():
+    m = Model()
+    is_left(
+        m.build(m.bn(m.op("Gemm", m.input(3, 5), m.weight(5, 4), m.input(4)), 4)), "offset C of Gemm is a graph input"
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 2, 3, 5)])
+@pytest.mark.parametrize("add", [None, "after", "before"])
+def test_matmul(shape, add):
+    m = Model()
+    y = m.op("MatMul", m.input(*shape), m.weight(5, 4))
+    if add:
+        y = m.op("Add", *([y, m.weight(4)] if add == "after" else [m.weight(4), y]))
+    rank = len(shape)
+    perm = [0, rank - 1, *range(1, rank - 1)]
+    if rank > 2:
+        y = m.op("Transpose", y, perm=perm)
+    z = m.bn(y, 4)
+    if rank > 2:
+        z = m.op("Transpose", z, perm=[perm.index(i) for i in range(rank)])
+    result = is_folded(m.build(z))
+    assert ops(result.model).count("Add") == (0 if rank == 2 and not add else 1)
+
+
+def test_matmul_constant_on_the_left():
+    m = Model()
+    is_folded(m.build(m.bn(m.op("MatMul", m.weight(4, 5), m.input(2, 5, 7)), 4)), "MatMul", "Add")
+
+
+def test_matmul_batched_weight():
+    m = Model()
+    is_folded(m.build(m.bn(m.op("MatMul", m.input(2, 4, 3, 5), m.weight(4, 5, 6)), 4)), "MatMul", "Add")
+
+
+def test_matmul_square_and_transposed():
+    m = Model()
+    y = m.op("Transpose", m.op("MatMul", m.input(4, 5), m.weight(5, 4)), perm=[1, 0])
+    is_left(m.build(m.bn(y, 4)), "axis of MatMul's data")
+
+
+@pytest.mark.parametrize("equation", ["btk,kc->bct", "kc,btk->bct"])
+def test_einsum(equation):
+    m = Model()
+    x, w = m.input(2, 7, 5), m.weight(5, 4)
+    y = m.op("Einsum", *((x, w) if equation.startswith("b") else (w, x)), equation=equation)
+    is_folded(m.build(m.bn(y, 4)), "Einsum", "Add")
+
+
+@pytest.mark.parametrize(("ta", "tb", "c"), list(itertools.product([0, 1], [0, 1], [None, (5,), (1,), (3, 1), (3, 5)])))
+def test_into_a_gemm(ta, tb, c):
+    m = Model()
+    y = m.bn(m.op("Sigmoid", m.input(3, 4)), 4)
+    y = m.op("Transpose", y, perm=[1, 0]) if ta else y
+    extra = [] if c is None else [m.weight(*c)]
+    y = m.op("Gemm", y, m.weight(*((5, 4) if tb else (4, 5))), *extra, alpha=0.5, beta=0.3, transA=ta, transB=tb)
+    result = is_folded(m.build(y))
+    assert ops(result.model)[-1] == "Gemm"
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_into_a_matmul(add, rank):
+    m = Model()
+    y = m.op("Sigmoid", m.input(*[2, 3, 4][3 - rank :]))
+    y = m.bn(y, 4) if rank == 2 else m.op("Transpose", m.bn(m.op("Transpose", y, perm=[0, 2, 1]), 4), perm=[0, 2, 1])
+    y = m.op("MatMul", y, m.weight(4, 5))
+    is_folded(m.build(m.op("Relu", m.op("Add", y, m.weight(5)) if add else y)))
+
+
+def test_into_an_einsum():
+    m = Model()
+    y = m.op("Transpose", m.bn(m.op("Sigmoid", m.input(2, 4, 3)), 4), perm=[0, 2, 1])
+    is_folded(m.build(m.op("Relu", m.op("Einsum", y, m.weight(4, 5), equation="btk,kc->btc"))))
 
 
 def linear_over_time(m, *shape):
