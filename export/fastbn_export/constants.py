@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from . import expressions_layout, expressions_numbers  # noqa: F401 -- they register their rules
 from .affine import Array, Dims
 from .expressions import RULES, Unknown, cast, tensor_array
 
