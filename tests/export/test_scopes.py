@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from onnx import helper, numpy_helper
 
 from .folding import Model, check, folded
@@ -29,6 +30,31 @@ def test_if_bodies_and_captured_weights():
     y = m.op("If", m.op("Cast", condition, to=9), **graphs)
     result = check(m.build(m.op("Relu", y)))
     assert folded(result) and [e.scope != "" for e in result.report.entries] == [True, True]
+
+
+@pytest.mark.parametrize("where", ["initializer", "Constant", "overridable"])
+def test_a_shape_from_outside_a_body(where):
+    """Inference sees no values of the graph around a body; one that the caller may override is not certain."""
+    m = Model()
+    m.input(2, 4, 6, 6, name="x")
+    sizes = np.array([2, 4, 36])
+    if where == "Constant":
+        m.op("Constant", value=numpy_helper.from_array(sizes), outputs=["sizes"])
+    else:
+        m.constant(sizes, "sizes")
+    if where == "overridable":
+        m.input(3, name="sizes", dtype=np.int64)
+    graphs = {}
+    for seed, branch in ((1, "then_branch"), (2, "else_branch")):
+        b = Model(seed=seed)
+        b.count = 100 * seed
+        y = b.op("Relu", b.bn(b.op("Reshape", b.op("Conv", "x", b.weight(4, 4, 1, 1)), "sizes"), 4))
+        info = [helper.make_tensor_value_info(y, 1, [2, 4, 36])]
+        graphs[branch] = helper.make_graph(b.nodes, branch, [], info, b.initializers)
+    m.count = 900
+    y = m.op("If", m.constant(np.bool_(True)), **graphs)
+    m.output(y, shape=[2, 4, 36])
+    assert folded(check(m.build())) == (where != "overridable")
 
 
 def test_loop_body():
