@@ -126,6 +126,17 @@ def test_pad_value_maps_along():
     is_left(m.build(m.bn(y, 5)), "pads the channel axis")
 
 
+@pytest.mark.parametrize("size", [6, 5, "H"])
+def test_average_pool_that_rounds_up(size):
+    """The form of torch's default, which counts padding; only windows behind the end could count some."""
+    m = Model()
+    y = m.op("Conv", m.input(2, 3, size, size), m.weight(4, 3, 1, 1))
+    y = m.op("AveragePool", y, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, count_include_pad=1)
+    y = m.op("GlobalAveragePool", m.op("Tanh", m.bn(y, 4)))
+    model = m.build(y)
+    is_folded(model) if size == 6 else is_left(model, "counts padded zeros", sizes={"H": 6})
+
+
 @pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, 1, 1)])
 def test_padding_with_infinity(signs):
     """What a maximum behind it does not see; a positive scale keeps it, for channels of any shift."""

@@ -59,8 +59,16 @@ class AveragePool(Commuting):
         _channels_first(site)
         padded = any(site.ints("pads") or ()) or site.text("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
         counted = site.int("count_include_pad", 0) and (padded or site.int("ceil_mode", 0))
-        if counted and site.affine.has_shift:
+        if counted and site.affine.has_shift and (padded or self._overhangs(site)):
             raise Refused("AveragePool counts padded zeros, and the shift is not zero")
+
+    def _overhangs(self, site: Site) -> bool:
+        """Whether windows may reach behind the end, where runtimes do not agree on what is counted."""
+        kernel, dims = site.ints("kernel_shape") or [], site.facts.dims(site.input(0)) or ()
+        ones = [1] * len(kernel)
+        windows = zip(dims[2:], kernel, site.ints("strides") or ones, site.ints("dilations") or ones, strict=False)
+        fits = [isinstance(d, int) and (d - dilation * (k - 1) - 1) % step == 0 for d, k, step, dilation in windows]
+        return len(fits) != len(kernel) or not all(fits)
 
 
 @operator("GlobalAveragePool")
