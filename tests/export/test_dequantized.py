@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -51,6 +52,20 @@ def test_dequantized_weight_and_scales_of_both_signs_and_zero(stored, faked):
     gamma = np.array([1.5, -0.5, 0, -2], np.float32)
     y = m.bn(m.op("Conv", m.input(2, 3, 4, 4), w, bias), 4, parameters=(gamma, *m.statistics(4)[1:]))
     is_folded(m.build(m.op("Relu", y)), "DequantizeLinear", "Conv", "Relu")
+
+
+@pytest.mark.parametrize("smallest", [-7, -8])
+def test_weights_of_four_bits_turn_their_sign_where_there_is_room(smallest):
+    m = Model(opset=21, ir_version=10)
+    whole = m.constant(np.arange(-8, 8).clip(smallest).reshape(4, 4).astype(ml_dtypes.int4))
+    w = m.op("DequantizeLinear", whole, m.constant(np.full(4, 0.1, np.float32)), axis=1)
+    gamma = np.array([-1.5, -0.5, 0, 2], np.float32)
+    y = m.bn(m.op("MatMul", m.input(3, 4), w), 4, parameters=(gamma, *m.statistics(4)[1:]))
+    m.output(y, shape=[3, 4])
+    if smallest == -7:
+        is_folded(m.build(), "DequantizeLinear", "Gemm")
+    else:
+        is_left(m.build(), "does not fit into quantized weights of type int4")
 
 
 def test_dequantized_weight_that_has_no_room_for_the_sign():
