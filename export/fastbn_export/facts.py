@@ -218,6 +218,11 @@ class Facts:
                 del self._folded[current]
                 stack.extend(out for use in current.uses() for out in use.node.outputs)
 
+    def forget_shape(self, value: ir.Value) -> None:
+        """A constant has been replaced in place by one that may have grown."""
+        self._dims.pop(value, None)
+        self._channels.pop(value, None)
+
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""
         return value.is_initializer() and value.is_graph_input() and not self._frozen_inputs

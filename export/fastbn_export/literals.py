@@ -73,4 +73,7 @@ def spread(site: Site, index: int, affine: ChannelAffine) -> list[Edit] | None:
         return []
     if new.size > max(array.size, affine.size):
         raise Refused(f"the constant '{value.name}' would grow beyond both of its axes")
-    return [SetConstant(site.node, index, lambda: new, site.dtype(value))]
+    shape = new.shape
+    while shape[0] == 1:  # leading ones say nothing
+        shape = shape[1:]
+    return [SetConstant(site.node, index, lambda: new.reshape(shape), site.dtype(value))]

@@ -373,6 +373,14 @@ def test_a_constant_branch_that_is_broadcast_along_the_channels(op, shape):
     is_left(model, "grow beyond") if len(shape) == 4 else is_folded(model)
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_a_constant_branch_that_has_grown_once(ir_version):
+    """In IR version 3 it is a graph input, whose shape inference states as it was."""
+    m = Model(opset=8, ir_version=ir_version)
+    y = m.op("Reshape", m.op("Sum", conv(m, 2, 4, 5, 5), m.constant(np.float32(0.3))), m.ints(2, 4, 25))
+    is_folded(m.build(m.bn(m.op("Identity", m.bn(y, 4)), 4)))
+
+
 @pytest.mark.parametrize("value", [0, -np.inf])
 def test_a_constant_branch_that_the_map_leaves_as_it_is(value):
     m = Model()
