@@ -158,7 +158,8 @@ def _transpose(facts: Facts, node: ir.Node, inputs: list[Dims | None]) -> Dims |
     dims, perm = inputs[0], node.attributes.get("perm")
     if dims is None or perm is None or perm.is_ref():
         return None if dims is None or perm is not None else dims[::-1]
-    return tuple(dims[axis] for axis in perm.as_ints()) if len(perm.as_ints()) == len(dims) else None
+    axes = list(perm.as_ints())
+    return tuple(dims[axis] for axis in axes) if sorted(axes) == list(range(len(dims))) else None
 
 
 _LIKE_INPUT = (

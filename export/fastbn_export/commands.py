@@ -19,6 +19,7 @@ from fastbn_export.console import bytes_text, line, print_table, working
 from fastbn_export.files import (
     ModelFileError,
     atomic_path,
+    check_distinct,
     check_output,
     disk_size,
     external_files,
@@ -43,13 +44,10 @@ DONE, FAILED = 0, 1
 def fold(arguments: argparse.Namespace) -> int:
     """Fold IN to OUT, checked; print what changed and what stays."""
     source, out = Path(arguments.input), Path(arguments.output)
-    check_output(out, source)
-    if arguments.report:
-        check_output(arguments.report, source)
+    _check_outputs(out, arguments.report, source, arguments.inputs)
     light = _load_valid(source, external_data=False)
     beside = external_files(source, light)
-    if taken := beside & {out.resolve(), out.with_name(f"{out.name}.data").resolve()}:
-        raise ModelFileError(f"{out}: expected another name: the input has its weights in {taken.pop().name}")
+    _keep_weights(beside, out, arguments.report)
     model = source if beside else light  # a path: external weights stay on disk until they are needed
     folder = partial(fold_model, keep=arguments.keep, duplicate=arguments.duplicate)
     checked, seconds = _fold(model, folder, None if arguments.no_verify else _options(arguments))
@@ -62,6 +60,21 @@ def fold(arguments: argparse.Namespace) -> int:
         return DONE
     line(f"the check failed: {out} was not written")
     return FAILED
+
+
+def _check_outputs(out: str | Path | None, report: str | None, *reads: str | Path | None) -> None:
+    """Refuse outputs that are inputs or each other; an empty name of a report asks for none."""
+    for path in (out, report):
+        if path:
+            check_output(path, *reads)
+    check_distinct([out, report or None])
+
+
+def _keep_weights(beside: set[Path], *outputs: str | Path | None) -> None:
+    """Refuse outputs that would overwrite a file with weights of an input."""
+    for out in (Path(path) for path in outputs if path):
+        if taken := beside & {out.resolve(), out.with_name(f"{out.name}.data").resolve()}:
+            raise ModelFileError(f"{out}: expected another name: the input has its weights in {taken.pop().name}")
 
 
 def _fold(model: Path | onnx.ModelProto, folder: Fold, options: dict[str, Any] | None) -> tuple[CheckedFold, float]:
@@ -89,6 +102,10 @@ def _load_valid(path: Path, external_data: bool = True) -> onnx.ModelProto:
     model = load_model(path, external_data=external_data)
     check_structure(model, str(path))
     return model
+
+
+def _weights_beside(path: str) -> set[Path]:
+    return external_files(path, load_model(path, external_data=False))
 
 
 def _save(result: FoldResult, out: Path) -> None:
@@ -161,7 +178,9 @@ def _fate(entry: Any) -> tuple[str, str]:
 def verify(arguments: argparse.Namespace) -> int:
     """Compare two models and print the errors."""
     if arguments.report:
-        check_output(arguments.report)
+        models = (arguments.reference, arguments.candidate)
+        _check_outputs(None, arguments.report, *models, arguments.inputs)
+        _keep_weights({file for path in models for file in _weights_beside(path)}, arguments.report)
     with working("running both models"):
         report = verify_models(arguments.reference, arguments.candidate, **_options(arguments))
     if arguments.report:
@@ -172,7 +191,8 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def recalibrate(arguments: argparse.Namespace) -> int:
     """Write IN with statistics re-estimated from the examples in DATA."""
-    check_output(arguments.output, arguments.input)
+    _check_outputs(arguments.output, None, arguments.input, arguments.data)
+    _keep_weights(_weights_beside(arguments.input), arguments.output)
     model = _load_valid(Path(arguments.input))
     names = [value.name for value in required_inputs(model)]
     data = {name: array for name, array in read_npz(arguments.data).items() if name in names}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from . import expressions_layout, expressions_numbers  # noqa: F401 -- they register their rules
 from .affine import Array, Dims
 from .expressions import RULES, Unknown, cast, tensor_array
 
@@ -109,11 +110,13 @@ def _from_shape(
         except Unknown:
             return None
     dims = facts.dims(source)
-    if dims is None or not all(isinstance(d, int) for d in dims):
+    if dims is None:
         return None
-    if node.op_type == "Size":
-        return np.asarray(prod(int(d) for d in dims if isinstance(d, int)), np.int64)
-    return np.asarray(_written(node, dims), np.int64)
+    wanted = dims if node.op_type == "Size" else _written(node, dims)
+    sizes = [d for d in wanted if isinstance(d, int)]
+    if len(sizes) != len(wanted):
+        return None
+    return np.asarray(prod(sizes) if node.op_type == "Size" else sizes, np.int64)
 
 
 def _written(shape: ir.Node, dims: Dims) -> Dims:

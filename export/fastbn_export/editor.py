@@ -65,6 +65,7 @@ class Editor:
         if alone and old is not None and old.is_initializer() and (not old.is_graph_input() or self._ir3_input(old)):
             old.const_value = ir.Tensor(array, name=old.name, doc_string=_doc(old))
             old.shape = ir.Shape(array.shape)
+            self._facts.forget_shape(old)
             self._restate_input(old)
             return
         if old is not None and (filler := self._refill(old, array)) is not None:
@@ -148,7 +149,8 @@ class Editor:
         assert edit.shift is not None
         value, graph = edit.value, edit.node.graph
         assert graph is not None
-        add = ir.Node("", "Add", [None, None], name=self._unique(f"{edit.node.name or value.name}.bias_add"))
+        name = self._unique(f"{edit.node.name or value.name}.bias_add")
+        add = ir.Node("", "Add", [None, None], edit.attributes, name=name)
         out = add.outputs[0]
         graph.insert_after(edit.node, add)
         self._take_over(value, out)

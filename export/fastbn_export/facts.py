@@ -187,6 +187,11 @@ class Facts:
                 break
         return None if dims is None or axis >= len(dims) else dims[axis]
 
+    def contradicts(self, value: ir.Value, axis: int, size: int) -> bool:
+        """Whether a value certainly has no axis of this length there, as far as is known without inference."""
+        dims = self._cheap(value)
+        return dims is not None and (axis >= len(dims) or (isinstance(d := dims[axis], int) and d != size))
+
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """Element type, or None."""
         if value.const_value is not None:
@@ -212,6 +217,11 @@ class Facts:
             if self._folded.get(current) is not None:
                 del self._folded[current]
                 stack.extend(out for use in current.uses() for out in use.node.outputs)
+
+    def forget_shape(self, value: ir.Value) -> None:
+        """A constant has been replaced in place by one that may have grown."""
+        self._dims.pop(value, None)
+        self._channels.pop(value, None)
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether a value has a constant default that the caller may replace (an initializer that is an input)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import prod
@@ -24,6 +24,7 @@ from fastbn_export.protos import tensors_of
 __all__ = [
     "ModelFileError",
     "atomic_path",
+    "check_distinct",
     "check_output",
     "disk_size",
     "external_files",
@@ -38,6 +39,9 @@ EXTERNAL_ABOVE = 1_900_000_000
 
 _EXTERNAL_TENSOR = 1024
 """Tensors of fewer bytes stay inside the model file."""
+
+_DEVICES = Path("/dev")
+"""Even a link in here that leads to a file (/dev/stdout) is to be written to, not replaced."""
 
 
 class ModelFileError(FastbnError, ValueError):
@@ -176,23 +180,52 @@ def _move_in(tensor: Any, data: Path, offset: int, length: int) -> None:
     tensor.ClearField("data_location")
 
 
-def check_output(path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None) -> None:
-    """Refuse an output path that could not be written, or that is the input, before any work is done.
+def check_output(path: str | os.PathLike[str], *reads: str | os.PathLike[str] | None) -> None:
+    """Refuse an output path that could not be written, or that is one of the inputs, before any work is done.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file to be.
+    *reads : str, os.PathLike or None
+        Files that the same command reads, as far as it was given any.
 
     Raises
     ------
     ModelFileError
-        The path is a folder, its folder is missing or read-only, or it is the same file as ``source``.
+        The path is a folder, a device or a pipe, its folder is missing or read-only, or it is one of ``reads``.
     """
     out = Path(path)
     if out.is_dir():
         raise ModelFileError(f"{out}: expected a file to write, got a folder")
     if not out.parent.is_dir():
         raise ModelFileError(f"{out}: no such folder: {out.parent}")
+    if out.exists() and (not out.is_file() or out.parent.resolve() == _DEVICES):  # a rename would put a file there
+        raise ModelFileError(f"{out}: expected a file to write, got a device or a pipe")
     if not os.access(out.parent, os.W_OK):
         raise ModelFileError(f"{out}: cannot be written: no permission in {out.parent}")
-    if source is not None and out.exists() and Path(source).exists() and os.path.samefile(out, source):
+    if any(source is not None and _same_file(out, Path(source)) for source in reads):
         raise ModelFileError(f"{out}: expected another file than the input, which is never touched")
+
+
+def check_distinct(paths: Sequence[str | os.PathLike[str] | None]) -> None:
+    """Refuse outputs of one command that would overwrite each other.
+
+    Raises
+    ------
+    ModelFileError
+        Two of the paths are the same file.
+    """
+    given = [Path(path) for path in paths if path is not None]
+    for index, out in enumerate(given):
+        if any(_same_file(out, other) for other in given[:index]):
+            raise ModelFileError(f"{out}: expected a file for each output, got one name twice")
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    if first.exists() and second.exists():
+        return os.path.samefile(first, second)
+    return first.resolve() == second.resolve()
 
 
 @contextmanager

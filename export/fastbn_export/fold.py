@@ -13,7 +13,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -26,8 +26,8 @@ from fastbn.errors import ArgumentTypeError
 from . import search
 from .editor import Editor
 from .facts import Facts, holding
-from .files import save_model
-from .plan import Bypass, Edit, Refused
+from .files import ModelFileError, save_model
+from .plan import AddShift, Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import BatchNorm, Source, find
 from .sparse import MARK
@@ -72,7 +72,10 @@ class FoldResult:
             The file cannot be written.
         """
         if self._edited is None:
-            save_model(self.model, path)
+            try:
+                save_model(self.model, path)
+            except ModelFileError as error:
+                raise OSError(str(error)) from None
             return
         with _uncollected():
             save(self._edited, path)
@@ -240,10 +243,12 @@ class _Engine:
         try:
             if self._kept(source.name):
                 raise Refused("kept by request")
-            plan = self._plan(source, upstream)
-            edits = _in_order(plan, source, upstream)
-            for edit in edits:
-                edit.prepare()
+            plan, edits = self._prepared(source, upstream)
+            if upstream and _adds(edits):
+                with suppress(Refused):  # downstream, if that leaves nothing behind
+                    other = self._prepared(source, False)
+                    if not _adds(other[1]):
+                        (plan, edits), upstream = other, False
         except Refused as refusal:
             _note(entry, upstream, refusal.reason)
             return False
@@ -253,6 +258,14 @@ class _Engine:
         entry.absorber = [f"{n.name or n.outputs[0].name} ({n.op_type})" for n in plan.absorbers]
         entry.path = plan.path
         return True
+
+    def _prepared(self, source: Source, upstream: bool) -> tuple[search.Plan, list[Edit]]:
+        """A plan and its edits, ready to be committed."""
+        plan = self._plan(source, upstream)
+        edits = _in_order(plan, source, upstream)
+        for edit in edits:
+            edit.prepare()
+        return plan, edits
 
     def _plan(self, source: Source, upstream: bool) -> search.Plan:
         affine = source.affine(self._facts)
@@ -303,6 +316,11 @@ def _in_order(plan: search.Plan, source: Source, upstream: bool) -> list[Edit]:
     edits = [edit for _, step in steps for edit in step.edits]
     rename = upstream and not _is_constant(plan, source) if plan.trail else _identity_renames(source)
     return edits + [Bypass(node, index, rename) for node, index in source.data()]
+
+
+def _adds(edits: list[Edit]) -> bool:
+    """Whether an Add is left in the place of the normalization."""
+    return any(isinstance(edit, AddShift) for edit in edits)
 
 
 def _is_constant(plan: search.Plan, source: Source) -> bool:

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from .affine import Array, ChannelAffine
 from .facts import Facts
 from .plan import FLOATS, Edit, Refused, SetConstant, Step
+from .registry import Site
 
-__all__ = ["taken"]
+__all__ = ["spread", "taken"]
 
 _LIMIT = 1 << 22
 """Largest expression, in elements, that is written out for a map."""
@@ -51,3 +52,28 @@ def _rewritten(facts: Facts, node: ir.Node, index: int, affine: ChannelAffine) -
         return new
 
     return SetConstant(node, index, mapped, dtype)
+
+
+def spread(site: Site, index: int, affine: ChannelAffine) -> list[Edit] | None:
+    """The edits that give a constant operand the map although it is broadcast along the channels; None if it is not.
+
+    It grows to one value for each channel, unless the map leaves it as it is: zero under a scale.
+    """
+    value, rank = site.input(index), site.rank(site.node.outputs[0])
+    array = site.facts.constant(value)
+    if array is None or array.ndim > rank:
+        return None
+    wide = array.reshape((1,) * (rank - array.ndim) + array.shape)
+    if affine.axis >= rank or wide.shape[affine.axis] != 1 or affine.size == 1:
+        return None
+    scale, shift = (affine.broadcast(v, rank) for v in (affine.scale, affine.shift))
+    with np.errstate(all="ignore"):
+        new = wide.astype(np.float64) * scale + shift
+    if np.array_equal(new, np.broadcast_to(wide, new.shape)):
+        return []
+    if new.size > max(array.size, affine.size):
+        raise Refused(f"the constant '{value.name}' would grow beyond both of its axes")
+    shape = new.shape
+    while shape[0] == 1:  # leading ones say nothing
+        shape = shape[1:]
+    return [SetConstant(site.node, index, lambda: new.reshape(shape), site.dtype(value))]

@@ -112,14 +112,21 @@ class AddShift(Edit):
     affine: ChannelAffine
     rank: int
     dtype: ir.DataType
+    opset: int
     grows = 1
     shift: Array | None = None
+
+    @property
+    def attributes(self) -> list[ir.Attr]:
+        """How a vector broadcasts before opset 7."""
+        old = self.opset < 7
+        return [ir.AttrInt64("broadcast", 1), ir.AttrInt64("axis", self.affine.axis)] if old else []
 
     def prepare(self) -> None:
         """Shape the shift for numpy-style broadcasting: as few dimensions as possible."""
         a = self.affine
-        shape = (a.size,) + (1,) * (self.rank - 1 - a.axis)
-        self.shift = to_dtype(a.shift.reshape(shape), self.dtype, None)
+        behind = 0 if self.opset < 7 else self.rank - 1 - a.axis
+        self.shift = to_dtype(a.shift.reshape((a.size,) + (1,) * behind), self.dtype, None)
 
 
 @dataclass(eq=False)

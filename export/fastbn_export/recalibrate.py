@@ -68,8 +68,8 @@ def recalibrate(
     data = batches if not isinstance(batches, Iterator) else list(batches)
     with Worker(timeout) as worker:
         for level in levels:
-            for node, moments in zip(level, _measure(worker, result, level, data), strict=True):
-                _set_statistics(result, node, moments, unbiased)
+            for node, (moments, dtype) in zip(level, _measure(worker, result, level, data), strict=True):
+                _set_statistics(result, node, moments, dtype, unbiased)
     return result
 
 
@@ -97,22 +97,26 @@ def _levels(graph: Any) -> list[list[Any]]:
     return levels
 
 
-def _measure(worker: Worker, model: onnx.ModelProto, level: list[Any], data: Iterable[Any]) -> list[Moments]:
-    """Return the pooled moments of the inputs of the given nodes, all batches together."""
+def _measure(
+    worker: Worker, model: onnx.ModelProto, level: list[Any], data: Iterable[Any]
+) -> list[tuple[Moments, np.dtype[Any]]]:
+    """Return the pooled moments of the inputs of the given nodes, all batches together, and the types of these."""
     names = list(dict.fromkeys(node.input[0] for node in level))
     prefix = _prefix(model, names)
     worker.put("prefix", prefix)
     worker.load("prefix", "prefix")
     reads = {value.name for value in prefix.graph.input}
     pooled: dict[str, Moments] = {}
+    dtypes: dict[str, np.dtype[Any]] = {}
     for batch in data:
         feeds = {k: v for k, v in sampling.given(model, _named(model, batch))[0].items() if k in reads}
         for name, array in zip(names, worker.run("prefix", feeds), strict=True):
             moments = Moments.of(array, axis=1)
             pooled[name] = pooled[name].merge(moments) if name in pooled else moments
+            dtypes[name] = array.dtype
     if not pooled:
         raise ArgumentValueError("batches", "at least one batch", "none")
-    return [pooled[node.input[0]] for node in level]
+    return [(pooled[node.input[0]], dtypes[node.input[0]]) for node in level]
 
 
 def _named(model: onnx.ModelProto, batch: Any) -> Mapping[str, Any]:
@@ -145,22 +149,37 @@ def _prefix(model: onnx.ModelProto, outputs: list[str]) -> onnx.ModelProto:
     return prefix
 
 
-def _set_statistics(model: onnx.ModelProto, node: Any, moments: Moments, unbiased: bool) -> None:
-    """Give a node its own mean and variance; the initialisers it had are dropped when nobody else reads them."""
+def _set_statistics(model: onnx.ModelProto, node: Any, moments: Moments, dtype: np.dtype[Any], unbiased: bool) -> None:
+    """Give a node its own mean and variance; the initialisers it had are dropped when nobody else reads them.
+
+    They keep the type of the constants they replace; where these are computed, that of the data, which any opset takes.
+    """
     graph = model.graph
     if unbiased and np.any(np.asarray(moments.count) < 2):
         raise ArgumentValueError("batches", f"at least 2 values per channel for {node.name or node.output[0]!r}", 1)
     statistics = (moments.mean, moments.variance(ddof=1 if unbiased else 0))
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types = _constant_types(graph)
     for index, values in zip((3, 4), statistics, strict=True):
         old = node.input[index]
         name = _fresh(model, f"{node.output[0]}.{'running_mean' if index == 3 else 'running_var'}")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(types.get(old, onnx.TensorProto.FLOAT))
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values, dtype=dtype), name))
+        own = onnx.helper.tensor_dtype_to_np_dtype(types[old]) if old in types else dtype
+        tensor = numpy_helper.from_array(np.ascontiguousarray(values, dtype=own), name)
+        graph.initializer.append(tensor)
+        if model.ir_version < 4:  # initialisers are inputs with a default there
+            graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         node.input[index] = name
         if not any(old in used_names(other) for other in graph.node) and old not in {v.name for v in graph.output}:
             for declared in (graph.initializer, graph.input):
                 _keep(declared, {value.name for value in declared} - {old})
+
+
+def _constant_types(graph: Any) -> dict[str, int]:
+    """Return name -> element type of initialisers and of Constant nodes that hold a tensor."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            types.update((node.output[0], a.t.data_type) for a in node.attribute if a.name == "value")
+    return types
 
 
 def _fresh(model: onnx.ModelProto, name: str) -> str:

@@ -101,9 +101,10 @@ def given(model: onnx.ModelProto, inputs: Any) -> list[Feeds]:
 def read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """Read all arrays of an npz file, never unpickling anything."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ArgumentValueError(os.fspath(path), "an npz file of named arrays", "a single array")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ArgumentValueError(os.fspath(path), "an npz file of named arrays", "a single array")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise ArgumentValueError(os.fspath(path), "an npz file", "no such file") from None

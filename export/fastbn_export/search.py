@@ -109,7 +109,7 @@ def _readers(value: ir.Value, affine: ChannelAffine) -> list[_Task]:
     if value.is_graph_output():
         raise Refused(f"'{value.name}' is a graph output")
     uses = _uses(value)
-    if not uses:
+    if not value.uses():
         raise Refused(f"'{value.name}' has no readers")
     if len({use.node for use in uses}) != len(uses):
         raise Refused(f"an operator reads '{value.name}' twice")
@@ -235,6 +235,9 @@ class _Search:
         return f"{of} is also a graph output" if value.is_graph_output() else f"{of} has other readers"
 
     def _following(self, node: ir.Node, step: Step) -> list[_Task]:
+        for value, affine in step.onward:  # what no rule should do; a wrong map would be a wrong number
+            if self._facts.contradicts(value, affine.axis, affine.size):
+                raise Refused(f"the map does not fit '{value.name}' behind {node.op_type}")
         if self._up:
             return [_Task(value, affine, step.reader or node) for value, affine in step.onward]
         return [t for value, affine in step.onward if not affine.is_identity for t in _readers(value, affine)]

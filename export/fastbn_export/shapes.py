@@ -16,6 +16,7 @@ from .originals import originals
 __all__ = ["infer"]
 
 _BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+_INT64 = onnx.TensorProto.INT64
 _SMALL = 1024
 """Initializers up to this many bytes stay in the skeleton: shapes, axes and repeats are among them."""
 
@@ -44,9 +45,28 @@ def _skeleton(model: ir.Model, known: Mapping[ir.Value, Array]) -> onnx.ModelPro
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
     _skeleton_graph(model, proto.graph)
+    _lend(proto.graph, {})
     if known:
         _feed(model.graph, proto.graph, known)
     return proto
+
+
+def _lend(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> None:
+    """Copy small integers of the graphs around a body into it, of which inference sees no values there."""
+    given = {value.name for value in graph.input}  # these may be overridden
+    held = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain == "":
+            held.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    lent = {**outer, **{n: t for n, t in held.items() if t.data_type == _INT64 and len(t.raw_data) <= _SMALL}}
+    for body in (g for node in graph.node for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)):
+        own = {t.name for t in body.initializer} | {v.name for v in body.input}
+        own.update(name for node in body.node for name in node.output)
+        read = {name for node in body.node for name in node.input}
+        for name in sorted((read & lent.keys()) - own):
+            body.initializer.add().CopyFrom(lent[name])
+            body.initializer[-1].name = name
+        _lend(body, lent)
 
 
 def _feed(graph: ir.Graph, proto: onnx.GraphProto, known: Mapping[ir.Value, Array]) -> None:

@@ -93,6 +93,8 @@ class BatchNorm(Source):
         if self._known is None or not _same(self._known[0], facts, node.inputs[1:5]):
             computed = self._compute(facts)
             self._known = _stored(facts, node.inputs[1:5]), computed  # expressions are stored when they are read
+        if facts.contradicts(node.inputs[0], 1, self._known[1].size):
+            raise Refused("the data has no axis 1 of as many entries as the parameters of the normalization")
         return self._known[1]
 
     def _compute(self, facts: Facts, own: tuple[Array, Array] | None = None) -> ChannelAffine:
@@ -113,13 +115,7 @@ class BatchNorm(Source):
             result = ChannelAffine(scale, beta - mean * scale, 1)
         if not result.is_finite:
             raise Refused("the scale or the shift is not finite (variance + epsilon is not positive?)")
-        return _snap(result, _dtype(facts, node))
-
-
-def _dtype(facts: Facts, node: ir.Node) -> ir.DataType:
-    """The type of the parameters, which needs no shape inference."""
-    value = node.inputs[1]
-    return (facts.dtype(value) if value is not None else None) or ir.DataType.DOUBLE
+        return _snap(result, facts, node)
 
 
 def _own_statistics(node: ir.Node, facts: Facts) -> tuple[Array, Array] | None:
@@ -134,11 +130,18 @@ def _own_statistics(node: ir.Node, facts: Facts) -> tuple[Array, Array] | None:
     return wide.mean(axis=others), wide.var(axis=others)
 
 
-def _snap(affine: ChannelAffine, dtype: ir.DataType) -> ChannelAffine:
-    """The identity, where the type of the tensor cannot tell a map from it (variance 1 - epsilon in float32)."""
-    if dtype in FLOATS and not affine.has_shift and (affine.scale.astype(dtype.numpy()) == 1).all():
-        return ChannelAffine(np.ones_like(affine.scale), affine.shift, affine.axis)
-    return affine
+def _snap(affine: ChannelAffine, facts: Facts, node: ir.Node) -> ChannelAffine:
+    """The identity, where the type of the tensor cannot tell a map from it (variance 1 - epsilon in float32).
+
+    The type of the parameters is asked first, which needs no shape inference; data may be wider since opset 15.
+    """
+    if not affine.has_scale or affine.has_shift:
+        return affine
+    for value in (node.inputs[1], node.inputs[0]):
+        dtype = (None if value is None else facts.dtype(value)) or ir.DataType.DOUBLE
+        if dtype not in FLOATS or not (affine.scale.astype(dtype.numpy()) == 1).all():
+            return affine
+    return ChannelAffine(np.ones_like(affine.scale), affine.shift, affine.axis)
 
 
 def must_infer(node: ir.Node, facts: Facts) -> None:

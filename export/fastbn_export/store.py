@@ -6,6 +6,7 @@ Requirement: what is written appears whole or not at all; a model is streamed to
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -179,6 +180,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         The file cannot be written; nothing is left behind.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():  # the rename would put a file in the place of a device
+        raise OSError(errno.EINVAL, "expected a file to write, got a folder, a device or a pipe", str(target))
     size = sum(_size(v.const_value) for _, g in all_graphs(model) for v in g.initializers.values())
     folder = tempfile.mkdtemp(prefix=".fastbn-", dir=target.parent)
     try:

@@ -172,6 +172,8 @@ class Checker:
         checks += [f"float64 by {self.truth.engine}"] * (lifted is not None)
         if not checks:
             notes.append("nothing could be checked")
+        elif not self._says_something(self.own or (lifted.truth if lifted is not None else [])):
+            notes.append("no output has a finite value on these inputs: a wrong fold would not show")
         return self._report(bool(checks) and all(o.ok for o in outputs), checks, notes, outputs)
 
     def _report(
@@ -220,6 +222,11 @@ class Checker:
             judge.output(key, own.get(key), have.get(key), truth.get(key), theirs.get(key), [n.get(key) for n in noise])
             for key in dict.fromkeys([*own, *have, *truth, *theirs])
         ]
+
+    def _says_something(self, rows: list[list[Any]]) -> bool:
+        """Whether any output holds a value that another could differ from."""
+        arrays = [a for column in self._columns(rows).values() for a in column]
+        return any(a.size and (a.dtype.kind in "biuOSU" or bool(np.isfinite(a).any())) for a in arrays)
 
     def _columns(self, rows: list[list[Any]] | None) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {}

@@ -197,3 +197,31 @@ def ops(model: onnx.ModelProto) -> list[str]:
 def folded(result: FoldResult) -> bool:
     """Whether nothing is left, neither as BatchNormalization nor in the report."""
     return result.report.left == 0 and "BatchNormalization" not in result.report.ops_after
+
+
+def is_folded(model: onnx.ModelProto, *expected: str, **options: Any) -> FoldResult:
+    """Fold, check, and expect nothing left; `expected` are all operators that are."""
+    result = check(model, **options)
+    assert folded(result), [e.reason for e in result.report.entries]
+    if expected:
+        assert ops(result.model) == list(expected)
+    return result
+
+
+def is_left(model: onnx.ModelProto, reason: str, **options: Any) -> FoldResult:
+    """Fold, check, and expect something left for this reason."""
+    result = check(model, **options)
+    reasons = [e.reason for e in result.report.entries if not e.folded]
+    assert any(reason in r for r in reasons), reasons
+    return result
+
+
+def chain(n: int = 3, **options: Any) -> onnx.ModelProto:
+    """Blocks of Conv, BatchNormalization and Relu, named by their number."""
+    m = Model(**options)
+    x = m.input(1, 4, 4, 4)
+    for i in range(n):
+        arrays = [m.constant(a) for a in m.statistics(4)]
+        x = m.op("Conv", x, m.weight(4, 4, 1, 1), name=f"conv{i}")
+        x = m.op("Relu", m.op("BatchNormalization", x, *arrays, name=f"block{i}.bn"))
+    return m.build(x)

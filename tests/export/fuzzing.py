@@ -202,10 +202,34 @@ def _matmul(f: Fuzz, x: str, s: Shape) -> Any:
     return y, (*s[:-1], out)
 
 
-@maker(1)
-def _einsum(f: Fuzz, x: str, s: Shape) -> Any:
-    if len(s) != 3 or f.opset < 12:
+@maker(2)
+def _product(f: Fuzz, x: str, s: Shape) -> Any:
+    """A product of two computed factors."""
+    made = [_linear(f, x, s) for _ in range(2)] if len(s) in (2, 3, 4) else [None]
+    if any(one is None for one in made):
         return None
+    (a, left), (b, right) = made
+    order = list(range(len(s)))
+    turned = f.op("Transpose", b, perm=[*order[:-2], order[-1], order[-2]])
+    if len(s) == 2:
+        if f.chance(0.5):
+            return f.op("Gemm", a, b, f.parameter(right[1]), transA=1, alpha=f.pick(1.0, 0.5)), (left[1], right[1])
+        return f.op("MatMul", f.op("Transpose", a), b), (left[1], right[1])
+    if left[:-2] == right[:-2] and left[-1] == right[-1]:
+        return f.op("MatMul", a, turned), (*left[:-1], right[-2])
+    return f.op("MatMul", a, f.parameter(left[-1], 2)), (*left[:-1], 2)
+
+
+@maker(2)
+def _einsum(f: Fuzz, x: str, s: Shape) -> Any:
+    if f.opset < 12 or len(s) not in (3, 4):
+        return None
+    if len(s) == 4:
+        if f.chance(0.5):
+            return f.op("Einsum", x, f.parameter(s[3], 2), equation="nctv,vw->nctw"), (*s[:3], 2)
+        return f.op("Einsum", f.parameter(s[1], s[2], 3), x, equation="ctk,nctv->nkv"), (s[0], 3, s[3])
+    if f.chance(0.3):
+        return f.op("Einsum", x, f.parameter(3, s[1], s[2]), equation="bij,kij->bk"), (s[0], 3)
     out = int(f.rng.integers(1, 5))
     w = f.parameter(s[2], out)
     if f.chance(0.5):
@@ -510,7 +534,10 @@ def _choice(f: Fuzz, x: str, s: Shape) -> Any:
     kind = f.pick("Where", "Max", "Min", "Mean") if f.opset >= 13 else "Mean"
     if kind == "Where":
         mask = f.constant(f.rng.random(made[0][1][-1:]) < 0.5)
+        values[1] = f.parameter() if f.chance(0.3) else values[1]
         return f.op("Where", mask, *values), made[0][1]
+    if f.chance(0.3) and f.opset >= 8:
+        values.append(f.parameter(*f.pick((), (1,))))
     return f.op(kind, *values), made[0][1]
 
 

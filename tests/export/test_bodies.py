@@ -1,4 +1,4 @@
-"""Bodies of Scan, bodies in bodies; a plain Loop and If are in test_fold."""
+"""Bodies of Scan, bodies in bodies; a plain Loop and If are in test_scopes."""
 
 import numpy as np
 import pytest

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fastbn_export.fold import fold
 
-from .folding import Model, check, folded
-from .test_absorbers import is_folded, is_left
+from .folding import Model, check, folded, is_folded, is_left
 
 
 def conv(m, *shape, out=4):
@@ -35,6 +35,7 @@ UP = {
     "Split": lambda m: (m.op("Split", conv(m, 2, 4, 5), m.ints(1, 3), axis=1, outputs=2)[1], 3),
     "Slice channels": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(1), m.ints(4), m.ints(1), m.ints(2)), 2),
     "Slice backwards": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(-1), m.ints(-9), m.ints(1), m.ints(-1)), 4),
+    "Slice to the first": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(-9), m.ints(-9), m.ints(1), m.ints(-1)), 1),
     "Slice elsewhere": lambda m: (m.op("Slice", conv(m, 2, 4, 5), m.ints(1), m.ints(4), m.ints(2)), 4),
     "Gather": lambda m: (m.op("Gather", conv(m, 2, 4, 5), m.ints(3, 0), axis=1), 2),
     "Gather elsewhere": lambda m: (m.op("Gather", conv(m, 2, 4, 5, 6), m.constant(np.int64(3)), axis=3), 4),
@@ -70,6 +71,7 @@ POSITIVE = {
     "MaxPool": lambda m, y: m.op("MaxPool", y, kernel_shape=[2, 2], pads=[1, 1, 1, 1]),
     "GlobalMaxPool": lambda m, y: m.op("GlobalMaxPool", y),
     "ReduceMax": lambda m, y: m.op("ReduceMax", y, axes=[2]),
+    "ReduceMin": lambda m, y: m.op("ReduceMin", y, axes=[2]),
     "Pad": lambda m, y: m.op("Pad", y, m.ints(0, 0, 1, 1, 0, 0, 1, 1)),
     "AveragePool": lambda m, y: m.op("AveragePool", y, kernel_shape=[2, 2], pads=[1] * 4, count_include_pad=1),
     "Mul": lambda m, y: m.op("Mul", y, m.op("Sigmoid", m.input(2, 1, 5, 5))),
@@ -83,7 +85,9 @@ def test_scale_without_shift(case):
     is_folded(m.build(m.bn(POSITIVE[case](m, conv(m, 2, 4, 5, 5)), 4, parameters=m.positive(4))))
     m = Model()
     model = m.build(m.bn(POSITIVE[case](m, conv(m, 2, 4, 5, 5)), 4))
-    is_left(model, REASON.get(case, "negative scale" if "Max" in case else f"a shift does not pass {case}"))
+    is_left(
+        model, REASON.get(case, "negative scale" if "Max" in case or "Min" in case else f"a shift does not pass {case}")
+    )
 
 
 @pytest.mark.parametrize("case", POSITIVE)
@@ -122,6 +126,51 @@ def test_pad_value_maps_along():
     is_left(m.build(m.bn(y, 5)), "pads the channel axis")
 
 
+@pytest.mark.parametrize("size", [6, 5, "H"])
+def test_average_pool_that_rounds_up(size):
+    """The form of torch's default, which counts padding; only windows behind the end could count some."""
+    m = Model()
+    y = m.op("Conv", m.input(2, 3, size, size), m.weight(4, 3, 1, 1))
+    y = m.op("AveragePool", y, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, count_include_pad=1)
+    y = m.op("GlobalAveragePool", m.op("Tanh", m.bn(y, 4)))
+    model = m.build(y)
+    is_folded(model) if size == 6 else is_left(model, "counts padded zeros", sizes={"H": 6})
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1, 1), (1, -1, 1, 1)])
+def test_padding_with_infinity(signs):
+    """What a maximum behind it does not see; a positive scale keeps it, for channels of any shift."""
+    m = Model()
+    gamma, *rest = m.statistics(4)
+    pads = m.ints(0, 0, 1, 1, 0, 0, 1, 1), m.constant(np.float32(-np.inf))
+    y = m.op("Pad", conv(m, 2, 4, 5, 5), *pads)
+    y = m.bn(y, 4, parameters=(np.abs(gamma) * np.float32(signs), *rest))
+    model = m.build(m.op("Relu", y) if min(signs) > 0 else m.op("Sigmoid", y))
+    if min(signs) > 0:
+        is_folded(model, "Conv", "Pad", "Relu")
+    else:
+        is_left(model, "would differ between channels")
+
+
+@pytest.mark.parametrize(
+    ("opset", "operands", "attributes"),
+    [
+        (17, ["", np.array([1, 1.2, 2, 2], "f")], {}),
+        (10, [np.array([1, 1.2, 2, 2], "f")], {}),
+        (18, ["", np.array([1.2, 2], "f")], {"axes": [-3, 3]}),
+        (18, ["", "", np.array([4, 8])], {"axes": [1, 2], "keep_aspect_ratio_policy": "not_larger"}),
+    ],
+)
+def test_a_factor_that_mixes_channels_and_keeps_their_number(opset, operands, attributes):
+    """The runtime leaves an axis alone whose length stays; the specification, and onnx's evaluator, do not."""
+    m = Model(opset=opset)
+    given = [m.constant(o) if isinstance(o, np.ndarray) else o for o in operands]
+    y = m.op("Resize", conv(m, 2, 4, 5, 5), *given, mode="nearest", **attributes)
+    y = m.op("Reshape", y, m.ints(2, 4, -1))
+    result = fold(m.build(m.bn(y, 4)))
+    assert any(text in result.report.entries[0].reason for text in ("may resize the channel axis", "aspect ratio"))
+
+
 DOWN = {
     "Identity": lambda m, y: m.op("Identity", y),
     "Transpose": lambda m, y: m.op("Transpose", y, perm=[2, 1, 0]),
@@ -152,6 +201,24 @@ def test_downstream(case):
         is_left(model, "cannot be followed through Reshape")
     else:
         is_folded(model)
+
+
+@pytest.mark.parametrize("upstream", [True, False])
+def test_a_gather_behind_the_end(upstream):
+    """No runtime runs it; it may stand in a branch that is never taken."""
+    m = Model()
+    x = conv(m, 2, 4, 5) if upstream else m.bn(m.op("Sigmoid", m.input(2, 4, 5)), 4)
+    y = m.op("Gather", x, m.ints(0, 4), axis=1)
+    result = fold(m.build(m.bn(y, 2) if upstream else m.op("Conv", y, m.weight(3, 2, 1))))
+    assert "reads behind the end" in str(result.report.entries[0].reason)
+
+
+def test_a_slice_backwards_from_before_the_first_channel():
+    """ONNX clips the bounds and delivers the first channel; Python's slice is empty."""
+    m = Model()
+    y = m.bn(m.op("Sigmoid", m.input(2, 4, 5)), 4)
+    y = m.op("Slice", y, m.ints(-9), m.ints(-9), m.ints(1), m.ints(-1))
+    is_folded(m.build(m.op("Conv", y, m.weight(3, 1, 1))))
 
 
 def test_flatten_into_gemm():
@@ -196,6 +263,24 @@ def test_channels_are_not_confused_with_their_neighbours():
     y = m.op("Reshape", m.op("MatMul", m.input(4, 5), m.weight(5, 4)), m.ints(2, 4, 2))
     result = check(m.build(m.bn(y, 4)))
     assert not folded(result)
+
+
+UNIFORM = {
+    "Unsqueeze": lambda m: m.bn(m.op("Unsqueeze", m.op("MatMul", m.input(2, 6, 3), m.weight(3, 5)), m.ints(1)), 1),
+    "Unsqueeze behind Flatten": lambda m: m.bn(
+        m.op("Unsqueeze", m.op("Flatten", conv(m, 2, 4, 3, 3), axis=4), m.ints(2)), 1
+    ),
+    "Reshape": lambda m: m.bn(m.op("Reshape", conv(m, 2, 4, 3, 3), m.ints(8, 1, -1)), 1),
+    "Squeeze": lambda m: m.op(
+        "Conv", m.op("Squeeze", m.bn(m.op("Sigmoid", m.input(2, 1, 4, 5)), 1), m.ints(1)), m.weight(3, 4, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNIFORM)
+def test_the_map_of_one_channel_lies_along_any_axis(case):
+    m = Model()
+    is_folded(m.build(m.op("Relu", UNIFORM[case](m))))
 
 
 def test_disjoint_slices():
@@ -274,6 +359,40 @@ def test_branches_that_meet_and_repetitions(case):
     y = MEETING[case](m)
     positive = [np.abs(a) if i in (0, 3) else a for i, a in enumerate(m.statistics(4))]
     is_folded(m.build(m.op("Relu", m.bn(y, 4, parameters=positive))))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 1, 5, 5)])
+@pytest.mark.parametrize("op", ["Sum", "Max", "Min", "Mean", "Where"])
+def test_a_constant_branch_that_is_broadcast_along_the_channels(op, shape):
+    """It grows to a value for each channel, but not beyond."""
+    m = Model()
+    mask = [m.constant(np.eye(5) > 0)] if op == "Where" else []
+    y = m.op(op, *mask, conv(m, 2, 4, 5, 5), m.weight(*shape))
+    gamma, *rest = m.statistics(4)
+    model = m.build(m.bn(y, 4, parameters=(np.abs(gamma), *rest)))
+    is_left(model, "grow beyond") if len(shape) == 4 else is_folded(model)
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_a_constant_branch_that_has_grown_once(ir_version):
+    """In IR version 3 it is a graph input, whose shape inference states as it was."""
+    m = Model(opset=8, ir_version=ir_version)
+    y = m.op("Reshape", m.op("Sum", conv(m, 2, 4, 5, 5), m.constant(np.float32(0.3))), m.ints(2, 4, 25))
+    is_folded(m.build(m.bn(m.op("Identity", m.bn(y, 4)), 4)))
+
+
+@pytest.mark.parametrize("value", [0, -np.inf])
+def test_a_constant_branch_that_the_map_leaves_as_it_is(value):
+    m = Model()
+    y = m.op("Max", conv(m, 2, 4, 5, 5), m.constant(np.float32(value)))
+    result = is_folded(m.build(m.bn(y, 4, parameters=m.positive(4))), "Conv", "Max")
+    assert [t.dims for t in result.model.graph.initializer].count([]) == 1
+
+
+def test_a_constant_of_both_axes_minus_a_normalization():
+    m = Model()
+    y = m.op("Sub", m.weight(1, 4, 5, 5), m.bn(m.op("Sigmoid", m.input(2, 4, 5, 5)), 4))
+    is_folded(m.build(m.op("Conv", y, m.weight(3, 4, 3, 3), pads=[1] * 4)), "Sigmoid", "Sub", "Conv")
 
 
 DOWN_ALSO = ("Tile", "Expand", "CastLike", "Clip", "Einsum", "GridSample")

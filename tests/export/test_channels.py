@@ -76,3 +76,13 @@ def test_symbols_are_kept():
     y = m.op("Reshape", m.op("Transpose", y, perm=[0, 2, 1]), m.ints(-1, 4))
     assert same_size(("N", 4), (4, "N"))
     assert folded(check(m.build(m.op("Relu", m.bn(y, 4))), sizes={"L": 5}))
+
+
+def test_a_permutation_that_is_none_makes_the_shape_unknown():
+    """The checker lets it pass, no runtime does: a model to say something about, not to fail on."""
+    m = Model()
+    turned = m.op("Transpose", m.op("Conv", m.input(1, 3, 4, 4), m.weight(2, 3, 1, 1)), perm=[0, 1, 2, 3])
+    model = m.build(m.bn(turned, 2))
+    model.graph.node[1].attribute[0].ints[:] = [0, 1, 2, 4]
+    assert dims_of(model)[turned][0] is None
+    fold(model)

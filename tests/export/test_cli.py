@@ -101,6 +101,14 @@ def test_external_weights_are_read_and_never_written_over(fastbn, folder):
     for name in ("wide.onnx", "wide.onnx.data"):
         status, _, err = fastbn("fold", "renamed.onnx", name)
         assert status == 2 and "the input has its weights in wide.onnx.data" in err
+    np.savez(folder / "x.npz", input=np.ones((2, 64), np.float32))
+    for command in (
+        ("fold", "renamed.onnx", "new.onnx", "--report", "wide.onnx.data"),
+        ("verify", "renamed.onnx", "renamed.onnx", "--report", "wide.onnx.data"),
+        ("recalibrate", "renamed.onnx", "wide.onnx.data", "--data", "x.npz"),
+    ):
+        status, _, err = fastbn(*command)
+        assert status == 2 and "the input has its weights in wide.onnx.data" in err
     assert (folder / "wide.onnx.data").read_bytes() == before
     (folder / "wide.onnx.data").write_bytes(before[:-8])
     status, _, err = fastbn("inspect", "renamed.onnx")
@@ -198,6 +206,12 @@ BAD = {
     "output is the input": (["fold", "in.onnx", "./in.onnx"], "never touched"),
     "report in no folder": (["fold", "in.onnx", "o", "--report", "none/r.json"], "no such folder"),
     "report is the input": (["fold", "in.onnx", "o", "--report", "in.onnx"], "never touched"),
+    "report is the output": (["fold", "in.onnx", "o", "--report", "./o"], "got one name twice"),
+    "output is the data": (["fold", "in.onnx", "x.npz", "--inputs", "x.npz"], "never touched"),
+    "report is the data": (["fold", "in.onnx", "o", "--inputs", "x.npz", "--report", "x.npz"], "never touched"),
+    "report is a model": (["verify", "in.onnx", "cut.onnx", "--report", "cut.onnx"], "never touched"),
+    "recalibrated is the data": (["recalibrate", "in.onnx", "x.npz", "--data", "x.npz"], "never touched"),
+    "npy for npz": (["fold", "in.onnx", "o", "--inputs", "x.npy"], "got a single array"),
     "no npz": (["fold", "in.onnx", "o", "--inputs", "text.onnx"], "text.onnx: expected an npz"),
     "missing npz": (
         ["fold", "in.onnx", "o", "--inputs", "none.npz"],
@@ -218,6 +232,8 @@ def test_what_is_wrong_is_one_line_and_status_2(fastbn, folder, case):
     cycle(folder / "cycle.onnx")
     np.savez(folder / "other.npz", x=np.ones(3))
     np.savez(folder / "pickle.npz", input=np.array([print], object))
+    np.savez(folder / "x.npz", input=np.ones((2, 5), np.float32))
+    np.save(folder / "x.npy", np.ones((2, 5), np.float32))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     arguments, message = BAD[case]
     status, out, err = fastbn(*arguments)

@@ -81,6 +81,8 @@ EXPRESSIONS = {
     "pad": lambda m, x: m.op("Pad", x, m.ints(0, 1, 0, 2, 0, 0), m.constant(np.float32(0.5))),
     "tile": lambda m, x: m.op("Tile", x, m.ints(1, 2, 3)),
     "range": lambda m, x: m.op("Range", *(m.constant(np.int64(i)) for i in (7, 1, -2))),
+    "slice backwards": lambda m, x: m.op("Slice", x, m.ints(-1, 2), m.ints(-(2**63), 0), m.ints(0, 2), m.ints(-1, -2)),
+    "slice backwards from behind": lambda m, x: m.op("Slice", x, m.ints(9), m.ints(-4), m.ints(2), m.ints(-1)),
     "split": lambda m, x: m.op("Split", x, outputs=2, axis=2, num_outputs=2)[1],
     "split by sizes": lambda m, x: m.op("Split", x, m.ints(1, 2), outputs=2, axis=1)[1],
     "quantize": lambda m, x: m.op("QuantizeLinear", x, m.constant(np.float32(0.5)), m.constant(np.int8(-7))),
@@ -121,6 +123,12 @@ def test_float_arithmetic_is_not_rounded_on_the_way():
     m = Model()
     y = m.op("Sub", m.op("Add", m.constant(np.float32(1e8)), m.constant(np.float32(1))), m.constant(np.float32(1e8)))
     assert value_of(m.build(y)) == 1.0
+
+
+def test_a_slice_backwards_is_clipped_to_the_axis():
+    """As the specification and onnxruntime have it; onnx's evaluator slices as Python does, which is empty."""
+    m = Model()
+    assert value_of(m.build(m.op("Slice", m.ints(5, 6, 7), m.ints(-9), m.ints(-10), m.ints(0), m.ints(-1)))) == [5]
 
 
 def test_long_expressions_do_not_recurse():

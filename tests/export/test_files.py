@@ -7,7 +7,7 @@ import os
 import numpy as np
 import onnx
 import pytest
-from fastbn_export.files import ModelFileError, atomic_path, check_output, load_model, save_model
+from fastbn_export.files import ModelFileError, atomic_path, check_distinct, check_output, load_model, save_model
 from onnx import TensorProto, helper
 
 from .onnx_models import corrupt, graph, initializers, value
@@ -116,15 +116,22 @@ def test_outputs_that_cannot_be(tmp_path):
     path = tmp_path / "m.onnx"
     save_model(model(), path)
     (tmp_path / "same").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")
     for out, message in (
         (tmp_path, "got a folder"),
         (tmp_path / "none" / "m.onnx", "no such folder"),
         (path / "m.onnx", "no such folder"),
         (path, "never touched"),
         (tmp_path / "same", "never touched"),
+        (tmp_path / "pipe", "got a device or a pipe"),
+        (os.devnull, "got a device or a pipe"),
     ):
         with pytest.raises(ModelFileError, match=message):
-            check_output(out, path)
+            check_output(out, None, path)
+    for out in (path, tmp_path / "same"):
+        with pytest.raises(ModelFileError, match="one name twice"):
+            check_distinct([path, None, out])
+    check_distinct([path, tmp_path / "other", tmp_path / "new"])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

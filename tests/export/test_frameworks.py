@@ -199,6 +199,27 @@ def torch_computed_zero_bias():
     return m.build(m.op("Relu", m.bn(y, 4)))
 
 
+@form
+def torch_without_affine_and_optimization():
+    """Scale and bias written as computed constants of the length that Shape selects; the batch is dynamic."""
+    m = Model(18)
+    y = m.op("Conv", m.input("N", 3, 6, 6), m.weight(4, 3, 3, 3))
+    one, zero = (m.op("CastLike", m.constant(np.float32(v)), y) for v in (1, 0))
+    length = m.op("Shape", y, start=1, end=2)
+    _, _, mean, var = (m.constant(a) for a in m.statistics(4))
+    y = m.op("BatchNormalization", y, m.op("Expand", one, length), m.op("Expand", zero, length), mean, var)
+    return m.build(m.op("Relu", y))
+
+
+@form
+def torch_shuffle_made_contiguous():
+    """Without optimization, `contiguous` is an Identity between Transpose and Reshape."""
+    m = Model(18)
+    y = m.op("Reshape", m.op("Conv", m.input(2, 3, 4, 4), m.weight(8, 3, 1, 1)), m.ints(2, 2, 4, 4, 4))
+    y = m.op("Identity", m.op("Transpose", y, perm=[0, 2, 1, 3, 4]))
+    return m.build(m.op("Relu", m.bn(m.op("Reshape", y, m.ints(2, 8, 4, 4)), 8)))
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_folds(name):
     result = check(FORMS[name](), sizes={"H": 6, "W": 6})
@@ -260,6 +281,17 @@ def test_names_with_slashes_keep_their_scopes():
     result = check(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     assert [e.scope for e in result.report.entries] == ["/block/If", "/block/If"]
     assert folded(result)
+
+
+def test_torch_recurrent_layer_whose_state_has_the_shape_of_a_copy():
+    """A transposition of the normalized data of which only Shape is read."""
+    m = Model(18)
+    x = m.bn(m.op("Sigmoid", m.input("N", 3, 7)), 3)
+    batch = m.op("Gather", m.op("Shape", m.op("Transpose", x, perm=[0, 2, 1])), m.ints(0))
+    state = m.op("ConstantOfShape", m.op("Concat", m.ints(1), batch, m.ints(4), axis=0))
+    y = m.op("Transpose", x, perm=[2, 0, 1])
+    y = m.op("RNN", y, m.weight(1, 4, 3), m.weight(1, 4, 4), "", "", state, hidden_size=4)
+    assert folded(check(m.build(y)))
 
 
 def test_torch_zero_bias_of_another_shape():

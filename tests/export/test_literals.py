@@ -28,12 +28,17 @@ def test_among_the_branches():
     assert folded(check(m.build(m.bn(m.op("Sum", *branches, m.weight(1, 6, 1, 1), chosen), 6))))
 
 
-def test_a_scalar_is_no_vector():
+@pytest.mark.parametrize("shape", [(), (4, 4)])
+def test_a_scalar_becomes_a_vector_and_a_plane_no_volume(shape):
     m = Model()
     x = m.input(2, 4, 6, 6)
-    y = m.op("Max", m.op("Conv", x, m.weight(6, 4, 3, 3)), m.constant(np.float32(2)))
-    (entry,) = check(m.build(m.bn(y, 6, parameters=m.positive(6)))).report.entries
-    assert not entry.folded and "broadcast along the channels" in entry.reason
+    y = m.op("Max", m.op("Conv", x, m.weight(6, 4, 3, 3)), m.constant(np.full(shape, 2, np.float32)))
+    result = check(m.build(m.bn(y, 6, parameters=m.positive(6))))
+    (entry,) = result.report.entries
+    if shape:
+        assert not entry.folded and "would grow beyond both of its axes" in entry.reason
+    else:
+        assert entry.folded and [6, 1, 1] in [list(t.dims) for t in result.model.graph.initializer]
 
 
 def test_normalized_weights():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from fastbn_export.build import build
 from fastbn_export.layers import Conv, Linear, ReLU, Sigmoid
 from fastbn_export.recalibrate import recalibrate
 from numpy.testing import assert_allclose
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from .onnx_models import graph, initializers, value
 from .plain_fold import norm
@@ -79,6 +80,30 @@ def test_a_statistic_shared_by_two_nodes_is_split():
     (a, _), (b, _) = statistics(recalibrate(model, [X]))
     assert_allclose(a, X.mean(0), rtol=1e-5)
     assert not np.allclose(a, b) and "m" not in initializers(model).keys() - {"m"}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+@pytest.mark.parametrize("wrap", ["Constant", "Identity"])
+def test_statistics_that_are_no_initialisers_keep_their_type(dtype, wrap):
+    ones, kind = numpy_helper.from_array(np.ones(4, dtype)), helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [helper.make_node("Constant", [], ["k"], value=ones)]
+    nodes += [helper.make_node("Identity", ["k"], ["m"])] if wrap == "Identity" else []
+    statistic = "m" if wrap == "Identity" else "k"
+    nodes.append(helper.make_node("BatchNormalization", ["x", "k", "k", statistic, statistic], ["y"]))
+    model = graph(nodes, [value("x", kind, ["n", 4])], [value("y", kind, ["n", 4])], opset=9)
+    result = recalibrate(model, [X.astype(dtype)])
+    onnx.checker.check_model(result, full_check=True)
+    ((mean, var),) = statistics(result)
+    assert mean.dtype == var.dtype == dtype
+    assert_allclose(mean, X.mean(0), rtol=1e-2)
+
+
+def test_initialisers_of_old_models_are_inputs_too():
+    ones = [(name, np.ones(4, np.float32)) for name in "sbmv"]
+    inputs = [value("x", shape=["n", 4]), *(value(name, shape=[4]) for name in "sbmv")]
+    nodes = [helper.make_node("BatchNormalization", ["x", *"sbmv"], ["y"])]
+    model = graph(nodes, inputs, [value("y", shape=["n", 4])], ones, opset=8, ir_version=3)
+    onnx.checker.check_model(recalibrate(model, [X]), full_check=True)
 
 
 def test_what_cannot_be():

@@ -47,6 +47,14 @@ def test_a_right_fold_passes(dtype):
     assert report.to_dict()["ok"] is True
 
 
+@pytest.mark.parametrize("data", [np.full((2, 6), np.nan, np.float32), np.zeros((0, 6), np.float32)])
+def test_a_check_that_cannot_fail_says_so(data):
+    original, by_hand = models()
+    broken = corrupt(by_hand, lambda a: a * 2)
+    assert "a wrong fold would not show" in str(verify(original, broken, inputs={"input": data}))
+    assert not verify(original, by_hand, inputs={"input": np.ones((2, 6), np.float32)}).notes
+
+
 def scaled_channel(array):
     array[0] *= 1.01
     return array

@@ -65,6 +65,8 @@ class Convolution(Operator):
         behind = [1] * (weight.ndim - 2)
         if axis == 0:
             return vector.reshape(-1, 1, *behind)
+        if group == 1:  # along one axis, as dequantized weights need it
+            return vector.reshape(1, -1, *behind)
         group_of_row = np.repeat(np.arange(group), total // group)
         return vector.reshape(group, per_group)[group_of_row].reshape(total, per_group, *behind)
 

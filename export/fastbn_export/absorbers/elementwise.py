@@ -8,6 +8,7 @@ import numpy as np
 
 from ..affine import Array, ChannelAffine
 from ..arithmetic import ConstantOperand, constant_operand, lift, own_map
+from ..literals import spread
 from ..plan import Bypass, Edit, Refused, SetConstant, Step
 from ..registry import Operator, Site, operator
 from .reparameterize import beside
@@ -124,24 +125,28 @@ class AddSub(Operator):
     def _branches(self, site: Site) -> Sequence[Step]:
         a, node = site.affine, site.node
         inputs = [site.input(i) for i in range(len(node.inputs))]
-        axes = [_operand_axis(site, i) for i in range(len(inputs))]
         if len(set(inputs)) == 1 and node.op_type != "Sub":  # x + x = 2 x
-            part = ChannelAffine(a.scale, a.shift / len(inputs), axes[0])
+            part = ChannelAffine(a.scale, a.shift / len(inputs), _operand_axis(site, 0))
             return [Step.carry(*((value, part) for value in inputs))]
         if len(set(inputs)) != len(inputs):
             raise Refused(f"{node.op_type} reads an operand twice")
         if all(site.facts.is_constant(v) for v in inputs):
             raise Refused(f"all operands of {node.op_type} are constant")
-        steps = []
-        for taker in range(len(inputs) if a.has_shift else 1):
-            onward = []
-            for i, (value, axis) in enumerate(zip(inputs, axes, strict=True)):
-                part = a if i == taker else a.linear()
-                if i == 1 and node.op_type == "Sub":
-                    part = ChannelAffine(part.scale, -part.shift, part.axis)
-                onward.append((value, part.at(axis)))
-            steps.append(Step.carry(*onward))
-        return steps
+        return [self._shared(site, taker) for taker in range(len(inputs) if a.has_shift else 1)]
+
+    def _shared(self, site: Site, taker: int) -> Step:
+        """All operands take the scale, `taker` the shift too."""
+        a, node, onward, edits = site.affine, site.node, [], list[Edit]()
+        for i in range(len(node.inputs)):
+            part = a if i == taker else a.linear()
+            if i == 1 and node.op_type == "Sub":
+                part = ChannelAffine(part.scale, -part.shift, part.axis)
+            literal = spread(site, i, part)
+            if literal is None:
+                onward.append((site.input(i), part.at(_operand_axis(site, i))))
+            else:
+                edits += literal
+        return Step.carry(*onward, edits=edits)
 
     def push(self, site: Site) -> Sequence[Step]:
         """``s x + t + c``."""
@@ -161,9 +166,9 @@ class AddSub(Operator):
         return [Step.absorbed(_replace(site, operand, operand.value + (t if operand.kind == "x+c" else -t)))]
 
     def _keep(self, site: Site, operand: ConstantOperand) -> list[Step]:
-        """``s x + t + c = s (x + (t + c) / s)``: the scale goes on alone."""
+        """``s x + t + c = s (x + (t + c) / s)``, ``c - (s x + t) = s ((c - t) / s - x)``: the scale goes on alone."""
         a, out = site.affine, site.node.outputs[0]
-        if operand.kind == "c-x" or np.any(a.scale == 0):
+        if np.any(a.scale == 0):
             return []
         try:
             axis = _output_axis(site)

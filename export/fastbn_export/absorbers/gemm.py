@@ -21,7 +21,7 @@ class Gemm(Operator):
 
     upstream = (
         "absorbs: B'[:, n] *= scale[n] (A'[m] along axis 0), C = scale*beta*C + shift, beta = 1; any shape of C; "
-        "a C that is computed takes the map too"
+        "a C that is computed takes the map too, a computed factor the scale"
     )
     downstream = "absorbs: B'[k] *= scale[k] (A'[:, k]), C = beta*C + alpha*shift B', beta = 1"
 
@@ -31,19 +31,29 @@ class Gemm(Operator):
         if a.axis not in (0, 1):
             raise Refused("the map does not lie along an axis of the Gemm's output")
         index, flag = (1, "transB") if a.axis == 1 else (0, "transA")
-        weight = site.constant(index, "weight")
-        axis = a.axis ^ bool(site.int(flag, 0))
-        if weight.ndim != 2 or weight.shape[axis] != a.size:
-            raise Refused(f"the map has {a.size} channels, Gemm's weight has shape {weight.shape}")
-        edits = weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), axis)
+        edits, onward = self._factor(site, index, a.axis ^ bool(site.int(flag, 0)))
         along = (1, -1) if a.axis == 1 else (-1, 1)
         scale, shift = a.scale.reshape(along), a.shift.reshape(along)
         beta = site.float("beta", 1.0)
         if site.has(2) and beta != 0.0 and not site.facts.is_constant(site.input(2)):
-            return [Step(edits, [_branch(site, beta)], True)]
-        if a.has_shift or (site.has(2) and site.float("beta", 1.0) != 0.0):
+            return [Step(edits, [*onward, _branch(site, beta)], True)]
+        if a.has_shift or (site.has(2) and beta != 0.0):
             edits += _offset(site, lambda c: c * scale + shift)
-        return [Step.absorbed(*edits)]
+        return [Step(edits, onward, bool(edits) or not onward)]
+
+    def _factor(self, site: Site, index: int, axis: int) -> tuple[list[Edit], list[tuple[ir.Value, ChannelAffine]]]:
+        """Scale a constant factor along one of its axes, or ask a computed one for the scale."""
+        a, value = site.affine, site.input(index)
+        if value.producer() is not None and not site.facts.is_constant(value):
+            if site.facts.size(value, axis) != a.size:
+                raise Refused(f"the map has {a.size} channels, the factor of Gemm may have another number")
+            return [], [(value, a.linear().at(axis))]
+        if site.facts.is_constant(site.input(1 - index)) and not site.facts.is_constant(value):
+            raise Refused("the map lies along an axis of Gemm's data, not of its weight")
+        weight = site.constant(index, "weight")
+        if weight.ndim != 2 or weight.shape[axis] != a.size:
+            raise Refused(f"the map has {a.size} channels, Gemm's weight has shape {weight.shape}")
+        return weight_edit(site, index, "weight", a.at(axis).broadcast(a.scale, 2), axis), []
 
     def push(self, site: Site) -> Sequence[Step]:
         """Scale the factor that meets the map in the contraction."""

@@ -1,8 +1,9 @@
-"""MatMul with one constant factor, of any rank, on either side."""
+"""MatMul of factors of any rank: a constant one takes the scale, a computed one is asked for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ..plan import AddShift, BecomeGemm, Edit, Refused, Step
 from ..registry import Operator, Site, operator
 from .common import vector_shape, weight_edit
 
-__all__ = ["MatMul"]
+__all__ = ["MatMul", "carry_scale", "shift_steps"]
 
 
 def shift_steps(site: Site, edits: Sequence[Edit], shift: ChannelAffine, onward: bool) -> list[Step]:
@@ -22,8 +23,34 @@ def shift_steps(site: Site, edits: Sequence[Edit], shift: ChannelAffine, onward:
     if site.node.op_type == "MatMul" and _two_matrices(site):
         bias = shift.shift if shift.axis == 1 else shift.shift[:, None]
         steps.append(Step.absorbed(*edits, BecomeGemm(site.node, bias, dtype)))
-    steps.append(Step.absorbed(*edits, AddShift(site.node, out, shift, site.rank(out), dtype)))
+    steps.append(Step.absorbed(*edits, AddShift(site.node, out, shift, site.rank(out), dtype, site.opset)))
     return steps
+
+
+def carry_scale(site: Site, places: Sequence[tuple[int, int]]) -> list[Step]:
+    """Ask a computed operand for the scale, one of `places` (operand, axis of it); the output gets the shift."""
+    a = site.affine
+    scales = [
+        (value, a.linear().at(axis))
+        for value, axis in ((site.input(index), axis) for index, axis in places)
+        if value.producer() is not None and not site.facts.is_constant(value) and site.facts.size(value, axis) == a.size
+    ]
+    if not scales:
+        _no_operand(site, places)
+    if not a.has_shift:
+        return [Step.carry(scale) for scale in scales]
+    shifts = shift_steps(site, [], ChannelAffine(np.ones(a.size), a.shift, a.axis), onward=False)
+    return [Step(shift.edits, [scale], True) for scale in scales for shift in shifts]
+
+
+def _no_operand(site: Site, places: Sequence[tuple[int, int]]) -> NoReturn:
+    """Say why no operand takes the scale."""
+    op_type, given = site.node.op_type, [i for i, _ in places if site.input(i).producer() is None]
+    if given and not any(site.facts.is_constant(value) for value in site.node.inputs):
+        site.constant(given[0], "weight")
+    if given and not site.facts.is_constant(site.input(given[0])):
+        raise Refused(f"the map lies along an axis of {op_type}'s data, not of its weight")
+    raise Refused(f"no operand of {op_type} has all {site.affine.size} channels of the map")
 
 
 def _two_matrices(site: Site) -> bool:
@@ -35,44 +62,39 @@ class MatMul(Operator):
     """``Y = A @ B``: columns of Y belong to B, rows to A, batches to both."""
 
     upstream = (
-        "absorbs: columns of a constant B, rows of a constant A; a shift goes into the Add that follows, "
-        "makes a Gemm of two matrices, or becomes an Add in the place of the normalization"
+        "absorbs: columns of a constant B, rows of a constant A; elsewhere a computed factor is asked for the scale; a "
+        "shift goes into the Add that follows, makes a Gemm of two matrices, or becomes an Add in the place of the "
+        "normalization"
     )
     downstream = "absorbs: rows of a constant B, columns of a constant A; a scale along other axes is carried"
 
     def pull(self, site: Site) -> Sequence[Step]:
-        """Scale the constant factor that the axis belongs to."""
-        a, rank = site.affine, site.rank(site.node.outputs[0])
-        left, right = site.rank(site.input(0)), site.rank(site.input(1))
-        columns, rows = (rank - 1 if right > 1 else -1), (rank - (2 if right > 1 else 1) if left > 1 else -1)
-        if a.axis == columns and site.facts.is_constant(site.input(1)):
-            index, axis = 1, right - 1
-        elif a.axis == rows and site.facts.is_constant(site.input(0)):
-            index, axis = 0, left - 2
-        else:
-            index, axis = self._batch(site, rank, left, right, columns, rows)
-        weight = site.constant(index, "weight")
-        if weight.shape[axis] != a.size:
-            raise Refused(f"the map has {a.size} channels, MatMul's weight has shape {weight.shape}")
-        factor = a.scale.reshape(vector_shape(a.size, axis, weight.ndim))
-        edits = weight_edit(site, index, "weight", factor, axis) if a.has_scale else []
-        if not a.has_shift:
-            return [Step.absorbed(*edits)]
-        return shift_steps(site, edits, ChannelAffine(np.ones(a.size), a.shift, a.axis), onward=False)
+        """Scale a constant factor that has the axis, or ask a computed one for the scale."""
+        a = site.affine
+        places = self._places(site)
+        for index, axis in places:
+            weight = site.facts.constant(site.input(index))
+            if weight is None or weight.shape[axis] != a.size:
+                continue
+            factor = a.scale.reshape(vector_shape(a.size, axis, weight.ndim))
+            edits = weight_edit(site, index, "weight", factor, axis) if a.has_scale else []
+            if not a.has_shift:
+                return [Step.absorbed(*edits)]
+            return shift_steps(site, edits, ChannelAffine(np.ones(a.size), a.shift, a.axis), onward=False)
+        return carry_scale(site, places)
 
-    def _batch(self, site: Site, rank: int, left: int, right: int, columns: int, rows: int) -> tuple[int, int]:
-        """A constant factor that has the map's axis among its batch axes."""
-        axis = site.affine.axis
-        for index, own in ((1, right), (0, left)):
-            mine = axis - (rank - own)
-            if axis not in (columns, rows) and min(left, right) > 1 and 0 <= mine < own - 2:
-                weight = site.facts.constant(site.input(index))
-                if weight is not None and weight.shape[mine] == site.affine.size:
-                    return index, mine
-        which = 1 if axis == columns else 0
-        if not site.facts.is_constant(site.input(0)) and not site.facts.is_constant(site.input(1)):
-            site.constant(which, "weight")
-        raise Refused("the map lies along an axis of MatMul's data, not of its weight")
+    def _places(self, site: Site) -> list[tuple[int, int]]:
+        """(factor, axis of it) where the map's axis is: columns of the right, rows of the left, batches of both."""
+        axis, rank = site.affine.axis, site.rank(site.node.outputs[0])
+        left, right = site.rank(site.input(0)), site.rank(site.input(1))
+        if right > 1 and axis == rank - 1:
+            return [(1, right - 1)]
+        if left > 1 and axis == rank - (2 if right > 1 else 1):
+            return [(0, left - 2)]
+        if min(left, right) == 1:  # a vector has no batches, and its axis is not one of the output's
+            return [(0 if right == 1 else 1, axis)] if axis < rank else []
+        found = [(index, axis - rank + own) for index, own in ((1, right), (0, left))]
+        return [(index, mine) for index, mine in found if mine >= 0]
 
     def push(self, site: Site) -> Sequence[Step]:
         """Scale the constant factor along the contraction; elsewhere the scale goes through."""
@@ -84,7 +106,10 @@ class MatMul(Operator):
         if a.axis != contracted:
             if a.has_shift or rank < 2 or other_rank < 2:
                 raise Refused("a shift does not pass MatMul along this axis" if a.has_shift else "MatMul of a vector")
-            return [Step.carry((site.node.outputs[0], a.at(a.axis + out_rank - rank)))]
+            axis = a.axis + out_rank - rank
+            if site.facts.size(site.node.outputs[0], axis) != a.size:
+                raise Refused("MatMul broadcasts along the channels")
+            return [Step.carry((site.node.outputs[0], a.at(axis)))]
         weight = site.constant(other, "weight")
         axis = 0 if weight.ndim == 1 else weight.ndim - (2 if other == 1 else 1)
         if weight.shape[axis] != a.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -57,7 +58,7 @@ def _turned(inner: Site, factor: Array) -> list[Edit]:
     """The integers whose differences from the zero point have changed their sign where `factor` is negative."""
     node, dtype = inner.node, inner.facts.dtype(inner.input(0))
     whole = inner.facts.constant(inner.input(0))
-    if whole is None or dtype is None or not np.issubdtype(whole.dtype, np.integer):
+    if whole is None or dtype is None or not dtype.is_integer():
         raise Refused("a dequantized tensor takes positive factors only")
     zero = inner.constant(2, "zero point").astype(np.int64) if inner.has(2) else np.zeros((), np.int64)
     if zero.size > 1:
@@ -65,8 +66,9 @@ def _turned(inner: Site, factor: Array) -> list[Edit]:
         along[node.attributes.get_int("axis", 1)] = -1
         zero = zero.reshape(along)
     zero = zero if zero.size > 1 else zero.reshape(())
-    turned = np.where(factor < 0, 2 * zero - whole, np.where(factor == 0, zero, whole.astype(np.int64)))
-    info = np.iinfo(whole.dtype)
+    wide = whole.astype(np.int64)
+    turned = np.where(factor < 0, 2 * zero - wide, np.where(factor == 0, zero, wide))
+    info = ml_dtypes.iinfo(whole.dtype)
     if turned.size and (turned.min() < info.min or turned.max() > info.max):
         raise Refused(f"a negative factor does not fit into quantized weights of type {dtype.name.lower()}")
     value = turned.astype(whole.dtype)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..plan import Refused, Step
+from ..literals import spread
+from ..plan import Edit, Refused, Step
 from ..registry import Operator, Site, operator
 
 __all__ = ["Extreme", "Mean", "Where"]
@@ -19,11 +20,14 @@ class Choice(Operator):
 
     def pull(self, site: Site) -> Sequence[Step]:
         """All branches, or none."""
-        inputs = [(site.input(i), site.affine.at(site.operand_axis(i))) for i in range(self.first, self._count(site))]
-        return [Step.carry(*inputs)]
-
-    def _count(self, site: Site) -> int:
-        return len(site.node.inputs)
+        onward, edits = [], list[Edit]()
+        for i in range(self.first, len(site.node.inputs)):
+            literal = spread(site, i, site.affine)
+            if literal is None:
+                onward.append((site.input(i), site.affine.at(site.operand_axis(i))))
+            else:
+                edits += literal
+        return [Step(edits, onward, not onward)]
 
 
 @operator("Where")

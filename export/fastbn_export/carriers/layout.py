@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -18,16 +18,30 @@ class Relabel(Operator):
     """An operator with one data input and one output, that maps input axes to output axes."""
 
     upstream = downstream = "carries"
+    reshapes = False
+    """Whether axes come or go: a map that is the same for all channels may then lie along any of the others."""
 
     def pull(self, site: Site) -> Sequence[Step]:
         """From the output to the input."""
-        return [Step.carry((site.input(0), self.back(site)))]
+        return self._carried(site, site.input(0), self.back)
 
     def push(self, site: Site) -> Sequence[Step]:
         """From the input to the output."""
         if site.index != 0:
             raise Refused(f"the map feeds a parameter of {site.node.op_type}")
-        return [Step.carry((site.node.outputs[0], self.forth(site)))]
+        return self._carried(site, site.node.outputs[0], self.forth)
+
+    def _carried(self, site: Site, value: ir.Value, follow: Callable[[Site], ChannelAffine]) -> list[Step]:
+        """The map where it is followed to, and a uniform one along the other axes of known size."""
+        anywhere = _anywhere(site, value) if self.reshapes and site.affine.is_uniform else []
+        try:
+            followed = [follow(site)]
+        except Refused:
+            if not anywhere:
+                raise
+            followed = []
+        others = [a for a in anywhere if all(a.axis != f.axis for f in followed)]
+        return [Step.carry((value, a)) for a in (*followed, *others)]
 
     def back(self, site: Site) -> ChannelAffine:
         """The map on the input that the map on the output comes from."""
@@ -36,6 +50,13 @@ class Relabel(Operator):
     def forth(self, site: Site) -> ChannelAffine:
         """The map on the output that the map on the input becomes."""
         return site.affine
+
+
+def _anywhere(site: Site, value: ir.Value) -> list[ChannelAffine]:
+    """A uniform map along each axis of `value` whose size is known."""
+    a, dims = site.affine, site.facts.dims(value) or ()
+    sizes = [(axis, d) for axis, d in enumerate(dims) if isinstance(d, int) and d > 0]
+    return [ChannelAffine.of(a.scale[0], a.shift[0], axis, d) for axis, d in sizes] if a.size else []
 
 
 @operator("Identity")
@@ -129,6 +150,7 @@ class Transpose(Relabel):
 class Reshape(Relabel):
     """The axis is followed by the number of elements before and behind it."""
 
+    reshapes = True
     upstream = "carries where the map is still one along a single axis, here or behind a run that shuffles channels"
     downstream = "carries where the map is still one along a single axis (split, merged with whole blocks)"
 
@@ -171,6 +193,7 @@ def _axes(site: Site, rank: int) -> list[int] | None:
 class Unsqueeze(Relabel):
     """Adds axes of size one."""
 
+    reshapes = True
     upstream = downstream = "carries; the axis is counted anew"
 
     def _kept(self, site: Site) -> list[int]:
@@ -188,13 +211,17 @@ class Unsqueeze(Relabel):
 
     def forth(self, site: Site) -> ChannelAffine:
         """The place of the axis among the new ones."""
-        return site.affine.at(self._kept(site)[site.affine.axis])
+        kept = self._kept(site)
+        if site.affine.axis >= len(kept):
+            raise Refused("the map's axis is not one of the Unsqueeze")
+        return site.affine.at(kept[site.affine.axis])
 
 
 @operator("Squeeze")
 class Squeeze(Relabel):
     """Removes axes of size one."""
 
+    reshapes = True
     upstream = downstream = "carries; the axis is counted anew"
 
     def _kept(self, site: Site) -> list[int]:

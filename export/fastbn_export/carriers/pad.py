@@ -24,7 +24,8 @@ class Pad(Operator):
     def pull(self, site: Site) -> Sequence[Step]:
         """The new value is the image of the old one."""
         a = site.affine
-        return self._carry(site, site.input(0), lambda v: a.scale * v + a.shift)
+        with np.errstate(all="ignore"):
+            return self._carry(site, site.input(0), lambda v: a.scale * v + a.shift)
 
     def push(self, site: Site) -> Sequence[Step]:
         """The new value is the one whose image the old one is."""
@@ -42,10 +43,11 @@ class Pad(Operator):
         by_input = site.opset >= 11
         value = float(site.constant(2, "value").reshape(())) if by_input and site.has(2) else site.float("value", 0.0)
         new = image(value)
-        if not np.all(np.isfinite(new)) or np.any(new != new[:1]):
+        unchanged = np.all(new == value)  # infinity too, which a positive scale keeps
+        if not (unchanged or np.all(np.isfinite(new))) or np.any(new != new[:1]):
             raise Refused("the padded value would differ between channels")
         edits: list[Edit] = []
-        if float(new[0]) != value:
+        if not unchanged:
             if by_input:
                 dtype = site.dtype(site.input(0))
                 edits.append(SetConstant(site.node, 2, lambda: np.asarray(new[0]), dtype, None, "value"))

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..affine import Array, ChannelAffine
+from ..expressions import bounds
 from ..plan import Refused, SetConstant, Step
 from ..registry import Operator, Site, operator
 
@@ -129,7 +130,7 @@ class Slice(Operator):
         if starts is None or ends is None:
             raise Refused("Slice lacks its bounds")
         size = _length(site, site.input(0), site.affine.axis)
-        return np.arange(size)[slice(starts[k], _end(ends[k], steps[k], size), steps[k])]
+        return np.arange(size)[bounds(starts[k], ends[k], steps[k], size)]
 
     def _count(self, site: Site) -> int:
         dims = site.dims(site.input(1))
@@ -159,13 +160,6 @@ class Slice(Operator):
         return [Step.carry((site.node.outputs[0], a if kept is None else a.take(kept)))]
 
 
-def _end(end: int, step: int, size: int) -> int | None:
-    """ONNX writes "down to and including the first" as a very negative end."""
-    if step < 0 and end < -size:
-        return None
-    return end
-
-
 def _scatter(site: Site, kept: Array) -> ChannelAffine:
     """A map on the input of a selection of channels: the identity where nothing is selected."""
     a = site.affine
@@ -190,8 +184,10 @@ class Gather(Operator):
         return site.int("axis", 0) % rank, site.rank(site.input(1))
 
     def _indices(self, site: Site, axis: int) -> Array:
-        indices = site.constant(1, "indices").reshape(-1).astype(np.int64)
-        return np.where(indices < 0, indices + _length(site, site.input(0), axis), indices)
+        indices, size = site.constant(1, "indices").reshape(-1).astype(np.int64), _length(site, site.input(0), axis)
+        if np.any(indices < -size) or np.any(indices >= size):
+            raise Refused("Gather reads behind the end")
+        return np.where(indices < 0, indices + size, indices)
 
     def channels(self, site: Site) -> Array | None:
         """The constant indices."""

@@ -28,7 +28,7 @@ def _channels_first(site: Site) -> None:
 
 def _not_negative(site: Site) -> None:
     if np.any(site.affine.scale < 0):
-        raise Refused(f"a negative scale turns the maximum of {site.node.op_type} into a minimum")
+        raise Refused(f"a negative scale turns the extreme of {site.node.op_type} into the other one")
 
 
 class Commuting(Operator):
@@ -59,8 +59,16 @@ class AveragePool(Commuting):
         _channels_first(site)
         padded = any(site.ints("pads") or ()) or site.text("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
         counted = site.int("count_include_pad", 0) and (padded or site.int("ceil_mode", 0))
-        if counted and site.affine.has_shift:
+        if counted and site.affine.has_shift and (padded or self._overhangs(site)):
             raise Refused("AveragePool counts padded zeros, and the shift is not zero")
+
+    def _overhangs(self, site: Site) -> bool:
+        """Whether windows may reach behind the end, where runtimes do not agree on what is counted."""
+        kernel, dims = site.ints("kernel_shape") or [], site.facts.dims(site.input(0)) or ()
+        ones = [1] * len(kernel)
+        windows = zip(dims[2:], kernel, site.ints("strides") or ones, site.ints("dilations") or ones, strict=False)
+        fits = [isinstance(d, int) and (d - dilation * (k - 1) - 1) % step == 0 for d, k, step, dilation in windows]
+        return len(fits) != len(kernel) or not all(fits)
 
 
 @operator("GlobalAveragePool")
@@ -88,12 +96,12 @@ class MaxPool(Commuting):
             raise Refused("the indices of MaxPool are used")
 
 
-@operator("ReduceMean", "ReduceSum", "ReduceMax")
+@operator("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
 class Reduce(Operator):
     """Reductions over axes other than the channels; a sum counts the shift once for each element."""
 
     upstream = downstream = (
-        "carries over other axes (ReduceMax: no negative scale; ReduceSum: shift times static count)"
+        "carries over other axes (ReduceMax, ReduceMin: no negative scale; ReduceSum: shift times static count)"
     )
 
     def _axes(self, site: Site) -> tuple[list[int], int]:
@@ -107,7 +115,7 @@ class Reduce(Operator):
         a = site.affine
         if axis in axes:
             raise Refused(f"{site.node.op_type} reduces the channel axis")
-        if site.node.op_type == "ReduceMax":
+        if site.node.op_type in ("ReduceMax", "ReduceMin"):
             _not_negative(site)
         if site.node.op_type == "ReduceSum" and a.has_shift:
             dims = site.dims(site.input(0))
@@ -132,6 +140,8 @@ class Reduce(Operator):
         axes, rank = self._axes(site)
         kept = list(range(rank)) if site.int("keepdims", 1) else [i for i in range(rank) if i not in axes]
         carried = self._carried(site, site.affine.axis, axes, False)
+        if site.affine.axis not in kept:
+            raise Refused(f"the map's axis is not one of {site.node.op_type}")
         return _through(site, False, carried.at(kept.index(site.affine.axis)))
 
 
@@ -150,8 +160,28 @@ class Resize(Commuting):
         ):
             raise Refused("Resize fills in values from outside the input")
         before, after = (site.facts.size(v, site.affine.axis) for v in (site.input(0), site.node.outputs[0]))
-        if not isinstance(before, int) or before != after:
+        if not isinstance(before, int) or before != after or self._factor(site) != 1.0:
             raise Refused(f"{site.node.op_type} may resize the channel axis")
+
+    def _factor(self, site: Site) -> float:
+        """By how much the channel axis grows before its length is rounded down: 1.2 keeps 3 channels, and mixes them.
+
+        1 where that is not constant: an exporter computes the factors of positions.
+        """
+        rank, axes = site.rank(site.input(0)), site.ints("axes")
+        along = list(range(rank)) if axes is None else [x % rank for x in axes]
+        if site.affine.axis not in along:
+            return 1.0
+        if site.text("keep_aspect_ratio_policy", "stretch") != "stretch":
+            raise Refused("Resize keeps the aspect ratio of the channel axis too")
+        given = site.node.attributes.get("scales")
+        if given is not None:
+            factors = list(given.as_floats())
+        else:
+            index = 2 if site.node.op_type == "Resize" and site.opset >= 11 else 1
+            scales = site.facts.constant(site.input(index)) if site.has(index) else None
+            factors = [] if scales is None else scales.reshape(-1).tolist()
+        return float(dict(zip(along, factors, strict=False)).get(site.affine.axis, 1.0))
 
 
 @operator("GridSample")

@@ -21,7 +21,7 @@ _LIMIT = 1 << 22
 """Largest tensor, in elements, whose channel numbers are moved."""
 _LONGEST = 8
 """Most operators in one run; a shuffle has three."""
-_LAYOUT = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"))
+_LAYOUT = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity"))
 
 
 def through_run(site: Site) -> tuple[ir.Value, ChannelAffine, ir.Node] | None:
