@@ -47,12 +47,13 @@ def _host(name: str, x: Any) -> Array:
         return cast(Array, x.view(np.ndarray))
     if dispatch.on_device(x):
         raise dispatch.refuse_device(name)
-    if _is_tensor(x):
+    if is_tensor(x):
         raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
     raise ArgumentTypeError(name, "a NumPy array", type(x).__name__)
 
 
-def _is_tensor(x: Any) -> bool:
+def is_tensor(x: Any) -> bool:
+    """Tell whether this is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(isinstance(x, torch.Tensor))
 
@@ -83,12 +84,24 @@ def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Arr
 
 
 def _vector(name: str, value: Any) -> Array:
-    if isinstance(value, np.ndarray) or _is_tensor(value) or dispatch.on_device(value):
+    if isinstance(value, np.ndarray) or is_tensor(value) or dispatch.on_device(value):
         return _host(name, value)
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentTypeError(name, "one number per channel", type(value).__name__) from None
+
+
+def sequence(name: str, value: Any, expected: str) -> Array:
+    """Return ``numpy.asarray(value)`` where NumPy makes an array of it; a masked array's mask would be lost."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentTypeError(name, "a plain array", "a masked array")
+    if dispatch.on_device(value):
+        raise dispatch.refuse_device(name)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor with a graph
+        raise ArgumentTypeError(name, expected, type(value).__name__) from None
 
 
 def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
