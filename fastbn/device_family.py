@@ -187,6 +187,7 @@ def move(saved: DeviceSetsSaved, running_mean: Any, running_var: Any, momentum: 
     from fastbn.cuda import launch_sets
 
     C = saved.sizes.C
-    flats = [checks.running(n, v, saved.x, C) for n, v in (("mean", running_mean), ("var", running_var))]
+    named = ("running_mean", running_mean), ("running_var", running_var)
+    flats = [checks.running(name, value, saved.x, C) for name, value in named]
     unbias = saved.count / (saved.count - 1)
     launch_sets.move(saved.vectors, flats[0], flats[1], saved.sizes.B, momentum, unbias)
