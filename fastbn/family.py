@@ -23,6 +23,8 @@ class InstanceSaved(Saved):
 
     __slots__ = ("f", "pieces", "shape")
 
+    numpy_sums = True
+
     f: BlockForward
     pieces: list[Piece]
     shape: tuple[int, int]
@@ -110,6 +112,8 @@ class GroupSaved(Saved):
     """What group and layer norm save; mean, invstd and variance have the shape of the sets."""
 
     __slots__ = ("affine", "axis", "groups", "shape", "sizes", "weight", "x")
+
+    numpy_sums = True
 
     x: Array
     axis: int | None

@@ -261,7 +261,10 @@ def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
     """
     if not isinstance(saved, Saved):
         raise ArgumentTypeError("saved", "what a forward pass returned", type(saved).__name__)
-    return saved.gradients(grad_output, out)
+    if not saved.numpy_sums:
+        return saved.gradients(grad_output, out)
+    with np.errstate(all="ignore"):
+        return saved.gradients(grad_output, out)
 
 
 def update_running(
@@ -314,7 +317,7 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
     kind = views.constant(1.0, channels, dtype)
     mean, _, var = dispatch.kernels().moments(views.flat(x, where), kind, where.dims, 0.0).reshape(3, -1)
     count = where.dims[0] * where.dims[2]
-    return Moments(count, mean, var * count)
+    return Moments._of_variance(count, mean, var)
 
 
 Moments._estimate = staticmethod(_moments_of)

@@ -42,6 +42,8 @@ class Ghosts(Saved):
 
     __slots__ = ("ghosts",)
 
+    numpy_sums = True
+
     ghosts: list[Moments]
 
     @property
@@ -153,7 +155,7 @@ def train(f: BlockForward, size: int, eps: float) -> tuple[Array, GhostSaved]:
     saved.f, saved.pieces = f, [(part, d, f.train(part, d, eps)) for part, d in pieces]
     saved.count, saved.updated = f.count, 0
     saved.ghosts = [
-        Moments(d.N * d.S, mean, var * (d.N * d.S))
+        Moments._of_variance(d.N * d.S, mean, var)
         for _, d, stats in saved.pieces
         for mean, _, var in stats.reshape(3, d.B, d.C).swapaxes(0, 1)
     ]

@@ -199,7 +199,7 @@ class InstanceNorm(_ByChannel):
             with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels
                 mean, var = saved.mean.mean(0), saved.variance.mean(0)
             running.move(
-                self.running_mean, self.running_var, Moments(saved.count, mean, var * saved.count), momentum, True
+                self.running_mean, self.running_var, Moments._of_variance(saved.count, mean, var), momentum, True
             )
         self.num_batches_tracked += 1
 

@@ -30,6 +30,8 @@ class StepsSaved(Saved):
 
     __slots__ = ("affine", "dtype", "parts", "shape")
 
+    numpy_sums = True
+
     parts: list[Saved]  # one for all steps, or one per step
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]

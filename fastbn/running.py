@@ -30,7 +30,7 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
 
 def move(mean: Array, var: Array, batch: Moments, momentum: float, unbiased: bool) -> None:
     """Move checked running statistics in place: running = (1 - momentum)*running + momentum*new, in float64."""
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf stay in their channel, as in the kernels
+    with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels
         mean[:] = (1.0 - momentum) * mean.astype(np.float64) + momentum * batch.mean
         var[:] = (1.0 - momentum) * var.astype(np.float64) + momentum * batch.variance(int(unbiased))
 

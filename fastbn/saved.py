@@ -6,7 +6,7 @@ asks it, and no list of kinds has to be kept anywhere.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,12 +43,15 @@ class Saved:
         Values per set.
     moments : Moments
         The batch's statistics as a mergeable value: those it was normalised with, but where it was normalised with
-        running ones (frozen, evaluation, ``on_single="running"``) its own, from x.
+        running ones (frozen, evaluation, ``on_single="running"``) its own, from x. ValueError where the means are
+        no vector, as those of group norm.
     updated : int
         How often the call moved running statistics: 0 or 1, or the number of ghost batches.
     """
 
     __slots__ = ("count", "stats", "updated")
+
+    numpy_sums: ClassVar[bool] = False  # NumPy, which warns about NaN and inf, adds up gradients, not kernels alone
 
     stats: Array  # flat: means, invstds, variances
     count: int
@@ -73,7 +76,10 @@ class Saved:
 
     @property
     def moments(self) -> Moments:  # noqa: D102
-        return Moments(self.count, self._row(0), self._row(2) * self.count)
+        mean = self._row(0)
+        if mean.ndim != 1:
+            raise ArgumentValueError("moments", "what batch norm saved, one mean per channel", f"shape {mean.shape}")
+        return Moments._of_variance(self.count, mean, self._row(2))
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
@@ -106,12 +112,12 @@ class BatchSaved(Saved):
     @property
     def moments(self) -> Moments:  # noqa: D102
         if not self.frozen:
-            return Moments(self.count, self._row(0), self._row(2) * self.count)
+            return super().moments
         if self.x.size == 0:
             return Moments(0, np.zeros(self.weight.size), np.zeros(self.weight.size))
         x = views.flat(self.x, self.layout)
         mean, _, var = dispatch.kernels().moments(x, self.weight, self.layout.dims, 0.0).reshape(3, -1)
-        return Moments(self.count, mean, var * self.count)
+        return Moments._of_variance(self.count, mean, var)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

@@ -100,7 +100,7 @@ def _train(
 def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tuple[Array, Saved]:
     if o.nonfinite == "raise":  # before anything is written; one channel is enough to tell
         mean, _, var = dispatch.kernels().moments(f.flat(f.x), f.weight, f.layout.dims, o.eps).reshape(3, -1)
-        refuse_nonfinite(Moments(f.count, mean, var * f.count), f.dtype)
+        refuse_nonfinite(Moments._of_variance(f.count, mean, var), f.dtype)
     y, saved = ghosts.train(f, size, o.eps)
     saved.updated = _move(rm, rv, saved.ghosts, f.dtype, o)
     return y, saved
@@ -136,7 +136,7 @@ def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> tupl
     kernels, dims = dispatch.kernels(), f.layout.dims
     stats = kernels.moments(f.flat(f.x), f.weight, dims, o.eps)
     mean, _, var = stats.reshape(3, -1)
-    batch = Moments(f.count, mean, var * f.count)
+    batch = Moments._of_variance(f.count, mean, var)
     if o.nonfinite == "raise":
         refuse_nonfinite(batch, f.dtype)
     saved = f.saved(stats, frozen=False) if o.renorm is None else renorm.correct(f, stats, rm, rv, o.eps, o.renorm)
@@ -159,7 +159,7 @@ def _single(f: core.Forward, rm: Array, rv: Array, weight: Any, bias: Any, o: Op
 
 def finite(batch: Moments, dtype: np.dtype[Any]) -> Array:
     """Tell which channels' statistics are finite in the dtype of the running ones."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         mean, var = batch.mean.astype(dtype), batch.variance(1).astype(dtype)
     ok: Array = np.isfinite(mean) & np.isfinite(var)
     return ok

@@ -191,6 +191,26 @@ def test_nan_stays_in_its_set(rng):
     assert bad[1, :3].all() and bad.sum() == 27
 
 
+def test_gradients_beyond_the_dtype_do_not_warn(rng):
+    """Warnings are errors in the tests; here floating-point errors are too."""
+    x = rng.standard_normal((3, 8, 300)).astype(np.float32)
+    x[0, 0, :2] = np.inf, -np.inf
+    g = np.full(x.shape, 3e38, np.float32)
+    for name in KINDS:
+        kind = Kind(name, x.shape)
+        with np.errstate(all="raise"):
+            _, saved = kind(x, np.ones(kind.param, np.float32), np.zeros(kind.param, np.float32))
+            grads = fastbn.backward(g, saved)
+        assert np.isinf(grads.bias).all() and not np.isfinite(grads.weight).all()
+
+
+def test_moments_are_of_channels(rng):
+    x = rng.standard_normal((3, 8, 30)).astype(np.float32)
+    for saved in (fastbn.group_norm(x, 2)[1], fastbn.instance_norm(x)[1], fastbn.layer_norm(x)[1]):
+        with pytest.raises(ValueError, match=r"^moments: expected what batch norm saved"):
+            _ = saved.moments
+
+
 def test_what_is_saved(rng):
     x = rng.standard_normal((4, 6, 5, 3))
     for call, axes, shape in (
