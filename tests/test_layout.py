@@ -53,6 +53,34 @@ def test_gaps_and_backward_strides_have_no_layout(view):
     assert copy.flags.c_contiguous and where == layout.contiguous(x.shape, 1)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 6), (4, 3, 1), (1, 5), (5, 1), (1, 1, 1), (2, 3, 4)], ids=str)
+def test_contiguous_arrays_have_the_dims_of_their_strides(shape):
+    x = np.empty(shape)
+    for axis in range(len(shape)):
+        assert layout.contiguous(shape, axis).dims == layout.of(shape, x.strides, x.itemsize, axis).dims
+
+
+def unaligned(x):
+    memory = np.empty(x.nbytes + 1, np.uint8)
+    moved = memory[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    return moved
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (16, 1, 33), (4, 1, 3, 70), (6, 3, 5)], ids=str)
+def test_unaligned_arrays_get_the_same_bits(shape, rng):
+    x = rng.standard_normal(shape).astype(np.float32)
+    moved = unaligned(x)
+    assert not moved.flags.aligned
+    calls = [lambda x: fastbn.batch_norm_train(x), lambda x: fastbn.batch_norm_train(x, ghost=4)]
+    if len(shape) > 2:
+        calls.append(fastbn.instance_norm)
+    for call in calls:
+        (y, saved), (other, own) = call(x), call(moved)
+        assert same_bits(y, other) and same_bits(saved.mean, own.mean)
+        assert same_bits(fastbn.backward(x, saved).input, fastbn.backward(moved, own).input)
+
+
 def test_broadcasts_have_no_layout():
     x = np.broadcast_to(np.ones((1, 3, 1)), (4, 3, 5))
     assert layout.of(x.shape, x.strides, x.itemsize, 1) is None
