@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn import ArgumentTypeError, ArgumentValueError, layout
+from fastbn import ArgumentTypeError, ArgumentValueError, layout, reference
 from tests.oracle import case, check_backward, check_infer, check_train, normal, same_bits
 from tests.tolerances import BF16, DTYPES, arithmetic
 
@@ -193,6 +193,17 @@ def test_out_decides_the_memory_order(order, rng):
     y, saved = check_train(c, out=out)
     assert y is out
     check_backward(c, saved, rng.standard_normal(c.x.shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)], ids=str)
+def test_a_single_sample_is_not_copied(order, rng):
+    x = view(rng.standard_normal((1, 5, 6, 70)).astype(np.float32), order, "dense")
+    want = reference.normalise(x, (2, 3))
+    for call in (fastbn.instance_norm, lambda x: fastbn.batch_norm_train(x, ghost=2)):
+        y, saved = call(x)
+        assert saved.f.x is x and y.transpose(order).flags.c_contiguous
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+        assert fastbn.backward(x, saved).input.transpose(order).flags.c_contiguous
 
 
 def test_no_copy_is_made_of_dense_input(rng):
