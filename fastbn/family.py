@@ -244,9 +244,10 @@ def group_norm(
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
         raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
     N, C = x.shape[0], x.shape[axis]
+    num_groups = int(num_groups)  # NumPy's may be too small for C
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
-    d = Groups(N, int(num_groups), C, x.size // (N * C) if x.size else 0)
+    d = Groups(N, num_groups, C, x.size // (N * C) if x.size else 0)
     if N * d.length == 1:
         raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {x.shape}")
     return _normalise(x, weight, bias, (C,), d, (N, d.G), axis, eps, out)

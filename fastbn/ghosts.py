@@ -29,12 +29,13 @@ Array = npt.NDArray[Any]
 Turn = Callable[[slice, Array, Any], tuple[Array, Saved]]
 
 
-def check(size: Any) -> None:
-    """Check ghost=size."""
+def check(size: Any) -> int:
+    """Check ghost=size; return it as Python's integer: those of NumPy may be too small for the places in a batch."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise ArgumentTypeError("ghost", "an integer", type(size).__name__)
     if size < 1:
         raise ArgumentValueError("ghost", "an integer >= 1", size)
+    return int(size)
 
 
 class Ghosts(Saved):

@@ -40,14 +40,13 @@ def check(o: Options) -> Options:
         ("on_single", o.on_single, ("error", "running")),
         ("nonfinite", o.nonfinite, ("propagate", "skip_update", "raise")),
     ):
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ArgumentValueError(name, " or ".join(f'"{a}"' for a in allowed), repr(value))
     for name, flag in (("update_stats", o.update_stats), ("unbiased", o.unbiased)):
         if not isinstance(flag, bool | np.bool_):
             raise ArgumentTypeError(name, "True or False", flag)
-    if o.ghost is not None:
-        ghosts.check(o.ghost)
     return o._replace(
+        ghost=None if o.ghost is None else ghosts.check(o.ghost),
         eps=arguments.epsilon(o.eps, positive=True),
         momentum=arguments.number("momentum", o.momentum),
         renorm=None if o.renorm is None else renorm.bounds(o.renorm),
@@ -87,6 +86,8 @@ def _train(
     if f.count == 1:
         return _single(f, rm, rv, weight, bias, o)
     if isinstance(f, BlockForward) and o.ghost is not None:
+        if o.on_single == "running" and o.ghost * f.blocks.N * f.blocks.S == 1:
+            return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, None, None, out)
         return _ghosts(f, rm, rv, o.ghost, o)
     if o.renorm is None and o.nonfinite != "raise":
         if o.update_stats and o.unbiased and o.nonfinite == "propagate":
