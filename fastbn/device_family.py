@@ -162,10 +162,10 @@ def group_norm(
     array, axis = _samples(x, axis)
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
         raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
-    C = array.shape[axis]
+    C, num_groups = array.shape[axis], int(num_groups)  # NumPy's may be too small for C
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
-    d = _sizes(array, axis, int(num_groups))
+    d = _sizes(array, axis, num_groups)
     if array.shape[0] * d.n == 1:
         raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {array.shape}")
     return _normalise(array, weight, bias, (C,), d, (array.shape[0], d.G), axis, eps, out)

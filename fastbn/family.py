@@ -243,8 +243,7 @@ def group_norm(
         raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
         raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
-    N, C = x.shape[0], x.shape[axis]
-    num_groups = int(num_groups)  # NumPy's may be too small for C
+    N, C, num_groups = x.shape[0], x.shape[axis], int(num_groups)  # NumPy's may be too small for C
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
     d = Groups(N, num_groups, C, x.size // (N * C) if x.size else 0)

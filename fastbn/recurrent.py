@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, functional, saved, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 from fastbn.state import Layer, integer, parameter_dtype
 
@@ -39,6 +40,14 @@ class StepsSaved(Saved):
 
     def _row(self, i: int) -> Array:
         return np.concatenate([part._row(i) for part in self.parts]).reshape(self.shape[1:])
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics of all steps, one behind the other; ValueError for ragged ones, whose counts differ."""
+        counts = {part.count for part in self.parts}
+        if len(counts) > 1:
+            raise ArgumentValueError("moments", "as many values at every step", f"{min(counts)} to {max(counts)}")
+        return super().moments
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

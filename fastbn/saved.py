@@ -43,8 +43,8 @@ class Saved:
         Values per set.
     moments : Moments
         The batch's statistics as a mergeable value: those it was normalised with, but where it was normalised with
-        running ones (frozen, evaluation, ``on_single="running"``) its own, from x. ValueError where the means are
-        no vector, as those of group norm.
+        running ones (frozen, evaluation, ``on_single="running"``) its own, from x. Those of layer,
+        instance and group norm have an entry per set.
     updated : int
         How often the call moved running statistics: 0 or 1, or the number of ghost batches.
     """
@@ -76,10 +76,7 @@ class Saved:
 
     @property
     def moments(self) -> Moments:  # noqa: D102
-        mean = self._row(0)
-        if mean.ndim != 1:
-            raise ArgumentValueError("moments", "what batch norm saved, one mean per channel", f"shape {mean.shape}")
-        return Moments._of_variance(self.count, mean, self._row(2))
+        return Moments._of_variance(self.count, self._row(0).reshape(-1), self._row(2).reshape(-1))
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

@@ -204,11 +204,14 @@ def test_gradients_beyond_the_dtype_do_not_warn(rng):
         assert np.isinf(grads.bias).all() and not np.isfinite(grads.weight).all()
 
 
-def test_moments_are_of_channels(rng):
-    x = rng.standard_normal((3, 8, 30)).astype(np.float32)
+def test_moments_are_by_set(rng):
+    """As on a GPU."""
+    x = rng.standard_normal((3, 8, 30))
     for saved in (fastbn.group_norm(x, 2)[1], fastbn.instance_norm(x)[1], fastbn.layer_norm(x)[1]):
-        with pytest.raises(ValueError, match=r"^moments: expected what batch norm saved"):
-            _ = saved.moments
+        sets = x.reshape(-1, saved.count)
+        assert saved.moments.count == sets.shape[1]
+        np.testing.assert_allclose(saved.moments.mean, sets.mean(1), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(saved.moments.variance(), sets.var(1), rtol=1e-12)
 
 
 def test_what_is_saved(rng):

@@ -136,6 +136,15 @@ def test_steps_are_counted_by_integers_of_any_size(rng):
     assert np.array_equal(layer.step(x, np.int8(127))[0], want)
 
 
+def test_moments_of_sequences(rng):
+    layer, x = make(), rng.standard_normal((5, 4, 3))
+    layer(x)
+    np.testing.assert_allclose(layer.saved.moments.mean, x.mean(0).reshape(-1), rtol=0, atol=1e-14)
+    layer(x, lengths=[4, 4, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"^moments: expected as many values at every step, got 2 to 5"):
+        _ = layer.saved.moments
+
+
 def test_state_and_out(rng):
     x = rng.standard_normal((5, 4, 3)).astype(np.float32)
     layer, other = make(np.float32), make(np.float32)
