@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastbn import arguments, layout, recycled
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Gradients, Saved, output
 
 Array = npt.NDArray[Any]
 
@@ -70,7 +70,7 @@ class MaskedSaved(Saved):
         if grad.dtype != self.dtype:
             raise ArgumentTypeError("grad_output", f"the dtype of x, {self.dtype}", grad.dtype)
         if out is not None:
-            arguments.output(out, grad, axis)
+            output(out, grad, axis)
         dx, dweight, dbias, residual = self.inner.gradients(pack(grad, axis, mask), None)
         if residual is not None:
             residual = unpack(residual, grad, axis, mask, None)
@@ -87,7 +87,7 @@ def normalise(step: Step, x: Any, axis: Any, residual: Any, mask: Any, lengths: 
     if residual is not None:
         residual = pack(arguments.same_kind("residual", residual, x), axis, mask)
     if out is not None:
-        arguments.output(out, x, axis)
+        output(out, x, axis)
         arguments.apart("x", out, x, exact_allowed=False)
     y, inner = step(pack(x, axis, mask), 1, residual, None)
     saved = MaskedSaved()

@@ -155,6 +155,15 @@ def test_out_and_memory_orders(rng):
         assert np.array_equal(out, dx)
 
 
+@pytest.mark.parametrize("shape", [(6, 0), (0, 3), (4, 0, 5), (4, 3, 0)], ids=str)
+def test_nothing_into_a_given_output(shape):
+    x, mask = np.empty(shape, np.float32), np.arange(shape[0]) > 2
+    mask = mask.reshape(-1, *[1] * (len(shape) - 2))
+    out = np.empty_like(x)
+    y, saved = fastbn.batch_norm_train(x, mask=mask, out=out)
+    assert y is out and fastbn.backward(x, saved, out=out).input is out
+
+
 def test_given_statistics_too(rng):
     x, mask, _, _ = draw(rng, (6, 5, 9), 1)
     x[~np.broadcast_to(mask[:, None], x.shape)] = np.nan
