@@ -121,9 +121,13 @@ def number(name: str, value: Any) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.floating | np.integer):
         raise ArgumentTypeError(name, "a number", type(value).__name__)
-    if not math.isfinite(value):
+    try:
+        found = float(value)
+    except OverflowError:
+        raise ArgumentValueError(name, "a finite number", f"an {type(value).__name__} beyond float64") from None
+    if not math.isfinite(found):
         raise ArgumentValueError(name, "a finite number", value)
-    return float(value)
+    return found
 
 
 def epsilon(value: Any, positive: bool) -> float:
@@ -182,7 +186,7 @@ def _share(a: Array, b: Array) -> bool:
 
 def valid(mask: Any, x: Array, axis: int) -> Array:
     """Check a mask and broadcast it to the shape of x without its channel axis."""
-    mask = np.asarray(mask)
+    mask = sequence("mask", mask, "an array of bool")
     if mask.dtype != np.bool_:
         raise ArgumentTypeError("mask", "an array of bool", mask.dtype)
     shape = x.shape[:axis] + x.shape[axis + 1 :]
@@ -201,7 +205,9 @@ def from_lengths(lengths: Any, x: Array, axis: int) -> Array:
             "lengths", "x of shape (N, C, T) with axis=1 or (N, T, C) with axis=2", f"shape {x.shape}, axis {axis}"
         )
     steps = x.shape[3 - axis]
-    counts = np.asarray(lengths)
+    counts = sequence("lengths", lengths, "an array of integers")
+    if counts.shape == (0,):  # NumPy makes an empty list an array of float64
+        counts = counts.astype(np.intp)
     if not np.issubdtype(counts.dtype, np.integer):
         raise ArgumentTypeError("lengths", "an array of integers", counts.dtype)
     if counts.shape != x.shape[:1]:

@@ -154,7 +154,7 @@ def _parameter(name: str, value: Any, shape: tuple[int, ...], x: Array) -> Array
     """Check a parameter of any shape; return it flat."""
     if value is None:
         return None
-    array = np.asarray(value)
+    array = arguments.sequence(name, value, f"an array of shape {shape}")
     if array.shape != shape:
         raise ArgumentValueError(name, f"shape {shape}", f"shape {array.shape}")
     return arguments.parameter(name, array.reshape(-1), array.size, arguments.arithmetic(x.dtype))

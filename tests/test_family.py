@@ -259,7 +259,10 @@ X = np.zeros((4, 6, 5), np.float32)
     [
         (lambda: fastbn.layer_norm(X, np.ones(4, np.float32)), ValueError, "weight"),
         (lambda: fastbn.layer_norm(X, None, np.ones(5)), TypeError, "bias"),
+        (lambda: fastbn.layer_norm(X, [[1.0], [2.0, 3.0]]), TypeError, "weight"),
+        (lambda: fastbn.group_norm(X, 2, np.ma.ones(6)), TypeError, "weight"),
         (lambda: fastbn.layer_norm(X, axis=3), ValueError, "axis"),
+        (lambda: fastbn.layer_norm(X, eps=10**400), ValueError, "eps"),
         (lambda: fastbn.layer_norm(X, eps=0.0), ValueError, "eps"),
         (lambda: fastbn.layer_norm(X, out=X), ValueError, "out"),
         (lambda: fastbn.layer_norm(X, out=np.empty((4, 6, 4), np.float32)), ValueError, "out"),

@@ -142,6 +142,11 @@ def test_statistics_are_those_of_the_ragged_sequences(data):
     np.testing.assert_allclose(saved.variance, ragged.var(0), rtol=1e-12, atol=1e-20)
 
 
+def test_lengths_of_nothing():
+    x = np.empty((0, 3, 5), np.float32)
+    assert fastbn.batch_norm_train(x, lengths=[])[0].shape == x.shape
+
+
 def test_out_and_memory_orders(rng):
     x, mask, weight, bias = draw(rng, (4, 3, 5, 7), 1)
     g = rng.standard_normal(x.shape).astype(np.float32)
@@ -191,6 +196,7 @@ M[0] = False
         (lambda: fastbn.batch_norm_train(X, lengths=[1, 2, 3, -1]), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1.0, 2, 3, 4]), TypeError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1] * 4, axis=0), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[[1], [2, 3], 4, 5]), TypeError, "lengths"),
         (lambda: fastbn.batch_norm_train(X[0], lengths=[1] * 3), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1, 0, 0, 0]), ValueError, "x"),
         (lambda: fastbn.batch_norm_train(X, mask=M, ghost=0), ValueError, "ghost"),
