@@ -170,13 +170,16 @@ def apart(name: str, out: Array, other: Array, exact_allowed: bool) -> None:
     if not np.may_share_memory(out, other):
         return
     same = out.ctypes.data == other.ctypes.data and out.strides == other.strides
-    if (same and exact_allowed) or not (same or _share(out, other)):
+    if (same and exact_allowed) or not (same or share(out, other)):
         return
     expected = f"memory apart from {name}" + (f", or exactly that of {name}" if exact_allowed else "")
     raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
 
 
-def _share(a: Array, b: Array) -> bool:
+def share(a: Array, b: Array) -> bool:
+    """Tell whether two arrays have a byte in common, or may have one where that is hard to say."""
+    if not np.may_share_memory(a, b):
+        return False
     most: Any = 1000  # steps of an exact search; NumPy's stubs know two special values only
     try:
         return bool(np.shares_memory(a, b, max_work=most))

@@ -53,6 +53,9 @@ class Forward:
             arguments.apart("x", out, x, exact_allowed=in_place)
             if residual is not None:
                 arguments.apart("residual", out, residual, exact_allowed=True)
+            for name, vector in (("weight", self.weight), ("bias", self.bias)):
+                if not (out.flags.owndata and vector.flags.owndata):
+                    arguments.apart(name, out, vector, exact_allowed=False)
             self.out = out
             self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
         self.residual = None if residual is None else layout.like(residual, self.layout)
@@ -62,6 +65,13 @@ class Forward:
         """Values per channel."""
         N, _, S = self.layout.dims
         return N * S
+
+    def running(self, mean: Any, var: Any) -> tuple[Array, Array]:
+        """Check running statistics that are given, or not; see ``running.pair``."""
+        mean, var = running.pair(mean, var, self.layout.dims[1], self.dtype)
+        if mean.size:
+            running.check_apart(mean, var, (self.weight, self.bias), (self.x, self.out))
+        return mean, var
 
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
@@ -86,7 +96,7 @@ def train(
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
+    rm, rv = f.running(running_mean, running_var)
     if f.x.size == 0:
         return f.out, f.saved(no_statistics(C, eps), frozen=False)
     if N * S == 1:

@@ -53,7 +53,7 @@ def batch_norm_train(
     weight, bias : array, shape (C,), optional
         Scale (1) and shift (0); float64 for float64 x, else float32.
     running_mean, running_var : numpy.ndarray, shape (C,), optional
-        Both or neither; dtype as weight; updated in place.
+        Both or neither; dtype as weight; updated in place, so apart from each other and from weight and bias.
     momentum : float
         Weight of the new value in the running statistics.
     eps : float

@@ -121,7 +121,9 @@ def train(
         running_mean = running_var = views.constant(0.0, 0, F32)
         plain = _plain((weight, bias), channels)
     else:
-        plain = _plain((weight, bias, running_mean, running_var), channels)
+        plain = running_mean is not running_var and _plain((weight, bias, running_mean, running_var), channels)
+        if running_mean is weight or running_mean is bias or running_var is weight or running_var is bias:
+            return None  # refused there
     if not plain:
         return None
     stats = _empty(3 * channels)

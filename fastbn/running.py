@@ -28,6 +28,22 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
     )
 
 
+def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: tuple[Array, Array]) -> None:
+    """Raise if a running statistic is memory of another array of the call, ``params`` weight and bias, ``tensors`` x, out.
+
+    Kernels move channels while they read others, and backward would read what was moved. Four arrays with memory of
+    their own need no look at it: they are apart unless they are the same.
+    """
+    owned = all(a.flags.owndata for a in (mean, var, *params))
+    others = {"weight": params[0], "bias": params[1]}
+    if not owned:
+        others |= {"x": tensors[0], "out": tensors[1]}
+    for name, moved, rest in (("running_mean", mean, others), ("running_var", var, others | {"running_mean": mean})):
+        for other, array in rest.items():
+            if moved is array or (not owned and arguments.share(moved, array)):
+                raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
+
+
 def move(mean: Array, var: Array, batch: Moments, momentum: float, unbiased: bool) -> None:
     """Move checked running statistics in place: running = (1 - momentum)*running + momentum*new, in float64."""
     with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels

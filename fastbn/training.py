@@ -78,7 +78,7 @@ def _train(
     else:
         f = BlockForward(x, weight, bias, axis, o.activation, residual, out)
     C = f.weight.size
-    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
+    rm, rv = f.running(running_mean, running_var)
     if o.renorm is not None and rm.size < C:
         raise ArgumentValueError("renorm", "running statistics to renormalise towards", "none")
     if f.x.size == 0:
