@@ -206,20 +206,26 @@ def to_moments(vectors: Flat, count: int) -> Moments:
     """Bring statistics to the host; waits for the GPU."""
     values = host(vectors.array_owner)[: vectors.size]  # behind them may be scratch
     mean, _, var, rest = np.asarray(values, np.float64).reshape(4, -1)
-    return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
+    return Moments._of_variance(count, mean + np.where(np.isfinite(rest), rest, 0.0), var)
 
 
-def pair(running_mean: Any, running_var: Any, x: DeviceArray, channels: int) -> tuple[Flat, Flat] | None:
-    """Check that both running statistics are given or neither; None for neither."""
+def pair(
+    running_mean: Any, running_var: Any, x: DeviceArray, channels: int, *params: Flat | None
+) -> tuple[Flat, Flat] | None:
+    """Check that both running statistics are given or neither, and apart from weight and bias; None for neither."""
     if (running_mean is None) != (running_var is None):
         absent = "running_mean" if running_mean is None else "running_var"
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
     if running_mean is None:
         return None
-    return (
-        checks.running("running_mean", running_mean, x, channels),
-        checks.running("running_var", running_var, x, channels),
-    )
+    mean = checks.running("running_mean", running_mean, x, channels)
+    var = checks.running("running_var", running_var, x, channels)
+    others = tuple(zip(("weight", "bias"), params, strict=False))
+    for name, moved, rest in (("running_mean", mean, others), ("running_var", var, (*others, ("running_mean", mean)))):
+        for other, flat in rest:
+            if flat is not None and moved.shares(flat):
+                raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
+    return mean, var
 
 
 def train(
@@ -231,7 +237,7 @@ def train(
     f = Call(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C) or (None, None)
+    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f.weight, f.bias) or (None, None)
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -311,7 +317,7 @@ def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Mome
     if mask is not None or lengths is not None:
         from fastbn import device_mask
 
-        found = device_mask.find(mask, lengths, array, axis, where, train=True)
+        found = device_mask.find(mask, lengths, array, axis, where, train=True, single=True)
     return moments_found(array, where, found)
 
 

@@ -29,10 +29,11 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
 
 
 def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: tuple[Array, Array]) -> None:
-    """Raise if a running statistic is memory of another array of the call, ``params`` weight and bias, ``tensors`` x, out.
+    """Raise if a running statistic is memory of another array of the call.
 
-    Kernels move channels while they read others, and backward would read what was moved. Four arrays with memory of
-    their own need no look at it: they are apart unless they are the same.
+    ``params`` are weight and bias, ``tensors`` x and out. Kernels move channels while they read others, and backward
+    would read what was moved. Four arrays with memory of their own need no look at it: they are apart unless they are
+    the same.
     """
     owned = all(a.flags.owndata for a in (mean, var, *params))
     others = {"weight": params[0], "bias": params[1]}
