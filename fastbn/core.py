@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, dispatch, layout, quick, running, views
 from fastbn.errors import ArgumentValueError
-from fastbn.saved import BatchSaved, kept, no_statistics, output
+from fastbn.saved import BatchSaved, OverwrittenSaved, kept, no_statistics, output
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 class Forward:
     """The checked arguments that training and inference share, in the form the kernels take."""
 
-    __slots__ = ("affine", "axis", "bias", "dtype", "layout", "out", "relu", "residual", "weight", "x")
+    __slots__ = ("affine", "axis", "bias", "dtype", "in_place", "layout", "out", "relu", "residual", "weight", "x")
 
     x: Array
     out: Array
@@ -58,6 +58,7 @@ class Forward:
                     arguments.apart(name, out, vector, exact_allowed=False)
             self.out = out
             self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
+        self.in_place = in_place and out is not None and np.may_share_memory(self.out, self.x)
         self.residual = None if residual is None else layout.like(residual, self.layout)
 
     @property
@@ -79,7 +80,7 @@ class Forward:
 
     def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
         """Return what backward needs."""
-        saved = BatchSaved()
+        saved = OverwrittenSaved() if self.in_place else BatchSaved()
         saved.x, saved.axis, saved.layout, saved.stats = self.x, self.axis, self.layout, stats
         saved.count, saved.updated = self.layout.dims[0] * self.layout.dims[2], updated
         saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine

@@ -16,7 +16,7 @@ from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Gradients, Saved, refuse_overwritten
 
 __all__ = ["Call", "DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "train"]
 
@@ -78,7 +78,13 @@ class Call:
         self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None, into: DeviceSaved | None = None
     ) -> DeviceSaved:
         """Return what backward needs; ``into``: in an object of this kind."""
-        saved = into or (DeviceSaved() if mask is None else MaskedDeviceSaved())
+        if into is None:
+            overwritten = frozen and self.x.size and self.out.address == self.x.address
+            saved = (
+                MaskedDeviceSaved() if mask is not None else OverwrittenDeviceSaved() if overwritten else DeviceSaved()
+            )
+        else:
+            saved = into
         saved.mask, saved.known = mask, None
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
@@ -182,6 +188,22 @@ class DeviceSaved(Saved):
         given = launch.Given(zero, zero, 1.0)
         launch.infer(grad.flat(), None, result.flat(), None, None, given, self.layout.dims, None, self.mask)
         return result
+
+
+class OverwrittenDeviceSaved(DeviceSaved):
+    """The twin of ``saved.OverwrittenSaved``: y was written over x."""
+
+    __slots__ = ()
+
+    @property
+    def moments(self) -> Moments:
+        raise refuse_overwritten("moments need")
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        if self.affine[0] or self.relu:
+            raise refuse_overwritten("gradients of weight and through a ReLU need")
+        return super().gradients(grad_output, out)
 
 
 class MaskedDeviceSaved(DeviceSaved):

@@ -209,6 +209,7 @@ def frozen(
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there.
 
     ``mask`` and ``lengths`` as in ``batch_norm_train``: y and the gradient of x are zero where they exclude a value.
+    In place (``out`` is x) there are no gradients of weight, and none through the activation.
     """
     if dispatch.on_device(x):
         from fastbn import device

@@ -141,9 +141,30 @@ class BatchSaved(Saved):
         return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
 
 
+def refuse_overwritten(what: str) -> ArgumentValueError:
+    """Return the error for what needs an x that the forward pass wrote y over."""
+    return ArgumentValueError("saved", f"an x that was not overwritten (out=x), which {what}", "y in its place")
+
+
+class OverwrittenSaved(BatchSaved):
+    """What inference in place saves: x is gone, so there is no gradient of weight, nor one through a ReLU."""
+
+    __slots__ = ()
+
+    @property
+    def moments(self) -> Moments:
+        raise refuse_overwritten("moments need")
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        if self.affine[0] or self.relu:
+            raise refuse_overwritten("gradients of weight and through a ReLU need")
+        return super().gradients(grad_output, out)
+
+
 def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
     """Return what backward needs after a quick call."""
-    saved = BatchSaved()
+    saved = OverwrittenSaved() if done[0] is x else BatchSaved()
     _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
     saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
     saved.y, saved.residual, saved.frozen, saved.updated = None, False, frozen, updated

@@ -99,6 +99,26 @@ def test_exact_aliases():
         fastbn.backward(array(), saved, out=y)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (16, 3, 40, 80)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+def test_inference_in_place_leaves_no_gradients_that_need_x(shape, dtype):
+    """What backward needs is x; after inference in place y lies there, and gradients would be those of another x."""
+    for options in ({}, {"activation": "relu"}, {"affine": False, "activation": "relu"}):
+        bn, x = fastbn.BatchNorm(3, dtype=dtype, **options).eval(), array(shape).astype(dtype)
+        for _ in range(2):
+            x = bn(x, out=x)
+        with refused("saved", ValueError, "y in its place"):
+            bn.backward(x)
+        with refused("saved", ValueError, "y in its place"):
+            _ = bn.saved.moments
+        bn(x, out=np.empty_like(x))
+        bn.backward(x)
+    bn = fastbn.BatchNorm(3, affine=False, dtype=dtype).eval()
+    bn(x)
+    want = bn.backward(x).input
+    assert np.array_equal((bn(y := x.copy(), out=y), bn.backward(x).input)[1], want)
+
+
 def test_the_residual_gradient_is_not_overwritten():
     _, saved = fastbn.batch_norm_train(array(), residual=array())
     memory = array()

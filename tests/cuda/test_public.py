@@ -55,6 +55,19 @@ def test_running_statistics_that_are_another_array_are_refused(rng):
     assert (on_gpu.host[1] == 1).all() and (on_gpu.host[0, :2] == 1).all()
 
 
+def test_inference_in_place_leaves_no_gradients_that_need_x(rng):
+    x = put(rng.standard_normal((6, 3, 10)).astype(np.float32))
+    rm, rv, w = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32)), put(np.ones(3, np.float32))
+    for weight, activation in ((w, None), (None, "relu")):
+        _, saved = frozen(x, rm, rv, weight, activation=activation, out=x)
+        with pytest.raises(ValueError, match=r"^saved: expected an x that was not overwritten"):
+            fastbn.backward(x, saved)
+        with pytest.raises(ValueError, match=r"^saved: expected an x that was not overwritten"):
+            _ = saved.moments
+    _, saved = frozen(x, rm, rv, out=x)
+    np.testing.assert_allclose(get(fastbn.backward(x, saved).input), get(x), rtol=1e-4)
+
+
 def test_arrays_on_a_gpu_beside_one_on_the_host_are_refused():
     with pytest.raises(fastbn.DeviceError, match="copy the array to the host"):
         fastbn.batch_norm_infer(np.ones((6, 3), np.float32), put(np.ones(3, np.float32)), np.ones(3, np.float32))
