@@ -16,7 +16,7 @@ from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved, refuse_overwritten
+from fastbn.saved import Gradients, Overwritten, Saved
 
 __all__ = ["Call", "DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "train"]
 
@@ -190,20 +190,10 @@ class DeviceSaved(Saved):
         return result
 
 
-class OverwrittenDeviceSaved(DeviceSaved):
-    """The twin of ``saved.OverwrittenSaved``: y was written over x."""
+class OverwrittenDeviceSaved(Overwritten, DeviceSaved):
+    """What inference in place saves."""
 
     __slots__ = ()
-
-    @property
-    def moments(self) -> Moments:
-        raise refuse_overwritten("moments need")
-
-    def gradients(self, grad_output: Any, out: Any) -> Gradients:
-        """See ``fastbn.backward``."""
-        if self.affine[0] or self.relu:
-            raise refuse_overwritten("gradients of weight and through a ReLU need")
-        return super().gradients(grad_output, out)
 
 
 class MaskedDeviceSaved(DeviceSaved):

@@ -62,6 +62,10 @@ def update(running_mean: Any, running_var: Any, moments: Any, momentum: float, u
     if running_mean is None:
         raise ArgumentTypeError("running_mean", "a NumPy array (it is updated in place)", "None")
     mean, var = pair(running_mean, running_var, moments.mean.size, dtype)
+    if arguments.share(mean, var):
+        raise ArgumentValueError(
+            "running_var", "memory apart from running_mean (it is updated in place)", "the same memory"
+        )
     momentum = arguments.number("momentum", momentum)
     if moments.count == 0:
         return

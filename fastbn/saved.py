@@ -30,7 +30,9 @@ class Gradients(NamedTuple):
 
 
 class Saved:
-    """What a forward pass leaves for ``backward``: x and its statistics. x must not change in between.
+    """What a forward pass leaves for ``backward``: x and its statistics.
+
+    References, not copies: x, weight, bias, a mask, and y with both residual and activation must not change in between.
 
     Attributes
     ----------
@@ -141,25 +143,31 @@ class BatchSaved(Saved):
         return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
 
 
-def refuse_overwritten(what: str) -> ArgumentValueError:
-    """Return the error for what needs an x that the forward pass wrote y over."""
-    return ArgumentValueError("saved", f"an x that was not overwritten (out=x), which {what}", "y in its place")
-
-
-class OverwrittenSaved(BatchSaved):
-    """What inference in place saves: x is gone, so there is no gradient of weight, nor one through a ReLU."""
+class Overwritten(Saved):
+    """What inference in place makes of a ``Saved``: x is gone, and with it gradients of weight or through a ReLU."""
 
     __slots__ = ()
 
+    def _refuse(self, what: str) -> ArgumentValueError:
+        expected = f"an x that was not overwritten (out=x), which {what} need"
+        return ArgumentValueError("saved", expected, "y in its place")
+
     @property
     def moments(self) -> Moments:
-        raise refuse_overwritten("moments need")
+        raise self._refuse("moments")
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
-        if self.affine[0] or self.relu:
-            raise refuse_overwritten("gradients of weight and through a ReLU need")
+        of: Any = self
+        if of.affine[0] or of.relu:
+            raise self._refuse("gradients of weight and through a ReLU")
         return super().gradients(grad_output, out)
+
+
+class OverwrittenSaved(Overwritten, BatchSaved):
+    """What inference in place saves."""
+
+    __slots__ = ()
 
 
 def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
