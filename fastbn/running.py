@@ -35,13 +35,15 @@ def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: t
     would read what was moved. Four arrays with memory of their own need no look at it: they are apart unless they are
     the same.
     """
-    owned = all(a.flags.owndata for a in (mean, var, *params))
-    others = {"weight": params[0], "bias": params[1]}
-    if not owned:
-        others |= {"x": tensors[0], "out": tensors[1]}
+    weight, bias = params
+    owned = mean.flags.owndata and var.flags.owndata and weight.flags.owndata and bias.flags.owndata
+    same = mean is var or mean is weight or mean is bias or var is weight or var is bias
+    if owned and not same:
+        return
+    others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1]}
     for name, moved, rest in (("running_mean", mean, others), ("running_var", var, others | {"running_mean": mean})):
         for other, array in rest.items():
-            if moved is array or (not owned and arguments.share(moved, array)):
+            if arguments.share(moved, array):
                 raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
 
 
