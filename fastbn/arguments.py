@@ -47,12 +47,13 @@ def _host(name: str, x: Any) -> Array:
         return cast(Array, x.view(np.ndarray))
     if dispatch.on_device(x):
         raise dispatch.refuse_device(name)
-    if _is_tensor(x):
+    if is_tensor(x):
         raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
     raise ArgumentTypeError(name, "a NumPy array", type(x).__name__)
 
 
-def _is_tensor(x: Any) -> bool:
+def is_tensor(x: Any) -> bool:
+    """Tell whether this is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(isinstance(x, torch.Tensor))
 
@@ -83,12 +84,24 @@ def parameter(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Arr
 
 
 def _vector(name: str, value: Any) -> Array:
-    if isinstance(value, np.ndarray) or _is_tensor(value) or dispatch.on_device(value):
+    if isinstance(value, np.ndarray) or is_tensor(value) or dispatch.on_device(value):
         return _host(name, value)
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentTypeError(name, "one number per channel", type(value).__name__) from None
+
+
+def sequence(name: str, value: Any, expected: str) -> Array:
+    """Return ``numpy.asarray(value)`` where NumPy makes an array of it; a masked array's mask would be lost."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentTypeError(name, "a plain array", "a masked array")
+    if dispatch.on_device(value):
+        raise dispatch.refuse_device(name)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor with a graph
+        raise ArgumentTypeError(name, expected, type(value).__name__) from None
 
 
 def running(name: str, value: Any, channels: int, dtype: np.dtype[Any]) -> Array:
@@ -108,9 +121,13 @@ def number(name: str, value: Any) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.floating | np.integer):
         raise ArgumentTypeError(name, "a number", type(value).__name__)
-    if not math.isfinite(value):
+    try:
+        found = float(value)
+    except OverflowError:
+        raise ArgumentValueError(name, "a finite number", f"an {type(value).__name__} beyond float64") from None
+    if not math.isfinite(found):
         raise ArgumentValueError(name, "a finite number", value)
-    return float(value)
+    return found
 
 
 def epsilon(value: Any, positive: bool) -> float:
@@ -153,13 +170,16 @@ def apart(name: str, out: Array, other: Array, exact_allowed: bool) -> None:
     if not np.may_share_memory(out, other):
         return
     same = out.ctypes.data == other.ctypes.data and out.strides == other.strides
-    if (same and exact_allowed) or not (same or _share(out, other)):
+    if (same and exact_allowed) or not (same or share(out, other)):
         return
     expected = f"memory apart from {name}" + (f", or exactly that of {name}" if exact_allowed else "")
     raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
 
 
-def _share(a: Array, b: Array) -> bool:
+def share(a: Array, b: Array) -> bool:
+    """Tell whether two arrays have a byte in common, or may have one where that is hard to say."""
+    if not np.may_share_memory(a, b):
+        return False
     most: Any = 1000  # steps of an exact search; NumPy's stubs know two special values only
     try:
         return bool(np.shares_memory(a, b, max_work=most))
@@ -169,7 +189,7 @@ def _share(a: Array, b: Array) -> bool:
 
 def valid(mask: Any, x: Array, axis: int) -> Array:
     """Check a mask and broadcast it to the shape of x without its channel axis."""
-    mask = np.asarray(mask)
+    mask = sequence("mask", mask, "an array of bool")
     if mask.dtype != np.bool_:
         raise ArgumentTypeError("mask", "an array of bool", mask.dtype)
     shape = x.shape[:axis] + x.shape[axis + 1 :]
@@ -188,7 +208,9 @@ def from_lengths(lengths: Any, x: Array, axis: int) -> Array:
             "lengths", "x of shape (N, C, T) with axis=1 or (N, T, C) with axis=2", f"shape {x.shape}, axis {axis}"
         )
     steps = x.shape[3 - axis]
-    counts = np.asarray(lengths)
+    counts = sequence("lengths", lengths, "an array of integers")
+    if counts.shape == (0,):  # NumPy makes an empty list an array of float64
+        counts = counts.astype(np.intp)
     if not np.issubdtype(counts.dtype, np.integer):
         raise ArgumentTypeError("lengths", "an array of integers", counts.dtype)
     if counts.shape != x.shape[:1]:

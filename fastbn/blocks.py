@@ -45,7 +45,7 @@ def _samples_outermost(x: Array, axis: int) -> bool:
     where = layout.of(x.shape, x.strides, x.itemsize, axis)
     if where is None:
         return False
-    return x.size == 0 or next((a == 0 for a in where.order if x.shape[a] != 1), True)
+    return x.size == 0 or x.shape[0] == 1 or next((a == 0 for a in where.order if x.shape[a] != 1), True)
 
 
 class BlockForward(Forward):

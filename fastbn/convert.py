@@ -53,7 +53,7 @@ def _layer(given: Mapping[str, Any], names: tuple[str, str, str, str], momentum:
 
 
 def _vector(name: str, value: Any) -> Array:
-    array = np.asarray(value)
+    array = arguments.sequence(name, value, "one number per channel")
     if array.dtype.kind != "f" and not arguments.is_bfloat16(array.dtype):
         raise ArgumentTypeError(name, "an array of floating point numbers", array.dtype)
     if array.ndim != 1 or not array.size:

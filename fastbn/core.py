@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, dispatch, layout, quick, running, views
 from fastbn.errors import ArgumentValueError
-from fastbn.saved import BatchSaved, kept, no_statistics, output
+from fastbn.saved import BatchSaved, OverwrittenSaved, kept, no_statistics, output
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 class Forward:
     """The checked arguments that training and inference share, in the form the kernels take."""
 
-    __slots__ = ("affine", "axis", "bias", "dtype", "layout", "out", "relu", "residual", "weight", "x")
+    __slots__ = ("affine", "axis", "bias", "dtype", "in_place", "layout", "out", "relu", "residual", "weight", "x")
 
     x: Array
     out: Array
@@ -53,8 +53,12 @@ class Forward:
             arguments.apart("x", out, x, exact_allowed=in_place)
             if residual is not None:
                 arguments.apart("residual", out, residual, exact_allowed=True)
+            for name, vector in (("weight", self.weight), ("bias", self.bias)):
+                if not (out.flags.owndata and vector.flags.owndata):
+                    arguments.apart(name, out, vector, exact_allowed=False)
             self.out = out
             self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
+        self.in_place = in_place and out is not None and np.may_share_memory(self.out, self.x)
         self.residual = None if residual is None else layout.like(residual, self.layout)
 
     @property
@@ -92,13 +96,20 @@ class Forward:
             self.weight, self.bias, stats, self.layout.dims, self.relu,
         )  # fmt: skip
 
+    def running(self, mean: Any, var: Any) -> tuple[Array, Array]:
+        """Check running statistics that are given, or not; see ``running.pair``."""
+        mean, var = running.pair(mean, var, self.layout.dims[1], self.dtype)
+        if mean.size:
+            running.check_apart(mean, var, (self.weight, self.bias), (self.x, self.out))
+        return mean, var
+
     def flat(self, x: Array | None) -> Array | None:
         """View x, residual or out as the kernels take it."""
         return None if x is None else views.flat(x, self.layout)
 
     def saved(self, stats: Array, frozen: bool, updated: int = 0) -> BatchSaved:
         """Return what backward needs."""
-        saved = BatchSaved()
+        saved = OverwrittenSaved() if self.in_place else BatchSaved()
         saved.x, saved.axis, saved.layout, saved.stats = self.x, self.axis, self.layout, stats
         saved.count, saved.updated = self.layout.dims[0] * self.layout.dims[2], updated
         saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine
@@ -116,7 +127,7 @@ def train(
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    rm, rv = running.pair(running_mean, running_var, C, f.dtype)
+    rm, rv = f.running(running_mean, running_var)
     if f.x.size == 0:
         return f.out, f.saved(no_statistics(C, eps), frozen=False)
     if N * S == 1:

@@ -16,7 +16,7 @@ from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
 from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.saved import Gradients, Overwritten, Saved
 
 __all__ = ["Call", "DeviceSaved", "follow", "frozen", "host", "infer", "moments_of", "on_device", "train"]
 
@@ -78,7 +78,13 @@ class Call:
         self, stats: Flat, frozen: bool, updated: int = 0, mask: Any = None, into: DeviceSaved | None = None
     ) -> DeviceSaved:
         """Return what backward needs; ``into``: in an object of this kind."""
-        saved = into or (DeviceSaved() if mask is None else MaskedDeviceSaved())
+        if into is None:
+            overwritten = frozen and self.x.size and self.out.address == self.x.address
+            saved = (
+                MaskedDeviceSaved() if mask is not None else OverwrittenDeviceSaved() if overwritten else DeviceSaved()
+            )
+        else:
+            saved = into
         saved.mask, saved.known = mask, None
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
@@ -184,6 +190,12 @@ class DeviceSaved(Saved):
         return result
 
 
+class OverwrittenDeviceSaved(Overwritten, DeviceSaved):
+    """What inference in place saves."""
+
+    __slots__ = ()
+
+
 class MaskedDeviceSaved(DeviceSaved):
     """As ``DeviceSaved``; how many values counted is known to the GPU alone until somebody asks."""
 
@@ -206,20 +218,26 @@ def to_moments(vectors: Flat, count: int) -> Moments:
     """Bring statistics to the host; waits for the GPU."""
     values = host(vectors.array_owner)[: vectors.size]  # behind them may be scratch
     mean, _, var, rest = np.asarray(values, np.float64).reshape(4, -1)
-    return Moments(count, mean + np.where(np.isfinite(rest), rest, 0.0), var * count)
+    return Moments._of_variance(count, mean + np.where(np.isfinite(rest), rest, 0.0), var)
 
 
-def pair(running_mean: Any, running_var: Any, x: DeviceArray, channels: int) -> tuple[Flat, Flat] | None:
-    """Check that both running statistics are given or neither; None for neither."""
+def pair(
+    running_mean: Any, running_var: Any, x: DeviceArray, channels: int, *params: Flat | None
+) -> tuple[Flat, Flat] | None:
+    """Check that both running statistics are given or neither, and apart from weight and bias; None for neither."""
     if (running_mean is None) != (running_var is None):
         absent = "running_mean" if running_mean is None else "running_var"
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
     if running_mean is None:
         return None
-    return (
-        checks.running("running_mean", running_mean, x, channels),
-        checks.running("running_var", running_var, x, channels),
-    )
+    mean = checks.running("running_mean", running_mean, x, channels)
+    var = checks.running("running_var", running_var, x, channels)
+    others = tuple(zip(("weight", "bias"), params, strict=False))
+    for name, moved, rest in (("running_mean", mean, others), ("running_var", var, (*others, ("running_mean", mean)))):
+        for other, flat in rest:
+            if flat is not None and moved.shares(flat):
+                raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
+    return mean, var
 
 
 def train(
@@ -231,7 +249,7 @@ def train(
     f = Call(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C) or (None, None)
+    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f.weight, f.bias) or (None, None)
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -311,7 +329,7 @@ def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Mome
     if mask is not None or lengths is not None:
         from fastbn import device_mask
 
-        found = device_mask.find(mask, lengths, array, axis, where, train=True)
+        found = device_mask.find(mask, lengths, array, axis, where, train=True, single=True)
     return moments_found(array, where, found)
 
 

@@ -162,10 +162,10 @@ def group_norm(
     array, axis = _samples(x, axis)
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
         raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
-    C = array.shape[axis]
+    C, num_groups = array.shape[axis], int(num_groups)  # NumPy's may be too small for C
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
-    d = _sizes(array, axis, int(num_groups))
+    d = _sizes(array, axis, num_groups)
     if array.shape[0] * d.n == 1:
         raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {array.shape}")
     return _normalise(array, weight, bias, (C,), d, (array.shape[0], d.G), axis, eps, out)
@@ -187,6 +187,7 @@ def move(saved: DeviceSetsSaved, running_mean: Any, running_var: Any, momentum: 
     from fastbn.cuda import launch_sets
 
     C = saved.sizes.C
-    flats = [checks.running(n, v, saved.x, C) for n, v in (("mean", running_mean), ("var", running_var))]
+    named = ("running_mean", running_mean), ("running_var", running_var)
+    flats = [checks.running(name, value, saved.x, C) for name, value in named]
     unbias = saved.count / (saved.count - 1)
     launch_sets.move(saved.vectors, flats[0], flats[1], saved.sizes.B, momentum, unbias)

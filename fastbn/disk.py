@@ -29,11 +29,29 @@ def _user_cache() -> Path:
 
 
 def folder(name: str) -> Path | None:
-    """Return the user's folder of this name, made if need be; None where nothing is writable."""
+    """Return the user's folder of this name, made if need be; None where it can be neither written nor read.
+
+    One that was filled ahead may be read-only: an image that ``fastbn warmup`` ran in, with another user.
+    """
     try:
         found = _user_cache() / name
+    except RuntimeError:  # Path.home() without a home
+        return None
+    return found if writable(found) or _filled(found) else None
+
+
+def writable(found: Path) -> bool:
+    """Tell whether files can be made in a folder, which is made if need be."""
+    try:
         found.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=found):
-            return found
-    except (OSError, RuntimeError):  # RuntimeError: Path.home() without a home
-        return None
+            return True
+    except OSError:
+        return False
+
+
+def _filled(found: Path) -> bool:
+    try:
+        return any(found.iterdir())
+    except OSError:
+        return False

@@ -23,6 +23,8 @@ class InstanceSaved(Saved):
 
     __slots__ = ("f", "pieces", "shape")
 
+    numpy_sums = True
+
     f: BlockForward
     pieces: list[Piece]
     shape: tuple[int, int]
@@ -111,6 +113,8 @@ class GroupSaved(Saved):
 
     __slots__ = ("affine", "axis", "groups", "shape", "sizes", "weight", "x")
 
+    numpy_sums = True
+
     x: Array
     axis: int | None
     sizes: Groups
@@ -150,7 +154,7 @@ def _parameter(name: str, value: Any, shape: tuple[int, ...], x: Array) -> Array
     """Check a parameter of any shape; return it flat."""
     if value is None:
         return None
-    array = np.asarray(value)
+    array = arguments.sequence(name, value, f"an array of shape {shape}")
     if array.shape != shape:
         raise ArgumentValueError(name, f"shape {shape}", f"shape {array.shape}")
     return arguments.parameter(name, array.reshape(-1), array.size, arguments.arithmetic(x.dtype))
@@ -239,10 +243,10 @@ def group_norm(
         raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
         raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
-    N, C = x.shape[0], x.shape[axis]
+    N, C, num_groups = x.shape[0], x.shape[axis], int(num_groups)  # NumPy's may be too small for C
     if num_groups < 1 or C % num_groups:
         raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
-    d = Groups(N, int(num_groups), C, x.size // (N * C) if x.size else 0)
+    d = Groups(N, num_groups, C, x.size // (N * C) if x.size else 0)
     if N * d.length == 1:
         raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {x.shape}")
     return _normalise(x, weight, bias, (C,), d, (N, d.G), axis, eps, out)

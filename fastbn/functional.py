@@ -53,7 +53,7 @@ def batch_norm_train(
     weight, bias : array, shape (C,), optional
         Scale (1) and shift (0); float64 for float64 x, else float32.
     running_mean, running_var : numpy.ndarray, shape (C,), optional
-        Both or neither; dtype as weight; updated in place.
+        Both or neither; dtype as weight; updated in place, so apart from each other and from weight and bias.
     momentum : float
         Weight of the new value in the running statistics.
     eps : float
@@ -209,6 +209,7 @@ def frozen(
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there.
 
     ``mask`` and ``lengths`` as in ``batch_norm_train``: y and the gradient of x are zero where they exclude a value.
+    In place (``out`` is x) there are no gradients of weight, and none through the activation.
     """
     if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device
@@ -257,7 +258,10 @@ def backward(grad_output: Any, saved: Saved, *, out: Any = None) -> Gradients:
     """
     if not isinstance(saved, Saved):
         raise ArgumentTypeError("saved", "what a forward pass returned", type(saved).__name__)
-    return saved.gradients(grad_output, out)
+    if not saved.numpy_sums:
+        return saved.gradients(grad_output, out)
+    with np.errstate(all="ignore"):
+        return saved.gradients(grad_output, out)
 
 
 def update_running(
@@ -286,6 +290,8 @@ def update_running(
     TypeError
         Other types and dtypes.
     """
+    if not isinstance(unbiased, bool | np.bool_):
+        raise ArgumentTypeError("unbiased", "True or False", unbiased)
     if not dispatch.on_device(running_mean):
         running.update(running_mean, running_var, moments, momentum, unbiased)
         return
@@ -311,7 +317,7 @@ def _moments_of(x: Any, axis: Any, mask: Any, lengths: Any) -> Moments:
         count, kind = x.size // channels, views.constant(1.0, channels, dtype)
         stats = dispatch.kernels().moments(views.flat(x, where), kind, where.dims, 0.0)
     mean, _, var = stats.reshape(3, -1)
-    return Moments(count, mean, var * count)
+    return Moments._of_variance(count, mean, var)
 
 
 Moments._estimate = staticmethod(_moments_of)

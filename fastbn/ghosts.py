@@ -29,18 +29,21 @@ Array = npt.NDArray[Any]
 Turn = Callable[[slice, Array, Any], tuple[Array, Saved]]
 
 
-def check(size: Any) -> None:
-    """Check ghost=size."""
+def check(size: Any) -> int:
+    """Check ghost=size; return it as Python's integer: those of NumPy may be too small for the places in a batch."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise ArgumentTypeError("ghost", "an integer", type(size).__name__)
     if size < 1:
         raise ArgumentValueError("ghost", "an integer >= 1", size)
+    return int(size)
 
 
 class Ghosts(Saved):
     """What ghost batches save; mean, invstd and variance have shape (ghosts, C)."""
 
     __slots__ = ("ghosts",)
+
+    numpy_sums = True
 
     ghosts: list[Moments]
 
@@ -153,7 +156,7 @@ def train(f: BlockForward, size: int, eps: float) -> tuple[Array, GhostSaved]:
     saved.f, saved.pieces = f, [(part, d, f.train_piece(part, d, eps)) for part, d in pieces]
     saved.count, saved.updated = f.count, 0
     saved.ghosts = [
-        Moments(d.N * d.S, mean, var * (d.N * d.S))
+        Moments._of_variance(d.N * d.S, mean, var)
         for _, d, stats in saved.pieces
         for mean, _, var in stats.reshape(3, d.B, d.C).swapaxes(0, 1)
     ]

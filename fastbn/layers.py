@@ -44,6 +44,9 @@ class BatchNorm(Layer):
     update_stats : bool
         False: training calls do not move the running statistics; see ``update``.
 
+    One layer in several threads: the running statistics take every call's batch, in some order and perhaps two at once,
+    and ``backward`` is that of whichever call came last. The functions leave both to the caller.
+
     Attributes
     ----------
     weight, bias, running_mean, running_var : numpy.ndarray, shape (C,), or None
@@ -164,6 +167,8 @@ class BatchNorm(Layer):
             raise ArgumentValueError("update", "a layer with running statistics", "track_running_stats=False")
         if not isinstance(moments, Moments):
             raise ArgumentTypeError("moments", "fastbn.Moments", type(moments).__name__)
+        if moments.mean.size != self.num_features:
+            raise ArgumentValueError("moments", f"{self.num_features} channels", moments.mean.size)
         if moments.count == 0:
             return
         if self.nonfinite != "propagate" and not training.finite(moments, self.dtype).all():

@@ -61,17 +61,9 @@ def of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: in
 
 
 def contiguous(shape: tuple[int, ...], axis: int) -> Layout:
-    """Return the layout of a C-contiguous array."""
+    """Return the layout of a C-contiguous array; with one channel all is behind it, as ``of`` finds."""
     dims = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-    return Layout(tuple(range(len(shape))), dims)
-
-
-def dense(shape: tuple[int, ...], axis: int) -> Layout:
-    """Return the layout that ``of`` finds for a C-contiguous array without empty axes."""
-    strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
-    found = of(shape, tuple(strides), 1, axis)
-    assert found is not None
-    return found
+    return Layout(tuple(range(len(shape))), (1, 1, math.prod(shape)) if shape[axis] == 1 else dims)
 
 
 def settle(x: Array, axis: int) -> tuple[Array, Layout]:

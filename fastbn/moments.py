@@ -19,6 +19,13 @@ __all__ = ["Moments"]
 Vector = npt.NDArray[np.float64]
 
 
+def _vector(name: str, value: npt.ArrayLike) -> Vector:
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(name, "one number per channel", type(value).__name__) from None
+
+
 class Moments:
     """Mergeable statistics of the channels of some data.
 
@@ -50,8 +57,7 @@ class Moments:
         if isinstance(count, bool) or not isinstance(count, int | np.integer):
             raise ArgumentTypeError("count", "an integer", type(count).__name__)
         self.count = int(count)
-        self.mean = np.asarray(mean, np.float64)
-        self.m2 = np.asarray(m2, np.float64)
+        self.mean, self.m2 = _vector("mean", mean), _vector("m2", m2)
         if self.count < 0:
             raise ArgumentValueError("count", "an integer >= 0", count)
         if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
@@ -98,10 +104,17 @@ class Moments:
             full = self if other.count == 0 else other
             return Moments(full.count, full.mean.copy(), full.m2.copy())
         count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
+        with np.errstate(all="ignore"):  # NaN and inf stay in their channel
+            delta = other.mean - self.mean
+            mean = self.mean + delta * (other.count / count)
+            m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
         return Moments(count, mean, m2)
+
+    @classmethod
+    def _of_variance(cls, count: int, mean: Vector, variance: Vector) -> Moments:
+        """Return the statistics with this biased variance, which may be inf or NaN."""
+        with np.errstate(all="ignore"):
+            return cls(count, mean, variance * count)
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count}, channels={self.mean.size})"

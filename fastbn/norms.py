@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, family, functional
+from fastbn import arguments, family, functional, running
 from fastbn.errors import ArgumentValueError
+from fastbn.moments import Moments
 from fastbn.state import Layer, axis_number, integer, parameter_dtype
 
 __all__ = ["GroupNorm", "InstanceNorm", "LayerNorm"]
@@ -179,6 +180,8 @@ class InstanceNorm(_ByChannel):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis, out=out
             )
             return y
+        if self.running_mean is not None and not self._away:
+            running.pair(self.running_mean, self.running_var, self._channels, self.dtype)
         y, self._saved = saved = family.instance_norm(x, self.weight, self.bias, axis=self.axis, eps=self.eps, out=out)
         if self.running_mean is not None and self.running_var is not None:
             self._move(saved[1])
@@ -187,18 +190,18 @@ class InstanceNorm(_ByChannel):
     def _move(self, saved: functional.Saved) -> None:
         assert self.running_mean is not None and self.running_var is not None
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        self.num_batches_tracked += 1
         if self._away:
             from fastbn import device_family
 
             assert isinstance(saved, device_family.DeviceSetsSaved)
             device_family.move(saved, self.running_mean, self.running_var, momentum)
-            return
-        if saved.mean.size == 0:
-            return
-        unbiased = saved.variance * (saved.count / (saved.count - 1))
-        for running, new in ((self.running_mean, saved.mean), (self.running_var, unbiased)):
-            running[:] = (1.0 - momentum) * running.astype(np.float64) + momentum * new.mean(0)
+        elif saved.mean.size:
+            with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels
+                mean, var = saved.mean.mean(0), saved.variance.mean(0)
+            running.move(
+                self.running_mean, self.running_var, Moments._of_variance(saved.count, mean, var), momentum, True
+            )
+        self.num_batches_tracked += 1
 
     def __repr__(self) -> str:
         return (

@@ -65,12 +65,13 @@ class Places:
         """Return what kernels take for so many packed channels."""
         if not self.whole:
             return 1, channels, self.count
-        return layout.dense((self.count, channels), 1).dims
+        return layout.contiguous((self.count, channels), 1).dims
 
     @property
     def _step(self) -> int:
         """How many channels are worked off together."""
-        return self.channels if self.whole or self.count < SPREAD else min(self.channels, max(1, CHUNK // self.count))
+        most = self.channels if self.whole or self.count < SPREAD else CHUNK // self.count
+        return max(1, min(self.channels, most))
 
     def chunks(self) -> Iterator[slice]:
         """Channels that are worked off together; none where no value is valid."""

@@ -64,7 +64,7 @@ def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None) -
         return None
     from fastbn.cpu import entries
 
-    where = layout.dense(shape, axis % len(shape))
+    where = layout.contiguous(shape, axis % len(shape))
     N, C, S = where.dims
     relu = True if activation == "relu" else None
     if N * S == 1 and op == "train":

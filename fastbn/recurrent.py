@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, functional, saved, training
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.moments import Moments
 from fastbn.saved import Gradients, Saved
 from fastbn.state import Layer, integer, parameter_dtype
 
@@ -30,6 +31,8 @@ class StepsSaved(Saved):
 
     __slots__ = ("affine", "dtype", "parts", "shape")
 
+    numpy_sums = True
+
     parts: list[Saved]  # one for all steps, or one per step
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -37,6 +40,14 @@ class StepsSaved(Saved):
 
     def _row(self, i: int) -> Array:
         return np.concatenate([part._row(i) for part in self.parts]).reshape(self.shape[1:])
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics of all steps, one behind the other; ValueError for ragged ones, whose counts differ."""
+        counts = {part.count for part in self.parts}
+        if len(counts) > 1:
+            raise ArgumentValueError("moments", "as many values at every step", f"{min(counts)} to {max(counts)}")
+        return super().moments
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
@@ -153,6 +164,7 @@ class RecurrentBatchNorm(Layer):
             raise ArgumentTypeError("t", "an integer", type(t).__name__)
         if t < 0:
             raise ArgumentValueError("t", "an integer >= 0", t)
+        t = int(t)  # small NumPy integers overflow
         if getattr(x, "ndim", 2) != 2 or getattr(x, "shape", (0, self.num_features))[1] != self.num_features:
             raise ArgumentValueError("x", f"shape (N, {self.num_features})", f"shape {x.shape}")
         if not self.training:
@@ -160,7 +172,7 @@ class RecurrentBatchNorm(Layer):
             return functional.frozen(
                 x, self.running_mean[row], self.running_var[row], self.weight, self.bias, eps=self.eps, mask=mask
             )
-        row = min(int(t), self.max_steps - 1)
+        row = min(t, self.max_steps - 1)
         y, own = functional.batch_norm_train(
             x, self.weight, self.bias, self.running_mean[row], self.running_var[row],
             momentum=self._momentum(row), eps=self.eps, mask=mask, on_single=self.on_single,
@@ -195,6 +207,8 @@ class RecurrentBatchNorm(Layer):
             saved.output(out, x, 2)
             arguments.apart("x", out, x, exact_allowed=False)
         mask = None if lengths is None else arguments.from_lengths(lengths, x, 2)
+        if mask is not None:
+            self._refuse_single(mask)
         result = StepsSaved()
         result.shape, result.dtype, result.affine = x.shape, x.dtype, self.weight is not None
         if mask is None and self._at_once(x):
@@ -212,6 +226,14 @@ class RecurrentBatchNorm(Layer):
         out[...] = y
         return out  # type: ignore[no-any-return]
 
+    def _refuse_single(self, mask: Array) -> None:
+        """Raise if a step has one valid value per channel, before the steps in front of it move their statistics."""
+        if not self.training or self.on_single != "error":
+            return
+        single = np.flatnonzero(mask.sum(0) == 1)
+        if single.size:
+            raise ArgumentValueError("lengths", "more than 1 value per channel when training", f"1 at step {single[0]}")
+
     def _at_once(self, x: Array) -> bool:
         """Tell whether all steps are channels of one call: each moves a row of its own, by the same momentum."""
         if not self.training:
@@ -225,13 +247,17 @@ class RecurrentBatchNorm(Layer):
         flat = x.reshape(N, T * C)
         weight, bias = (None if p is None else np.tile(p, T) for p in (self.weight, self.bias))
         if self.training:
-            mean, var = self.running_mean[:T].reshape(-1), self.running_var[:T].reshape(-1)  # views
+            rows = self.running_mean[:T], self.running_var[:T]
+            mean, var = (r.reshape(-1) for r in rows)  # views, but where the layer was given arrays in another order
             momentum = self._momentum(0)
             y, whole = functional.batch_norm_train(flat, weight, bias, mean, var, momentum=momentum, eps=self.eps)
+            for row, moved in zip(rows, (mean, var), strict=True):
+                if not np.may_share_memory(row, moved):
+                    row[...] = moved.reshape(row.shape)
             self.num_batches_tracked[:T] += whole.updated
         else:
-            rows = self.rows(T)
-            mean, var = self.running_mean[rows].reshape(-1), self.running_var[rows].reshape(-1)
+            seen = self.rows(T)
+            mean, var = self.running_mean[seen].reshape(-1), self.running_var[seen].reshape(-1)
             y, whole = functional.frozen(flat, mean, var, weight, bias, eps=self.eps)
         return y.reshape(x.shape), whole
 

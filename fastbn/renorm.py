@@ -70,7 +70,8 @@ class RenormSaved(BatchSaved):
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``; y = weight*(xhat*r + d) + bias, so dweight = r*sum(u*xhat) + d*sum(u)."""
         dx, dxhat, dbias, residual = self.all_gradients(grad_output, out)
-        dweight = (self.r * dxhat + self.d * dbias).astype(dbias.dtype)
+        with np.errstate(all="ignore"):  # NaN and inf stay in their channel
+            dweight = (self.r * dxhat + self.d * dbias).astype(dbias.dtype)
         return Gradients(dx, dweight if self.affine[0] else None, dbias if self.affine[1] else None, residual)
 
 
@@ -80,7 +81,7 @@ def correct(
     """Put weight*r and weight*d + bias into ``f``; returns what backward needs."""
     rmax, dmax = limits
     mean, invstd, _ = stats.reshape(3, -1)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         towards = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)
         r = np.clip(towards / invstd, 1.0 / rmax, rmax)
         d = np.clip((mean - running_mean) * towards, -dmax, dmax)

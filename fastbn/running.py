@@ -28,9 +28,28 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
     )
 
 
+def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: tuple[Array, Array]) -> None:
+    """Raise if a running statistic is memory of another array of the call.
+
+    ``params`` are weight and bias, ``tensors`` x and out. Kernels move channels while they read others, and backward
+    would read what was moved. Four arrays with memory of their own need no look at it: they are apart unless they are
+    the same.
+    """
+    weight, bias = params
+    owned = mean.flags.owndata and var.flags.owndata and weight.flags.owndata and bias.flags.owndata
+    same = mean is var or mean is weight or mean is bias or var is weight or var is bias
+    if owned and not same:
+        return
+    others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1]}
+    for name, moved, rest in (("running_mean", mean, others), ("running_var", var, others | {"running_mean": mean})):
+        for other, array in rest.items():
+            if arguments.share(moved, array):
+                raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
+
+
 def move(mean: Array, var: Array, batch: Moments, momentum: float, unbiased: bool) -> None:
     """Move checked running statistics in place: running = (1 - momentum)*running + momentum*new, in float64."""
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf stay in their channel, as in the kernels
+    with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels
         mean[:] = (1.0 - momentum) * mean.astype(np.float64) + momentum * batch.mean
         var[:] = (1.0 - momentum) * var.astype(np.float64) + momentum * batch.variance(int(unbiased))
 
@@ -45,6 +64,10 @@ def update(running_mean: Any, running_var: Any, moments: Any, momentum: float, u
     if running_mean is None:
         raise ArgumentTypeError("running_mean", "a NumPy array (it is updated in place)", "None")
     mean, var = pair(running_mean, running_var, moments.mean.size, dtype)
+    if arguments.share(mean, var):
+        raise ArgumentValueError(
+            "running_var", "memory apart from running_mean (it is updated in place)", "the same memory"
+        )
     momentum = arguments.number("momentum", momentum)
     if moments.count == 0:
         return

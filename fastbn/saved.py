@@ -6,7 +6,7 @@ asks it, and no list of kinds has to be kept anywhere.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,9 @@ class Gradients(NamedTuple):
 
 
 class Saved:
-    """What a forward pass leaves for ``backward``: x and its statistics. x must not change in between.
+    """What a forward pass leaves for ``backward``: x and its statistics.
+
+    References, not copies: x, weight, bias, a mask, and y with both residual and activation must not change in between.
 
     Attributes
     ----------
@@ -43,12 +45,15 @@ class Saved:
         Values per set.
     moments : Moments
         The batch's statistics as a mergeable value: those it was normalised with, but where it was normalised with
-        running ones (frozen, evaluation, ``on_single="running"``) its own, from x.
+        running ones (frozen, evaluation, ``on_single="running"``) its own, from x. Those of layer,
+        instance and group norm have an entry per set.
     updated : int
         How often the call moved running statistics: 0 or 1, or the number of ghost batches.
     """
 
     __slots__ = ("count", "stats", "updated")
+
+    numpy_sums: ClassVar[bool] = False  # NumPy, which warns about NaN and inf, adds up gradients, not kernels alone
 
     stats: Array  # flat: means, invstds, variances
     count: int
@@ -73,7 +78,7 @@ class Saved:
 
     @property
     def moments(self) -> Moments:  # noqa: D102
-        return Moments(self.count, self._row(0), self._row(2) * self.count)
+        return Moments._of_variance(self.count, self._row(0).reshape(-1), self._row(2).reshape(-1))
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
@@ -110,7 +115,7 @@ class BatchSaved(Saved):
     @property
     def moments(self) -> Moments:  # noqa: D102
         if not self.frozen:
-            return Moments(self.count, self._row(0), self._row(2) * self.count)
+            return super().moments
         if self.count == 0:
             return Moments(0, np.zeros(self.weight.size), np.zeros(self.weight.size))
         x = views.flat(self.x, self.layout)
@@ -119,7 +124,7 @@ class BatchSaved(Saved):
         else:
             stats = self.places.statistics(x, self.weight, 0.0)
         mean, _, var = stats.reshape(3, -1)
-        return Moments(self.count, mean, var * self.count)
+        return Moments._of_variance(self.count, mean, var)
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
@@ -150,9 +155,36 @@ class BatchSaved(Saved):
         return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
 
 
+class Overwritten(Saved):
+    """What inference in place makes of a ``Saved``: x is gone, and with it gradients of weight or through a ReLU."""
+
+    __slots__ = ()
+
+    def _refuse(self, what: str) -> ArgumentValueError:
+        expected = f"an x that was not overwritten (out=x), which {what} need"
+        return ArgumentValueError("saved", expected, "y in its place")
+
+    @property
+    def moments(self) -> Moments:
+        raise self._refuse("moments")
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        of: Any = self
+        if of.affine[0] or of.relu:
+            raise self._refuse("gradients of weight and through a ReLU")
+        return super().gradients(grad_output, out)
+
+
+class OverwrittenSaved(Overwritten, BatchSaved):
+    """What inference in place saves."""
+
+    __slots__ = ()
+
+
 def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
     """Return what backward needs after a quick call."""
-    saved = BatchSaved()
+    saved = OverwrittenSaved() if done[0] is x else BatchSaved()
     _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
     saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
     saved.y, saved.residual, saved.frozen, saved.updated, saved.places = None, False, frozen, updated, None

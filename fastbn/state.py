@@ -85,6 +85,10 @@ class Layer:
         """Normalise by the running statistics, if any; returns self."""
         return self.train(False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the last call saved: a copy or a pickle is the layer, not its last batch."""
+        return self.__dict__ | {"_saved": None}
+
     def _follow(self, x: Any) -> None:
         """Keep the layer's arrays where x is: on its GPU, or on the host."""
         if type(x) is np.ndarray and not self._away:
@@ -102,28 +106,37 @@ class Layer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the arrays of a state dict: keys and shapes must fit, dtypes are cast. All or nothing.
+        """Copy the values of a state dict into the layer's arrays: keys and shapes must fit, dtypes are cast.
+
+        All or nothing. The arrays stay the same objects, so that an optimizer which holds them goes on with them; only
+        read-only ones, and those on a GPU, are replaced.
 
         Parameters
         ----------
         state : mapping of str to array
-            As ``state_dict`` returns it, or PyTorch's with its tensors as arrays; ``num_batches_tracked`` may be
-            absent (as in old checkpoints).
+            As ``state_dict`` returns it, or PyTorch's, of any dtype and device; ``num_batches_tracked`` may be absent
+            (as in old checkpoints).
 
         Raises
         ------
         ValueError
             Missing or unexpected keys, other shapes, a negative count.
         TypeError
-            Values that are no real numbers.
+            No mapping, values that are no real numbers.
         """
+        if not isinstance(state, Mapping):
+            raise ArgumentTypeError("state", "a mapping of names to arrays", type(state).__name__)
         own = self.state_dict()
         missing, extra = set(own) - set(state) - {COUNTER}, set(state) - set(own)
         if missing or extra:
-            raise ArgumentValueError("state", f"the keys {sorted(own)}", f"{sorted(state)}")
+            raise ArgumentValueError("state", f"the keys {sorted(own)}", f"{sorted(state, key=str)}")
         values = {key: _loaded(key, state[key], like) for key, like in own.items() if key in state}
         for key, value in values.items():
-            setattr(self, key, int(value) if value.shape == () else value)
+            mine = getattr(self, key)
+            if isinstance(mine, np.ndarray) and mine.ndim and mine.flags.writeable:
+                mine[...] = value
+            else:
+                setattr(self, key, int(value) if value.shape == () else value)
 
 
 def _copied(value: Any) -> Array:
@@ -135,14 +148,22 @@ def _copied(value: Any) -> Array:
     return copied
 
 
+def _of_torch(value: Any) -> Any:
+    """Return a torch tensor as one that NumPy takes: on the host, without a graph, bfloat16 as float32."""
+    if not arguments.is_tensor(value):
+        return value
+    value = value.detach().cpu()
+    return value.float() if value.is_floating_point() and value.itemsize < 4 else value
+
+
 def _loaded(key: str, value: Any, like: Array) -> Array:
     """Check one array of a state dict and cast it."""
-    array = np.asarray(value)
+    kinds, expected = ("iu", "integers") if key == COUNTER else ("fiub", "real numbers")
+    array = arguments.sequence(key, _of_torch(value), expected)
     if array.shape != like.shape:
         raise ArgumentValueError(key, f"shape {like.shape}", array.shape)
-    kinds = "iu" if key == COUNTER else "fiub"
     if array.dtype.kind not in kinds and not arguments.is_bfloat16(array.dtype):
-        raise ArgumentTypeError(key, "integers" if key == COUNTER else "real numbers", array.dtype)
-    if key == COUNTER and (array < 0).any():
-        raise ArgumentValueError(key, "no count below 0", array)
+        raise ArgumentTypeError(key, expected, array.dtype)
+    if key == COUNTER and ((array < 0) | (array > np.iinfo(np.int64).max)).any():
+        raise ArgumentValueError(key, "no count below 0, nor of more than 63 bits", array)
     return np.array(array, like.dtype)

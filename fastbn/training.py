@@ -40,14 +40,13 @@ def check(o: Options) -> Options:
         ("on_single", o.on_single, ("error", "running")),
         ("nonfinite", o.nonfinite, ("propagate", "skip_update", "raise")),
     ):
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ArgumentValueError(name, " or ".join(f'"{a}"' for a in allowed), repr(value))
     for name, flag in (("update_stats", o.update_stats), ("unbiased", o.unbiased)):
         if not isinstance(flag, bool | np.bool_):
             raise ArgumentTypeError(name, "True or False", flag)
-    if o.ghost is not None:
-        ghosts.check(o.ghost)
     return o._replace(
+        ghost=None if o.ghost is None else ghosts.check(o.ghost),
         eps=arguments.epsilon(o.eps, positive=True),
         momentum=arguments.number("momentum", o.momentum),
         renorm=None if o.renorm is None else renorm.bounds(o.renorm),
@@ -63,15 +62,17 @@ def train(
     if o.ghost is not None and not (mask is None and lengths is None and o.renorm is None):
         return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, mask, lengths, out)
     if o.ghost is None:
-        f = masked.forward(x, weight, bias, axis, o.activation, residual, out, mask, lengths)
-    else:
-        f = BlockForward(x, weight, bias, axis, o.activation, residual, out)
+        one = masked.forward(x, weight, bias, axis, o.activation, residual, out, mask, lengths)
+        return _train(one, running_mean, running_var, o)
+    f = BlockForward(x, weight, bias, axis, o.activation, residual, out)
+    if o.on_single == "running" and o.ghost * f.blocks.N * f.blocks.S == 1 and f.count > 1:
+        return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, None, None, out)
     return _train(f, running_mean, running_var, o)
 
 
 def _train(f: core.Forward, running_mean: Any, running_var: Any, o: Options) -> tuple[Array, Saved]:
     """Normalise checked arguments."""
-    rm, rv = running.pair(running_mean, running_var, f.weight.size, f.dtype)
+    rm, rv = f.running(running_mean, running_var)
     if o.renorm is not None and rm.size < f.weight.size:
         raise ArgumentValueError("renorm", "running statistics to renormalise towards", "none")
     if f.count * f.x.size == 0:
@@ -94,7 +95,7 @@ def _train(f: core.Forward, running_mean: Any, running_var: Any, o: Options) -> 
 def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tuple[Array, Saved]:
     if o.nonfinite == "raise":  # before anything is written; one channel is enough to tell
         mean, _, var = dispatch.kernels().moments(f.flat(f.x), f.weight, f.layout.dims, o.eps).reshape(3, -1)
-        refuse_nonfinite(Moments(f.count, mean, var * f.count), f.dtype)
+        refuse_nonfinite(Moments._of_variance(f.count, mean, var), f.dtype)
     y, saved = ghosts.train(f, size, o.eps)
     saved.updated = _move(rm, rv, saved.ghosts, f.dtype, o)
     return y, saved
@@ -126,7 +127,7 @@ def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> Batc
     """Take the statistics, decide, then normalise: one more read of x."""
     stats = f.statistics(o.eps)
     mean, _, var = stats.reshape(3, -1)
-    batch = Moments(f.count, mean, var * f.count)
+    batch = Moments._of_variance(f.count, mean, var)
     if o.nonfinite == "raise":
         refuse_nonfinite(batch, f.dtype)
     saved = f.saved(stats, frozen=False) if o.renorm is None else renorm.correct(f, stats, rm, rv, o.eps, o.renorm)
@@ -147,7 +148,7 @@ def _single(f: core.Forward, rm: Array, rv: Array, o: Options) -> tuple[Array, S
 
 def finite(batch: Moments, dtype: np.dtype[Any]) -> Array:
     """Tell which channels' statistics are finite in the dtype of the running ones."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         mean, var = batch.mean.astype(dtype), batch.variance(1).astype(dtype)
     ok: Array = np.isfinite(mean) & np.isfinite(var)
     return ok

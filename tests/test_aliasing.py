@@ -45,6 +45,44 @@ def test_overlapping_out_is_refused(x, out):
         assert np.array_equal(x, before), name
 
 
+# Small float32 calls look at the objects alone, not at their memory.
+@pytest.mark.parametrize(("dtype", "view"), [(F32, False), (np.float64, False), (np.float64, True)])
+def test_running_statistics_that_are_another_array_are_refused(dtype, view):
+    """One array under two names, as by ``weight = var = np.ones(3)``: moved while it is read, and then overwritten."""
+    x, names = array().astype(dtype), ("weight", "bias", "running_mean", "running_var")
+    for first, second in ((0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        vectors = [np.ones(3, dtype) for _ in range(4)]
+        vectors[second] = vectors[first][:] if view else vectors[first]
+        for options in ({}, {}, {"mask": np.arange(5) < 4}, {"ghost": 2}, {"nonfinite": "raise"}):
+            with refused(names[second], ValueError, "the same memory") as caught:
+                fastbn.batch_norm_train(x, *vectors, **options)
+            assert f"memory apart from {names[first]}" in str(caught.value)
+        assert all((v == 1).all() for v in vectors)
+
+
+def test_parts_of_one_buffer_are_apart():
+    for buffer in (np.ones((4, 3), F32), np.ones((3, 4), F32).T):
+        want = [np.ones(3, F32) for _ in range(4)]
+        y, _ = fastbn.batch_norm_train(array(), *buffer)
+        assert np.array_equal(y, fastbn.batch_norm_train(array(), *want)[0]) and np.array_equal(buffer, want)
+
+
+def test_tensors_that_hold_parameters_are_refused():
+    memory = array(dtype=np.float64)
+    vector = memory.reshape(-1)[3:6]
+    before = memory.copy()
+    other = array(dtype=np.float64)
+    with refused("out", ValueError, "overlapping memory"):
+        fastbn.batch_norm_infer(other, np.zeros(3), np.ones(3), vector, out=memory)
+    with refused("out", ValueError, "overlapping memory"):
+        fastbn.batch_norm_train(other, None, vector, out=memory)
+    with refused("running_var", ValueError, "the same memory"):
+        fastbn.batch_norm_train(memory, None, None, np.zeros(3), vector)
+    with refused("running_mean", ValueError, "the same memory"):
+        fastbn.batch_norm_train(other, None, None, vector, np.ones(3), out=memory)
+    assert np.array_equal(memory, before)
+
+
 def test_exact_aliases():
     x = array()
     with refused("out", ValueError, "the same memory"):
@@ -59,6 +97,26 @@ def test_exact_aliases():
     y, saved = fastbn.batch_norm_train(x, residual=array(), activation="relu")
     with refused("out", ValueError, "the same memory"):  # y holds the signs
         fastbn.backward(array(), saved, out=y)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (16, 3, 40, 80)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+def test_inference_in_place_leaves_no_gradients_that_need_x(shape, dtype):
+    """What backward needs is x; after inference in place y lies there, and gradients would be those of another x."""
+    for options in ({}, {"activation": "relu"}, {"affine": False, "activation": "relu"}):
+        bn, x = fastbn.BatchNorm(3, dtype=dtype, **options).eval(), array(shape).astype(dtype)
+        for _ in range(2):
+            x = bn(x, out=x)
+        with refused("saved", ValueError, "y in its place"):
+            bn.backward(x)
+        with refused("saved", ValueError, "y in its place"):
+            _ = bn.saved.moments
+        bn(x, out=np.empty_like(x))
+        bn.backward(x)
+    bn = fastbn.BatchNorm(3, affine=False, dtype=dtype).eval()
+    bn(x)
+    want = bn.backward(x).input
+    assert np.array_equal((bn(y := x.copy(), out=y), bn.backward(x).input)[1], want)
 
 
 def test_the_residual_gradient_is_not_overwritten():

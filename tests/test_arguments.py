@@ -78,6 +78,7 @@ NUMBERS = {
     "bool": (True, TypeError, "bool"),
     "array": (np.ones(2), TypeError, "ndarray"),
     "complex": (1j, TypeError, "complex"),
+    "huge": (10**400, ValueError, "an int beyond float64"),
 }
 EPS = NUMBERS | {"negative": (-1e-5, ValueError, "-1e-05"), "none": (None, TypeError, "NoneType")}
 AXES = {
@@ -123,6 +124,9 @@ MASKS = {
     "int": (np.ones((4, 5), int), TypeError, "int64"),
     "shape": (np.ones((4, 4), bool), ValueError, "(4, 4)"),
     "shape of x": (np.ones(SHAPE, bool), ValueError, "(4, 3, 5)"),
+    "ragged": ([[True], [True, False]], TypeError, "list"),
+    "masked": (np.ma.masked_equal(np.ones((4, 5)), 0) > 0, TypeError, "a masked array"),
+    "cuda": (OnDevice(), DeviceError, "a CUDA array"),
 }
 
 

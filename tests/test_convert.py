@@ -139,6 +139,8 @@ V = np.ones(3, np.float32)
         (lambda: fastbn.from_onnx(V, None, V, V), TypeError, "B"),
         (lambda: fastbn.from_onnx(V, V, V.astype(int), V), TypeError, "input_mean"),
         (lambda: fastbn.from_onnx(V, V, V[:, None], V), ValueError, "input_mean"),
+        (lambda: fastbn.from_onnx(V, [[1.0], [2.0, 3.0]], V, V), TypeError, "B"),
+        (lambda: fastbn.from_onnx(V, V, V, np.ma.ones(3)), TypeError, "input_var"),
         (lambda: fastbn.from_onnx(V, V, V, V, epsilon=-1), ValueError, "eps"),
     ],
 )

@@ -191,6 +191,29 @@ def test_nan_stays_in_its_set(rng):
     assert bad[1, :3].all() and bad.sum() == 27
 
 
+def test_gradients_beyond_the_dtype_do_not_warn(rng):
+    """Warnings are errors in the tests; here floating-point errors are too."""
+    x = rng.standard_normal((3, 8, 300)).astype(np.float32)
+    x[0, 0, :2] = np.inf, -np.inf
+    g = np.full(x.shape, 3e38, np.float32)
+    for name in KINDS:
+        kind = Kind(name, x.shape)
+        with np.errstate(all="raise"):
+            _, saved = kind(x, np.ones(kind.param, np.float32), np.zeros(kind.param, np.float32))
+            grads = fastbn.backward(g, saved)
+        assert np.isinf(grads.bias).all() and not np.isfinite(grads.weight).all()
+
+
+def test_moments_are_by_set(rng):
+    """As on a GPU."""
+    x = rng.standard_normal((3, 8, 30))
+    for saved in (fastbn.group_norm(x, 2)[1], fastbn.instance_norm(x)[1], fastbn.layer_norm(x)[1]):
+        sets = x.reshape(-1, saved.count)
+        assert saved.moments.count == sets.shape[1]
+        np.testing.assert_allclose(saved.moments.mean, sets.mean(1), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(saved.moments.variance(), sets.var(1), rtol=1e-12)
+
+
 def test_what_is_saved(rng):
     x = rng.standard_normal((4, 6, 5, 3))
     for call, axes, shape in (
@@ -236,7 +259,10 @@ X = np.zeros((4, 6, 5), np.float32)
     [
         (lambda: fastbn.layer_norm(X, np.ones(4, np.float32)), ValueError, "weight"),
         (lambda: fastbn.layer_norm(X, None, np.ones(5)), TypeError, "bias"),
+        (lambda: fastbn.layer_norm(X, [[1.0], [2.0, 3.0]]), TypeError, "weight"),
+        (lambda: fastbn.group_norm(X, 2, np.ma.ones(6)), TypeError, "weight"),
         (lambda: fastbn.layer_norm(X, axis=3), ValueError, "axis"),
+        (lambda: fastbn.layer_norm(X, eps=10**400), ValueError, "eps"),
         (lambda: fastbn.layer_norm(X, eps=0.0), ValueError, "eps"),
         (lambda: fastbn.layer_norm(X, out=X), ValueError, "out"),
         (lambda: fastbn.layer_norm(X, out=np.empty((4, 6, 4), np.float32)), ValueError, "out"),

@@ -222,6 +222,33 @@ def test_empty_and_single(rng):
     np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
+@pytest.mark.parametrize("out", [False, True])
+def test_ghosts_of_one_value_go_by_the_running_statistics(rng, out):
+    """On rows as under a mask, and as on a GPU."""
+    m, v = rng.standard_normal(3).astype(np.float32), rng.random(3).astype(np.float32) + 0.5
+    x, before = rng.standard_normal((5, 3)).astype(np.float32), (m.copy(), v.copy())
+    target = np.empty_like(x) if out else None
+    y, saved = fastbn.batch_norm_train(x, None, None, m, v, ghost=1, on_single="running", out=target)
+    assert np.array_equal(y, fastbn.batch_norm_infer(x, m, v)) and (target is None or y is target)
+    assert saved.updated == 0 and np.array_equal(m, before[0]) and np.array_equal(v, before[1])
+    assert saved.mean.shape == (5, 3) and saved.moments.count == 5
+    np.testing.assert_allclose(fastbn.backward(x, saved).input, x / np.sqrt(v + 1e-5), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^on_single: expected running statistics"):
+        fastbn.batch_norm_train(x, ghost=1, on_single="running")
+    layer = fastbn.BatchNorm(3, ghost=1, on_single="running", momentum=None)
+    layer(x)
+    assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+
+
+def test_sizes_may_be_small_integers(rng):
+    x = rng.standard_normal((300, 3, 2)).astype(np.float32)
+    for options in ({}, {"mask": np.arange(300)[:, None] != 7}):
+        want, _ = fastbn.batch_norm_train(x, ghost=100, **options)
+        assert np.array_equal(fastbn.batch_norm_train(x, ghost=np.int8(100), **options)[0], want)
+    x = x.transpose(1, 0, 2)
+    assert np.array_equal(fastbn.group_norm(x, np.int8(100))[0], fastbn.group_norm(x, 100)[0])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [

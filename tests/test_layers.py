@@ -172,6 +172,27 @@ def test_state_is_cast_and_old_checkpoints_load():
     assert bn.weight.dtype == bn.running_var.dtype == np.float32 and bn.weight[1] == 2
 
 
+def test_loading_goes_into_the_arrays_that_an_optimizer_holds():
+    bn = BatchNorm(2)
+    held = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    bn.bias = np.asfortranarray(np.zeros((2, 2), np.float32))[0]  # a stride; an array that the layer was given
+    given = bn.bias
+    bn.load_state_dict({k: v + 1 for k, v in bn.state_dict().items()})
+    assert bn.weight is held[0] and bn.running_mean is held[2] and bn.running_var is held[3] and bn.bias is given
+    assert held[0][0] == 2 and given[0] == 1 and held[3][0] == 2 and held[1][0] == 0
+    bn.load_state_dict(bn.state_dict() | {"weight": bn.running_var * 3, "running_var": bn.weight})
+    assert bn.weight[0] == 6 and bn.running_var[0] == 2
+    bn.weight = np.broadcast_to(np.float32(5), (2,))  # read-only: nobody can hold it to write to it
+    bn.load_state_dict(bn.state_dict() | {"weight": np.ones(2)})
+    assert bn.weight[0] == 1
+
+
+@pytest.mark.parametrize("state", [None, ["weight"], "weight", 3])
+def test_no_state(state):
+    with pytest.raises(ArgumentTypeError, match=r"^state: expected a mapping"):
+        BatchNorm(2).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,11 +201,28 @@ def test_state_is_cast_and_old_checkpoints_load():
         ({"running_var": np.ones(4)}, r"^running_var: expected shape \(3,\), got \(4,\)"),
         ({"num_batches_tracked": np.ones(1)}, r"^num_batches_tracked: expected shape \(\)"),
         ({"num_batches_tracked": np.array(-1)}, "^num_batches_tracked: expected"),
+        ({"num_batches_tracked": np.uint64(1 << 63)}, "^num_batches_tracked: expected"),
+        ({1: np.ones(3)}, "^state: expected the keys"),
+        ({"bias": [[1], [2, 3]]}, "^bias: expected real numbers, got list"),
+        ({"bias": np.ma.ones(3)}, "^bias: expected a plain array"),
         ({"num_batches_tracked": np.array(1.5)}, "^num_batches_tracked: expected"),
         ({"running_var": np.array(["a", "b", "c"])}, "^running_var: expected"),
         ({"running_mean": np.ones(3) * 1j}, "^running_mean: expected"),
     ],
-    ids=["missing", "unexpected", "shape", "count shape", "negative count", "fractional count", "text", "complex"],
+    ids=[
+        "missing",
+        "unexpected",
+        "shape",
+        "count shape",
+        "negative count",
+        "count of 64 bits",
+        "key",
+        "ragged",
+        "masked",
+        "fractional count",
+        "text",
+        "complex",
+    ],
 )
 def test_a_bad_state_changes_nothing(change, message):
     bn = layer(3)
@@ -251,3 +289,12 @@ def test_layers_can_be_copied_and_pickled(copied, rng):
     assert same_bits(other.eval()(x), bn.eval()(x))
     other.weight[:] = 7
     assert (bn.weight != 7).all()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+def test_copies_are_without_the_last_batch(copied, rng):
+    bn, x = layer(3), normal(rng, (8, 3, 4), np.float32)
+    bn(x)
+    with pytest.raises(ArgumentValueError, match=r"^backward: expected a call"):
+        copied(bn).backward(x)
+    bn.backward(x)

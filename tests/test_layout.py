@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn import ArgumentTypeError, ArgumentValueError, layout
+from fastbn import ArgumentTypeError, ArgumentValueError, layout, reference
 from tests.oracle import case, check_backward, check_infer, check_train, normal, same_bits
 from tests.tolerances import BF16, DTYPES, arithmetic
 
@@ -51,6 +51,34 @@ def test_gaps_and_backward_strides_have_no_layout(view):
     assert layout.of(x.shape, x.strides, x.itemsize, 1) is None
     copy, where = layout.settle(x, 1)
     assert copy.flags.c_contiguous and where == layout.contiguous(x.shape, 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 6), (4, 3, 1), (1, 5), (5, 1), (1, 1, 1), (2, 3, 4)], ids=str)
+def test_contiguous_arrays_have_the_dims_of_their_strides(shape):
+    x = np.empty(shape)
+    for axis in range(len(shape)):
+        assert layout.contiguous(shape, axis).dims == layout.of(shape, x.strides, x.itemsize, axis).dims
+
+
+def unaligned(x):
+    memory = np.empty(x.nbytes + 1, np.uint8)
+    moved = memory[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    return moved
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (16, 1, 33), (4, 1, 3, 70), (6, 3, 5)], ids=str)
+def test_unaligned_arrays_get_the_same_bits(shape, rng):
+    x = rng.standard_normal(shape).astype(np.float32)
+    moved = unaligned(x)
+    assert not moved.flags.aligned
+    calls = [lambda x: fastbn.batch_norm_train(x), lambda x: fastbn.batch_norm_train(x, ghost=4)]
+    if len(shape) > 2:
+        calls.append(fastbn.instance_norm)
+    for call in calls:
+        (y, saved), (other, own) = call(x), call(moved)
+        assert same_bits(y, other) and same_bits(saved.mean, own.mean)
+        assert same_bits(fastbn.backward(x, saved).input, fastbn.backward(moved, own).input)
 
 
 def test_broadcasts_have_no_layout():
@@ -165,6 +193,17 @@ def test_out_decides_the_memory_order(order, rng):
     y, saved = check_train(c, out=out)
     assert y is out
     check_backward(c, saved, rng.standard_normal(c.x.shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)], ids=str)
+def test_a_single_sample_is_not_copied(order, rng):
+    x = view(rng.standard_normal((1, 5, 6, 70)).astype(np.float32), order, "dense")
+    want = reference.normalise(x, (2, 3))
+    for call in (fastbn.instance_norm, lambda x: fastbn.batch_norm_train(x, ghost=2)):
+        y, saved = call(x)
+        assert saved.f.x is x and y.transpose(order).flags.c_contiguous
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+        assert fastbn.backward(x, saved).input.transpose(order).flags.c_contiguous
 
 
 def test_no_copy_is_made_of_dense_input(rng):

@@ -163,6 +163,11 @@ def test_statistics_are_those_of_the_ragged_sequences(data):
     np.testing.assert_allclose(saved.variance, ragged.var(0), rtol=1e-12, atol=1e-20)
 
 
+def test_lengths_of_nothing():
+    x = np.empty((0, 3, 5), np.float32)
+    assert fastbn.batch_norm_train(x, lengths=[])[0].shape == x.shape
+
+
 def test_out_and_memory_orders(rng):
     x, mask, weight, bias = draw(rng, (4, 3, 5, 7), 1)
     g = rng.standard_normal(x.shape).astype(np.float32)
@@ -174,6 +179,15 @@ def test_out_and_memory_orders(rng):
         assert got is out and np.array_equal(got, want)
         assert fastbn.backward(order(g), other, out=out).input is out
         assert np.array_equal(out, dx)
+
+
+@pytest.mark.parametrize("shape", [(6, 0), (0, 3), (4, 0, 5), (4, 3, 0)], ids=str)
+def test_nothing_into_a_given_output(shape):
+    x, mask = np.empty(shape, np.float32), np.arange(shape[0]) > 2
+    mask = mask.reshape(-1, *[1] * (len(shape) - 2))
+    out = np.empty_like(x)
+    y, saved = fastbn.batch_norm_train(x, mask=mask, out=out)
+    assert y is out and fastbn.backward(x, saved, out=out).input is out
 
 
 def test_given_statistics_too(rng):
@@ -203,6 +217,7 @@ M[0] = False
         (lambda: fastbn.batch_norm_train(X, lengths=[1, 2, 3, -1]), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1.0, 2, 3, 4]), TypeError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1] * 4, axis=0), ValueError, "lengths"),
+        (lambda: fastbn.batch_norm_train(X, lengths=[[1], [2, 3], 4, 5]), TypeError, "lengths"),
         (lambda: fastbn.batch_norm_train(X[0], lengths=[1] * 3), ValueError, "lengths"),
         (lambda: fastbn.batch_norm_train(X, lengths=[1, 0, 0, 0]), ValueError, "x"),
         (lambda: fastbn.batch_norm_train(X, mask=M, ghost=0), ValueError, "ghost"),

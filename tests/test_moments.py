@@ -132,11 +132,21 @@ def test_running_statistics_from_moments_equal_training(rng):
         ((1, 0.0, 0.0), ArgumentValueError, r"^mean, m2: expected one number per channel each"),
         ((1, [0.0, 1.0], [0.0]), ArgumentValueError, r"^mean, m2: expected one number per channel each"),
         ((1, [[0.0]], [[0.0]]), ArgumentValueError, r"^mean, m2: expected one number per channel each"),
+        ((1, "a", [0.0]), ArgumentTypeError, r"^mean: expected one number per channel, got str"),
+        ((1, [0.0], [1j]), ArgumentTypeError, r"^m2: expected one number per channel, got list"),
+        ((1, [[0.0], [1.0, 2.0]], [0.0]), ArgumentTypeError, r"^mean: expected one number per channel, got list"),
     ],
 )
 def test_bad_values(arguments, error, message):
     with pytest.raises(error, match=message):
         Moments(*arguments)
+
+
+def test_nan_and_inf_stay_in_their_channel_without_a_warning():
+    x = np.array([[np.inf, 1e300, np.nan, 1.0], [-np.inf, -1e300, 0.0, 3.0]])
+    with np.errstate(all="raise"):
+        merged = Moments.of(x).merge(Moments.of(x[::-1]))
+    assert not np.isfinite(merged.variance()[:3]).any() and merged.mean[3] == 2.0 and merged.variance()[3] == 1.0
 
 
 def test_bad_merges():

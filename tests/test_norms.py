@@ -94,6 +94,28 @@ def test_instance_norm_tracks_means_over_samples(rng):
         layer.backward(y)
 
 
+@pytest.mark.parametrize("values", [(np.inf, -np.inf), (np.nan, 1.0), (1e30, -1e30)])
+def test_instance_norm_moves_both_statistics_whatever_comes(rng, values):
+    """Warnings are errors in the tests, as they may be where users are."""
+    layer, x = fastbn.InstanceNorm(2, track_running_stats=True), rng.standard_normal((2, 2, 6)).astype(np.float32)
+    x[:, 0, 0] = values
+    with np.errstate(all="raise"):
+        layer(x)
+    assert not np.isfinite(layer.running_var[0]) and layer.num_batches_tracked == 1
+    np.testing.assert_allclose(layer.running_mean[1], 0.1 * x[:, 1].mean(), rtol=1e-5)
+    np.testing.assert_allclose(layer.running_var[1], 0.9 + 0.1 * x[:, 1].var(1, ddof=1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_instance_norm_that_cannot_move_writes_nothing(rng, name):
+    layer, x = fastbn.InstanceNorm(2, track_running_stats=True), rng.standard_normal((2, 2, 6)).astype(np.float32)
+    setattr(layer, name, np.broadcast_to(np.float32(1), (2,)))
+    before, out = layer.state_dict(), np.zeros_like(x)
+    with pytest.raises(ValueError, match=rf"^{name}: expected a writeable array"):
+        layer(x, out=out)
+    assert not out.any() and all(np.array_equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
 def test_out_dtype_and_axis(rng):
     x = rng.standard_normal((3, 6, 5, 4))
     for name in ("instance", "group"):

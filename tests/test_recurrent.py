@@ -103,6 +103,48 @@ def test_gradients_are_finite_differences(rng):
             assert got.flat[at] == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("given", ["loaded", "replaced"])
+def test_statistics_in_another_memory_order_move(rng, given):
+    """Whole sequences move all steps through one flat vector, which is a copy where steps do not lie in a row."""
+    x = rng.standard_normal((5, 4, 3)) + 3
+    layer, other = make(), make()
+    if given == "loaded":
+        other.load_state_dict({k: np.asfortranarray(v) for k, v in layer.state_dict().items()})
+    else:
+        other.running_mean, other.running_var = map(np.asfortranarray, (layer.running_mean, layer.running_var))
+    for each in (layer, other):
+        each(x)
+        each(x[:, :2])
+    assert layer.running_mean.all()
+    for key, value in layer.state_dict().items():
+        assert np.array_equal(other.state_dict()[key], value), key
+
+
+def test_a_refused_sequence_moves_no_step(rng):
+    layer, x = make(on_single="error"), rng.standard_normal((3, 4, 3))
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=r"^lengths: expected more than 1 value per channel .* got 1 at step 2"):
+        layer(x, lengths=[4, 2, 2])
+    assert all(np.array_equal(value, before[key]) for key, value in layer.state_dict().items())
+    layer(x, lengths=[2, 2, 2])  # later steps without any value are fine
+    layer.eval()(x, lengths=[4, 2, 2])
+
+
+def test_steps_are_counted_by_integers_of_any_size(rng):
+    layer, x = make(), rng.standard_normal((5, 3))
+    want = layer.eval().step(x, 127)[0]
+    assert np.array_equal(layer.step(x, np.int8(127))[0], want)
+
+
+def test_moments_of_sequences(rng):
+    layer, x = make(), rng.standard_normal((5, 4, 3))
+    layer(x)
+    np.testing.assert_allclose(layer.saved.moments.mean, x.mean(0).reshape(-1), rtol=0, atol=1e-14)
+    layer(x, lengths=[4, 4, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"^moments: expected as many values at every step, got 2 to 5"):
+        _ = layer.saved.moments
+
+
 def test_state_and_out(rng):
     x = rng.standard_normal((5, 4, 3)).astype(np.float32)
     layer, other = make(np.float32), make(np.float32)

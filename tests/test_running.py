@@ -29,6 +29,17 @@ def test_small_counts():
     assert m == pytest.approx([0.55] * 2) and v == pytest.approx([1.8] * 2)
 
 
+def test_more_errors():
+    m, v, moments = np.zeros(2), np.ones(2), fastbn.Moments(4, np.ones(2), np.ones(2))
+    with pytest.raises(TypeError, match=r"^unbiased: expected True or False, got no"):
+        fastbn.update_running(m, v, moments, unbiased="no")
+    with pytest.raises(ValueError, match=r"^running_var: expected memory apart from running_mean"):
+        fastbn.update_running(m, m, moments)
+    with pytest.raises(ValueError, match=r"^moments: expected 3 channels, got 2"):
+        fastbn.BatchNorm(3).update(moments)
+    assert not m.any() and (v == 1).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [

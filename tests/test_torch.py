@@ -203,6 +203,17 @@ def test_state_travels_both_ways(rng):
     close(ours.eval()(x), fresh.eval()(torch.from_numpy(x)), x.dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_checkpoints_of_any_dtype_load(dtype):
+    twin = torch.nn.BatchNorm2d(3)
+    torch.nn.init.uniform_(twin.weight)
+    twin.to(getattr(torch, dtype))
+    bn = fastbn.BatchNorm(3)
+    bn.load_state_dict(dict(twin.named_parameters()) | dict(twin.named_buffers()))  # with their graph
+    np.testing.assert_array_equal(bn.weight, twin.weight.detach().float().numpy())
+    assert bn.weight.dtype == bn.running_var.dtype == np.float32 and bn.num_batches_tracked == 0
+
+
 def test_tensors_are_refused_with_a_hint(rng):
     for t in (torch.ones(4, 5), torch.ones(4, 5, requires_grad=True)):
         with pytest.raises(TypeError, match=r"^x: expected a NumPy array, got a torch.Tensor: pass x.detach\(\).numpy"):

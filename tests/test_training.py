@@ -30,6 +30,23 @@ def test_biased_running_variance(x):
     np.testing.assert_allclose(m1, m2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("values", [(np.inf, -np.inf), (np.nan, 0.0), (3e38, -3e38), (1e-45, 1e-45)])
+@pytest.mark.parametrize("options", [{}, {"ghost": 3}, {"mask": np.arange(8) != 4}, {"renorm": (3, 5)}], ids=str)
+@pytest.mark.parametrize("more", [{"unbiased": False}, {"update_stats": False}, {"ghost": 4, "mask": np.arange(8) != 4},
+                                  {"ghost": 4, "renorm": (3, 5)}], ids=str)  # fmt: skip
+def test_bad_values_do_not_warn(rng, values, options, more):
+    """Warnings are errors in the tests; here floating-point errors are too."""
+    x = rng.standard_normal((8, 3)).astype(np.float32)
+    x[::4, 0], x[1::4, 0] = values
+    x[:, 1] = values[0]
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    with np.errstate(all="raise"):
+        _, saved = fastbn.batch_norm_train(x, np.ones(3, np.float32), None, mean, var, **options | more)
+        grads = fastbn.backward(np.full(x.shape, 3e38, np.float32), saved)
+        fastbn.update_running(mean, var, saved.moments)
+    assert np.isfinite(mean[2]) and np.isfinite(var[2]) and not np.isnan(grads.input[:, 2]).any()
+
+
 def test_no_update(x):
     m, v = state(3)
     y, saved = fastbn.batch_norm_train(x, None, None, m, v, update_stats=False)

@@ -84,13 +84,15 @@ def _threading_layer() -> str:
 
 
 def _cache() -> str:
+    from fastbn import disk
     from fastbn.cpu._jit import cache_folder
 
     folder = cache_folder()
     if folder is None:
         return "no folder is writable: kernels are compiled in every process (set FASTBN_CACHE_DIR)"
     files = [file for file in folder.rglob("*") if file.suffix in (".nbi", ".nbc")]
-    return f"{folder} ({len(files)} files, {bytes_text(sum(file.stat().st_size for file in files))})"
+    size = bytes_text(sum(file.stat().st_size for file in files))
+    return f"{folder} ({len(files)} files, {size}{'' if disk.writable(folder) else ', read-only'})"
 
 
 def _cuda() -> str:

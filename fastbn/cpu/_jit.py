@@ -37,7 +37,7 @@ def source_digest() -> str:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Where compiled kernels lie; None where nothing is writable (kernels are then compiled in every process)."""
+    """Where compiled kernels lie, or are put; None where there are none and nothing is writable."""
     return disk.folder(source_digest())
 
 
@@ -57,6 +57,30 @@ class _QuietCache(FunctionCache):  # type: ignore[misc]
             return
 
 
+@functools.cache
+def _cache_class() -> Any:
+    """Return the cache that also reads where it cannot write; Numba's own locator refuses such a folder.
+
+    Where Numba's inside has changed it is the plain one.
+    """
+    try:
+        made_by: Any = FunctionCache._impl_class
+        numbas: Any = made_by._locator_classes[0]
+
+        class Locator(numbas):  # type: ignore[misc]
+            def ensure_cache_path(self) -> None:
+                try:
+                    super().ensure_cache_path()
+                except OSError:
+                    if not Path(self.get_cache_path()).is_dir():
+                        raise
+
+        impl = type("Impl", (made_by,), {"_locator_classes": [Locator]})
+        return type("ReadingCache", (_QuietCache,), {"_impl_class": impl})
+    except (AttributeError, IndexError, TypeError):
+        return _QuietCache
+
+
 def jit(function: F) -> F:
     """Compile lazily, per dtype; release the GIL; keep the machine code on disk."""
     dispatcher = numba.njit(nogil=True, error_model="numpy", **KERNEL_OPTIONS)(function)
@@ -65,7 +89,7 @@ def jit(function: F) -> F:
         theirs = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder)  # read by the cache's constructor only
         try:
-            dispatcher._cache = _QuietCache(dispatcher.py_func)
+            dispatcher._cache = _cache_class()(dispatcher.py_func)
         except (OSError, RuntimeError):
             pass
         finally:

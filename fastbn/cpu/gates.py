@@ -20,6 +20,18 @@ def _apart(p, q, size):
     return p + 4 * size <= q or q + 4 * size <= p
 
 
+@part
+def _beside(p, q, size, C):
+    """Tell whether size numbers at p and C at q share none."""
+    return p + 4 * size <= q or q + 4 * C <= p
+
+
+@part
+def _in_nobodys_way(v, p, q, size, w, b, C):
+    """Tell whether C running statistics at v share nothing with x, y, weight and bias."""
+    return _beside(p, v, size, C) and _beside(q, v, size, C) and _apart(v, w, C) and _apart(v, b, C)
+
+
 @jit
 def train(
     x, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
@@ -31,7 +43,11 @@ def train(
     m, v = vector(running_mean, kind, dtype, moved), vector(running_var, kind, dtype, moved)
     if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not (same_shape(x, y) and _apart(p, q, size)):
         return 0
-    if not (0.0 < eps < np.inf and -np.inf < momentum < np.inf):
+    if not (_beside(q, w, size, C) and _beside(q, b, size, C) and 0.0 < eps < np.inf and -np.inf < momentum < np.inf):
+        return 0
+    if moved > 0 and not (
+        _apart(m, v, C) and _in_nobodys_way(m, p, q, size, w, b, C) and _in_nobodys_way(v, p, q, size, w, b, C)
+    ):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
@@ -51,6 +67,8 @@ def infer(x, y, mean, var, weight, bias, stats, kind, dtype, given, kernel, size
     if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not same_shape(x, y):
         return 0
     if not (p == q or _apart(p, q, size)) or not 0.0 <= eps < np.inf:
+        return 0
+    if not (_beside(q, w, size, C) and _beside(q, b, size, C)):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known = float64s(data(stats), 3 * C)

@@ -98,11 +98,16 @@ def _help(jobs: SimpleQueue[Job]) -> None:
         del kernel, args  # or the last arrays would live until the next call
 
 
-def _start(count: int) -> None:
+def _start(count: int) -> int:
+    """Have so many helpers, or as many as there can be; return their number."""
     global _helpers
     while _helpers < count:
-        threading.Thread(target=_help, args=(_jobs,), name="fastbn", daemon=True).start()
+        try:
+            threading.Thread(target=_help, args=(_jobs,), name="fastbn", daemon=True).start()
+        except RuntimeError:  # a limit on processes, or the interpreter is shutting down: the caller does the rest
+            return _helpers
         _helpers += 1
+    return count
 
 
 def _wait(claim: np.ndarray[Any, Any], units: int) -> None:
@@ -128,8 +133,7 @@ def run(kernel: Callable[..., Any], args: tuple[Any, ...], units: int, parallel:
         return
     working: list[None] = []
     try:
-        _start(threads - 1)
-        for _ in range(threads - 1):
+        for _ in range(_start(threads - 1)):
             _jobs.put((kernel, (*args, claim), working))
         kernel(*args, claim)
         _wait(claim, units)

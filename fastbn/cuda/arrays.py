@@ -87,6 +87,11 @@ class Flat:
         """View some of the elements."""
         return Flat(self.address + start * _ITEMSIZE[self.kind], size, self.kind, self.owner)
 
+    def shares(self, other: Flat) -> bool:
+        """Tell whether some element of both is the same memory."""
+        ends = (flat.address + flat.size * _ITEMSIZE[flat.kind] for flat in (self, other))
+        return max(self.address, other.address) < min(ends)
+
 
 class _Host:
     def __init__(self, address: int, size: int, typestr: str):

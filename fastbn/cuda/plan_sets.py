@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
 
     @property
     def D(self) -> int:  # noqa: D102
-        return self.C // self.G
+        return self.C // max(self.G, 1)  # instance norm without channels has no groups
 
     @property
     def sets(self) -> int:  # noqa: D102

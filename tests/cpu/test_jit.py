@@ -47,6 +47,28 @@ def test_the_second_process_loads_what_the_first_compiled(python, tmp_path):
     assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path))[0] == 0
 
 
+# A file system that only reads, for root too.
+READ_ONLY = """
+import os, tempfile
+def refuse(*a, **k):
+    raise OSError(30, "Read-only file system")
+tempfile.TemporaryFile = tempfile.mkstemp = os.replace = os.makedirs = refuse
+"""
+
+
+def test_a_folder_that_was_filled_ahead_may_be_read_only(python, tmp_path):
+    python(CALL, FASTBN_CACHE_DIR=tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")}
+    assert counts(python(READ_ONLY + CALL, FASTBN_CACHE_DIR=tmp_path)) == (1, 0)
+    other = CALL.replace("f4", "f8").replace("np.float32", "np.float64")  # is not in it
+    assert counts(python(READ_ONLY + other, FASTBN_CACHE_DIR=tmp_path)) == (0, 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.nb*")} == files
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = "from fastbn.cpu import _jit; assert _jit.cache_folder() is None"
+    python(READ_ONLY + code, FASTBN_CACHE_DIR=empty)
+
+
 @pytest.mark.parametrize("variable", ["FASTBN_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
 @pytest.mark.skipif(sys.platform != "linux", reason="folders of Linux")
 def test_where_the_cache_lies(variable, python, tmp_path):

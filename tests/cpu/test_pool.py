@@ -232,6 +232,28 @@ def test_helpers_take_part_and_serial_work_stays_here(threads):
     assert {name for _, name in record} == {threading.current_thread().name}
 
 
+def test_without_new_threads_the_caller_works_alone(threads, python, monkeypatch):
+    """As under a limit on processes, or in Python's last moments."""
+    threads(4)
+    c = case(np.random.default_rng(5), LARGE["planes"], np.float32)
+    want = fastbn.batch_norm_train(c.x)[0]
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(pool, "_helpers", 0)
+    monkeypatch.setattr(pool, "_jobs", pool.SimpleQueue())
+    assert same_bits(fastbn.batch_norm_train(c.x)[0], want)
+    assert pool._jobs.empty(), "nobody would ever take it"
+    python(
+        "import atexit, numpy as np, fastbn\n"
+        "x = np.ones((8, 64, 4096), np.float32)\n"
+        "atexit.register(lambda: fastbn.batch_norm_train(x))",
+        FASTBN_NUM_THREADS=2,
+    )
+
+
 def test_a_second_caller_runs_alone(threads):
     threads(2)
     record = []

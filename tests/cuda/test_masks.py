@@ -187,6 +187,7 @@ def test_none_and_one_valid(rng):
         assert np.array_equal(get(y), want.astype(np.float32))
         dx = get(fastbn.backward(put(x), saved).input)
         assert not dx[whole(~mask, 1, x.shape)].any() and np.isfinite(dx).all()
+        assert fastbn.Moments.of(put(x), mask=mask).count == fastbn.Moments.of(x, mask=mask).count == valid
         if valid:
             with pytest.raises(ValueError, match="x: expected more than 1"):
                 fastbn.batch_norm_train(put(x), mask=mask)

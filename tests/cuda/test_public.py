@@ -42,6 +42,32 @@ def test_running_statistics_may_stay_or_be_biased(rng):
     np.testing.assert_allclose(get(rv), reference.statistics(x)[1], rtol=1e-6)
 
 
+def test_running_statistics_that_are_another_array_are_refused(rng):
+    x, buffer = put(rng.standard_normal((6, 3, 10)).astype(np.float32)), np.ones((2, 4, 3), np.float32)
+    on_gpu = GpuArray.of(buffer)
+    vectors = [GpuArray(on_gpu.host[0, i]) for i in range(4)]
+    fastbn.batch_norm_train(x, *vectors)
+    for options in ({}, {"ghost": 2}):
+        with pytest.raises(ValueError, match=r"^running_var: expected memory apart from weight"):
+            fastbn.batch_norm_train(x, *vectors[:3], GpuArray(on_gpu.host[0, 0]), **options)
+        with pytest.raises(ValueError, match=r"^running_mean: expected memory apart from bias"):
+            fastbn.batch_norm_train(x, *vectors[:2], GpuArray(on_gpu.host[0].reshape(-1)[4:7]), vectors[3], **options)
+    assert (on_gpu.host[1] == 1).all() and (on_gpu.host[0, :2] == 1).all()
+
+
+def test_inference_in_place_leaves_no_gradients_that_need_x(rng):
+    x = put(rng.standard_normal((6, 3, 10)).astype(np.float32))
+    rm, rv, w = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32)), put(np.ones(3, np.float32))
+    for weight, activation in ((w, None), (None, "relu")):
+        _, saved = frozen(x, rm, rv, weight, activation=activation, out=x)
+        with pytest.raises(ValueError, match=r"^saved: expected an x that was not overwritten"):
+            fastbn.backward(x, saved)
+        with pytest.raises(ValueError, match=r"^saved: expected an x that was not overwritten"):
+            _ = saved.moments
+    _, saved = frozen(x, rm, rv, out=x)
+    np.testing.assert_allclose(get(fastbn.backward(x, saved).input), get(x), rtol=1e-4)
+
+
 def test_arrays_on_a_gpu_beside_one_on_the_host_are_refused():
     with pytest.raises(fastbn.DeviceError, match="copy the array to the host"):
         fastbn.batch_norm_infer(np.ones((6, 3), np.float32), put(np.ones(3, np.float32)), np.ones(3, np.float32))

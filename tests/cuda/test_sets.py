@@ -126,6 +126,19 @@ def test_nan_saved_empty_and_in_place(rng):
         assert got.input is g and np.array_equal(g, want.input) and np.array_equal(got.weight, want.weight)
 
 
+def test_no_channels():
+    for shape in ((2, 0, 3), (0, 0, 3), (2, 0)):
+        y, saved = fastbn.instance_norm(put(np.empty(shape, np.float32)))
+        assert get(y).shape == shape and saved.count == 0
+        assert get(fastbn.backward(put(np.empty(shape, np.float32)), saved).input).shape == shape
+
+
+def test_number_of_groups_may_be_a_small_integer(rng):
+    x = rng.standard_normal((2, 300, 2)).astype(np.float32)
+    want, _ = fastbn.group_norm(x, 100)
+    np.testing.assert_allclose(get(fastbn.group_norm(put(x), np.int8(100))[0]), want, atol=1e-5)
+
+
 def test_memory_that_is_not_aligned(rng):
     kind, x, weight, bias = family.make(rng, "layer", (4, 3, 16), np.float32)
     skewed = [GpuArray.of(a, skew) for a, skew in ((x, 1), (weight, 3), (bias, 0))]

@@ -134,6 +134,20 @@ def test_known_calls_still_refuse_what_overlaps(slow):
     assert torch.equal(device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, x), want)
 
 
+def test_known_calls_still_refuse_one_array_under_two_names(slow):
+    x, grad, vectors = _arrays((6, 4))
+    for _ in range(2):
+        step(x, grad, vectors)
+    weight, bias, mean, var = vectors
+    with pytest.raises(ValueError, match="running_var: expected memory apart from weight"):
+        step(x, grad, [weight, bias, mean, weight])
+    with pytest.raises(ValueError, match="running_mean: expected memory apart from bias"):
+        step(x, grad, [weight, mean, mean, var])
+    with pytest.raises(ValueError, match="running_var: expected memory apart from running_mean"):
+        step(x, grad, [weight, bias, var, var])
+    step(x, grad, vectors)
+
+
 def test_only_the_very_same_call_is_known(slow):
     x, grad, vectors = _arrays((6, 4))
     other = [torch.rand(8)[::2] for _ in range(2)] + vectors[2:]
