@@ -125,6 +125,31 @@ def test_overlap(shift, rng):
     assert (a.enter("train"), a.enter("infer"), a.enter("backward")) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("moved", ["mean", "var"])
+@pytest.mark.parametrize("other", ["weight", "bias", "x", "y", "the other"])
+def test_statistics_that_move_lie_apart(moved, other, rng):
+    """Views of one memory are told, too; inference moves none, and reads them before it writes."""
+    a = Arguments(rng)
+    other = {"mean": "var", "var": "mean"}[moved] if other == "the other" else other
+    memory = getattr(a, other).reshape(-1)
+    memory[:] = np.abs(memory) + 0.5
+    setattr(a, moved, memory[-C:])
+    before = a.everything()
+    assert a.enter("train") == 0
+    assert all(same_bits(p, q) for p, q in zip(before, a.everything(), strict=True))
+    a.bias = a.weight
+    assert a.enter("infer") == 1
+
+
+def test_parameters_in_the_output(rng):
+    a = Arguments(rng)
+    for name in ("weight", "bias"):
+        kept = getattr(a, name)
+        setattr(a, name, a.y.reshape(-1)[:C])
+        assert (a.enter("train"), a.enter("infer")) == (0, 0)
+        setattr(a, name, kept)
+
+
 def test_arrays_that_do_not_lie_as_said(monkeypatch, rng):
     assert objects.readable()
     Arguments(rng)
