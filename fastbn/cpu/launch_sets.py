@@ -51,8 +51,12 @@ def train(
     if run is None and weight is not None and bias is not None:
         weight, bias = _by_element(weight, d), _by_element(bias, d)
     streamed = tuning.streams(x, out)
-    work = (x, out, weight, bias, stats, count, length, d[1], run, eps, streamed)
-    pool.run(sets.train, work, count, x.size >= tuning.PARALLEL)
+    arrays, parallel = (x, out, weight, bias, stats, count, length), x.size >= tuning.PARALLEL
+    short = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
+    if run is None and d[1] == 1 and length * x.itemsize <= short:
+        pool.run(sets_short.train, (*arrays, eps, streamed), count, parallel)
+    else:
+        pool.run(sets.train, (*arrays, d[1], run, eps, streamed), count, parallel)
     return stats
 
 
@@ -84,7 +88,7 @@ def backward(
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again below
     tensors, parallel = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length), x.size >= tuning.PARALLEL
-    if run is None and G == 1 and length <= sets_short.SHORT:
+    if run is None and G == 1 and length * x.itemsize <= sets_short.SHORT:
         pool.run(sets_short.backward, (*tensors, per, streamed), B, parallel)
     else:
         pool.run(sets_backward.backward, (*tensors, G, run, per, streamed), B, parallel)
