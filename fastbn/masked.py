@@ -1,4 +1,4 @@
-"""Batch norm under a mask: ``core.Forward`` and its gradients over packed values (``places``), a chunk at a time."""
+"""Batch norm under a mask: ``core.Forward`` over packed values (``places``), a chunk at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastbn import arguments, dispatch, layout, recycled, views
 from fastbn.core import Forward
 from fastbn.errors import ArgumentValueError
-from fastbn.places import Places
+from fastbn.places import Places, in_order, of_channels
 from fastbn.saved import BatchSaved, output
 
 Array = npt.NDArray[Any]
@@ -26,17 +26,12 @@ def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
     return arguments.from_lengths(lengths, x, axis)
 
 
-def _in_order(x: Array) -> Array:
-    """Return x in C order, as ``places`` counts."""
-    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")
-
-
 def statistics(x: Array, mask: Array, axis: int, eps: float) -> tuple[int, Array]:
     """Return how many values of a channel are valid, and their statistics (zeros if none)."""
     places, kind = Places(mask, x.shape, axis), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
     if places.count * x.size == 0:
         return 0, np.zeros(3 * x.shape[axis])
-    return places.count, places.statistics(views.raw(_in_order(x).reshape(-1)), kind, eps)
+    return places.count, places.statistics(views.raw(in_order(x).reshape(-1)), kind, eps)
 
 
 def forward(
@@ -114,7 +109,7 @@ class MaskedForward(Forward):
         """See ``core.Forward``."""
         for some, values, residual in self._chunks():
             weight, shape = self.weight[some], self.places.shape(self.weight[some].size)
-            known = _some(stats, some)
+            known = of_channels(stats, some)
             dispatch.kernels().infer(values, residual, values, weight, self.bias[some], known, shape, self.relu)
         if self.count == 0:
             self.out[...] = 0
@@ -124,48 +119,3 @@ class MaskedForward(Forward):
         saved = super().saved(stats, frozen, updated)
         saved.count, saved.places = self.count, self.places
         return saved
-
-
-def gradients(saved: BatchSaved, grad_output: Any, out: Any) -> tuple[Array, Array, Array, Array | None]:
-    """Gradients of input, weight, bias and residual: zero where masked."""
-    grad = arguments.same_kind("grad_output", grad_output, saved.x)
-    result = recycled.empty_like(grad) if out is None else out
-    if out is not None:
-        output(out, saved.x, saved.axis)
-        arguments.apart("x", out, saved.x, exact_allowed=False)
-        arguments.apart("grad_output", out, grad, exact_allowed=True)
-        if saved.y is not None:
-            arguments.apart("the output that the forward pass saved", out, saved.y, exact_allowed=False)
-    dx = result if result.flags.c_contiguous else np.empty(result.shape, result.dtype)
-    residual = np.zeros(result.shape, result.dtype) if saved.residual else None
-    tensors = (saved.x, _in_order(grad), saved.y, dx, residual)
-    dweight, dbias = _gradients(saved, *(None if t is None else views.raw(t.reshape(-1)) for t in tensors))
-    if dx is not result:
-        result[...] = dx
-    return result, dweight, dbias, residual
-
-
-def _gradients(saved: BatchSaved, x: Any, grad: Any, y: Any, dx: Any, residual: Any) -> tuple[Array, Array]:
-    """Gradients into ``dx`` and ``residual``; returns those of weight and bias."""
-    places, dweight, dbias = saved.places, np.zeros_like(saved.weight), np.zeros_like(saved.bias)
-    if places.count == 0:
-        dx[...] = 0
-    rooms = [places.room(t) for t in (x, grad, y, residual if saved.relu else None)]
-    for some in places.chunks():
-        values, g = places.pack(x, some, rooms[0]), places.pack(grad, some, rooms[1])
-        gated, weight = None if rooms[3] is None else rooms[3][: values.size], saved.weight[some]
-        if residual is not None and gated is None:
-            places.unpack(g, residual, some)
-        dweight[some], dbias[some] = dispatch.kernels().backward(
-            values, g, places.pack(y, some, rooms[2]), g, gated, weight, saved.bias[some], _some(saved.stats, some),
-            places.shape(weight.size), saved.frozen, saved.relu,
-        )  # fmt: skip
-        places.unpack(g, dx, some)
-        if gated is not None:
-            places.unpack(gated, residual, some)
-    return dweight, dbias
-
-
-def _some(stats: Array, channels: slice) -> Array:
-    """Return the statistics of some channels."""
-    return np.ascontiguousarray(stats.reshape(3, -1)[:, channels]).reshape(-1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import dispatch, layout, recycled
+from fastbn import dispatch, layout, recycled, views
 
 Array = npt.NDArray[Any]
 Table = tuple[Array, Array, Array | None]
@@ -38,6 +38,16 @@ def _pieces(mask: Array, per: int) -> Table:
         np.cumsum(length * per, out=place[1:])
     first = np.searchsorted(sample, np.arange(len(mask) + 1))
     return first, start * per, place
+
+
+def in_order(x: Array) -> Array:
+    """Return x in C order."""
+    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")
+
+
+def of_channels(stats: Array, channels: slice) -> Array:
+    """Return the statistics of some channels."""
+    return np.ascontiguousarray(stats.reshape(3, -1)[:, channels]).reshape(-1)
 
 
 class Places:
@@ -107,3 +117,35 @@ class Places:
             found = dispatch.kernels().moments(packed, part, self.shape(part.size), eps)
             stats[:, some] = found.reshape(3, -1)
         return stats.reshape(-1)
+
+    def gradients(self, saved: Any, grad: Array, result: Array) -> tuple[Array, Array, Array | None]:
+        """Put the input's gradient into ``result``; return those of weight, bias and residual. Zero where masked.
+
+        ``saved`` is a ``saved.BatchSaved`` whose x, and y, are C-contiguous.
+        """
+        dx = result if result.flags.c_contiguous else np.empty(result.shape, result.dtype)
+        residual = np.zeros(result.shape, result.dtype) if saved.residual else None
+        tensors = (saved.x, in_order(grad), saved.y, dx, residual)
+        parameters = self._gradients(saved, *(None if t is None else views.raw(t.reshape(-1)) for t in tensors))
+        if dx is not result:
+            result[...] = dx
+        return *parameters, residual
+
+    def _gradients(self, saved: Any, x: Any, grad: Any, y: Any, dx: Any, residual: Any) -> tuple[Array, Array]:
+        dweight, dbias = np.zeros_like(saved.weight), np.zeros_like(saved.bias)
+        if self.count == 0:
+            dx[...] = 0
+        rooms = [self.room(t) for t in (x, grad, y, residual if saved.relu else None)]
+        for some in self.chunks():
+            values, g = self.pack(x, some, rooms[0]), self.pack(grad, some, rooms[1])
+            gated, weight = None if rooms[3] is None else rooms[3][: values.size], saved.weight[some]
+            if residual is not None and gated is None:
+                self.unpack(g, residual, some)
+            dweight[some], dbias[some] = dispatch.kernels().backward(
+                values, g, self.pack(y, some, rooms[2]), g, gated, weight, saved.bias[some],
+                of_channels(saved.stats, some), self.shape(weight.size), saved.frozen, saved.relu,
+            )  # fmt: skip
+            self.unpack(g, dx, some)
+            if gated is not None:
+                self.unpack(gated, residual, some)
+        return dweight, dbias

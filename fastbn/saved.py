@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, quick, views
+from fastbn import arguments, dispatch, layout, quick, recycled, views
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
 
@@ -137,9 +137,8 @@ class BatchSaved(Saved):
     def all_gradients(self, grad_output: Any, out: Any) -> tuple[Array, Array, Array, Array | None]:
         """Gradients of input, weight, bias (also where there is none) and residual."""
         if self.places is not None:
-            from fastbn import masked
-
-            return masked.gradients(self, grad_output, out)
+            grad, dx = self._checked(grad_output, out)
+            return dx, *self.places.gradients(self, grad, dx)
         x, where = self.x, self.layout
         grad, out = check_gradient(grad_output, x, where, self.axis, out, grad_kept=self.residual)
         if self.y is not None:
@@ -153,6 +152,18 @@ class BatchSaved(Saved):
         else:
             dweight, dbias = np.zeros_like(self.weight), np.zeros_like(self.bias)
         return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
+
+    def _checked(self, grad_output: Any, out: Any) -> tuple[Array, Array]:
+        """Return the gradient and the array for the input's, in any memory order each, apart from what is read."""
+        grad = arguments.same_kind("grad_output", grad_output, self.x)
+        if out is None:
+            return grad, recycled.empty_like(grad)
+        output(out, self.x, self.axis)
+        arguments.apart("x", out, self.x, exact_allowed=False)
+        arguments.apart("grad_output", out, grad, exact_allowed=True)
+        if self.y is not None:
+            arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
+        return grad, out
 
 
 class Overwritten(Saved):
