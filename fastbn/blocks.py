@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import arguments, dispatch, layout, recycled, views
-from fastbn.core import Forward
+from fastbn.core import Reordered
 from fastbn.errors import ArgumentValueError
-from fastbn.saved import Gradients, check_gradient, output
+from fastbn.saved import Gradients, check_gradient
 
 Array = npt.NDArray[Any]
 
@@ -48,10 +48,10 @@ def _samples_outermost(x: Array, axis: int) -> bool:
     return x.size == 0 or x.shape[0] == 1 or next((a == 0 for a in where.order if x.shape[a] != 1), True)
 
 
-class BlockForward(Forward):
+class BlockForward(Reordered):
     """Checked arguments whose samples (axis 0) lie one behind the other in memory, x copied where they do not."""
 
-    __slots__ = ("blocks", "target")
+    __slots__ = ("blocks",)
 
     def __init__(
         self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any = None, residual: Any = None, out: Any = None
@@ -62,23 +62,11 @@ class BlockForward(Forward):
             raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
         self.target = None
         if not (_samples_outermost(x, axis) and (out is None or not x.size or _samples_outermost(out, axis))):
-            if out is not None:
-                output(out, x, axis)
-                arguments.apart("x", out, x, exact_allowed=False)
-            self.target = recycled.empty_like(x) if out is None else out
-            x, out = np.array(x, order="C"), None
+            x, out = self.copied(x, axis, out), None
         super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
         before, C, S = self.layout.dims
         B = x.shape[0]
         self.blocks = Blocks(B, 1, 1, S // B) if C == 1 and B else Blocks(B, before // max(B, 1), C, S)
-
-    def result(self) -> Array:
-        """Return y where the caller wants it."""
-        if self.target is None:
-            return self.out
-        target: Array = self.target
-        target[...] = self.out
-        return target
 
     def train_piece(self, part: slice, d: Blocks, eps: float) -> Array:
         """Normalise the blocks of one piece into out; return their statistics."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, quick, running, views
+from fastbn import arguments, dispatch, layout, quick, recycled, running, views
 from fastbn.errors import ArgumentValueError
 from fastbn.saved import BatchSaved, OverwrittenSaved, kept, no_statistics, output
 
@@ -117,6 +117,29 @@ class Forward:
         saved.y = self.out if self.relu and saved.residual else None  # else the sign is found again from x
         saved.places = None
         return saved
+
+
+class Reordered(Forward):
+    """Checked arguments of which x may have been copied to another memory order, in which y then comes too."""
+
+    __slots__ = ("target",)
+
+    target: Array | None
+
+    def copied(self, x: Array, axis: int, out: Any) -> Array:
+        """Return x in C order; the array that y goes to in the end is checked, or allocated like x."""
+        if out is not None:
+            output(out, x, axis)
+            arguments.apart("x", out, x, exact_allowed=False)
+        self.target = recycled.empty_like(x) if out is None else out
+        return np.array(x, order="C")
+
+    def result(self) -> Array:
+        """Return y where the caller wants it."""
+        if self.target is None:
+            return self.out
+        self.target[...] = self.out
+        return self.target
 
 
 def train(

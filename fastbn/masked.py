@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, recycled, views
-from fastbn.core import Forward
+from fastbn import arguments, dispatch, layout, views
+from fastbn.core import Forward, Reordered
 from fastbn.errors import ArgumentValueError
 from fastbn.places import Places, in_order, of_channels
-from fastbn.saved import BatchSaved, output
+from fastbn.saved import BatchSaved
 
 Array = npt.NDArray[Any]
 
@@ -47,10 +47,10 @@ def forward(
     return Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
 
 
-class MaskedForward(Forward):
+class MaskedForward(Reordered):
     """Checked arguments of which only some values count; x is copied where it does not lie in C order."""
 
-    __slots__ = ("places", "target")
+    __slots__ = ("places",)
 
     def __init__(
         self, x: Array, weight: Any, bias: Any, axis: int, activation: Any, residual: Any, out: Any, mask: Array
@@ -58,25 +58,13 @@ class MaskedForward(Forward):
         self.places = Places(mask, x.shape, axis)
         self.target = None
         if not (x.flags.c_contiguous and (out is None or getattr(out, "flags", x.flags).c_contiguous)):
-            if out is not None:
-                output(out, x, axis)
-                arguments.apart("x", out, x, exact_allowed=False)
-            self.target = recycled.empty_like(x) if out is None else out
-            x, out = np.array(x, order="C"), None
+            x, out = self.copied(x, axis, out), None
         super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
 
     @property
     def count(self) -> int:
         """Valid values per channel."""
         return self.places.count
-
-    def result(self) -> Array:
-        """Return y where the caller wants it."""
-        if self.target is None:
-            return self.out
-        target: Array = self.target
-        target[...] = self.out
-        return target
 
     def train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
         """See ``core.Forward``."""

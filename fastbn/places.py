@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import dispatch, layout, recycled, views
+from fastbn.cpu.pool import get_num_threads
 
 Array = npt.NDArray[Any]
 Table = tuple[Array, Array, Array | None]
 
-CHUNK = 1 << 19  # values packed at a time (2 MB of float32); a quarter: 1.15x, four times: 1.3x
+CHUNK = 1 << 19  # values packed at a time for each thread (2 MB of float32); a quarter: 1.15x, four times: 1.3x
 SPREAD = 64  # values of a channel from which packing a few channels at a time ends up in the kernel that all would
 RUN = 10  # values of a piece from which moving pieces beats moving values
 
@@ -59,7 +60,7 @@ class Places:
         Values per channel, M.
     """
 
-    __slots__ = ("channels", "count", "dims", "table", "whole")
+    __slots__ = ("channels", "count", "dims", "step", "table", "whole")
 
     def __init__(self, mask: Array, shape: tuple[int, ...], axis: int):
         N, C, S = layout.contiguous(shape, axis).dims
@@ -71,26 +72,23 @@ class Places:
         else:
             self.dims, self.table = (N, C, S), _pieces(mask.reshape(N, S), 1)
 
+        most = C if self.whole or self.count < SPREAD else CHUNK * get_num_threads() // self.count
+        self.step = max(1, min(C, most))  # channels that are worked off together
+
     def shape(self, channels: int) -> tuple[int, int, int]:
         """Return what kernels take for so many packed channels."""
         if not self.whole:
             return 1, channels, self.count
         return layout.contiguous((self.count, channels), 1).dims
 
-    @property
-    def _step(self) -> int:
-        """How many channels are worked off together."""
-        most = self.channels if self.whole or self.count < SPREAD else CHUNK // self.count
-        return max(1, min(self.channels, most))
-
     def chunks(self) -> Iterator[slice]:
         """Channels that are worked off together; none where no value is valid."""
-        for lo in range(0, self.channels if self.count else 0, self._step):
-            yield slice(lo, min(self.channels, lo + self._step))
+        for lo in range(0, self.channels if self.count else 0, self.step):
+            yield slice(lo, min(self.channels, lo + self.step))
 
     def room(self, x: Array | None) -> Array | None:
         """Return memory for a chunk of x, for one after the other: fresh memory for each costs more than packing."""
-        return None if x is None else recycled.empty((self._step * self.count,), x.dtype)
+        return None if x is None else recycled.empty((self.step * self.count,), x.dtype)
 
     def _numbers(self, packed: Array, channels: slice) -> tuple[Table, int, int, int, int, int]:
         """Return what ``launch.pack`` and ``launch.unpack`` take."""

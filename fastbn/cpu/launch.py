@@ -214,16 +214,11 @@ def backward(
 
 def pack(x: Array, packed: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
     """Pack the valid values of channels lo..hi - 1; see ``packing`` for the numbers."""
-    samples = table[0].size - 1
-    pool.run(packing.pack, (x, packed, *table, C, S, M, lo, hi), samples, packed.size >= tuning.PARALLEL)
+    work = (x, packed, *table, C, S, M, lo, hi)
+    pool.run(packing.pack, work, table[0].size - 1, packed.size >= tuning.PARALLEL)
 
 
 def unpack(packed: Array, y: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:
     """Put packed values back, zero elsewhere."""
-    samples = table[0].size - 1
-    pool.run(
-        packing.unpack,
-        (packed, y, *table, C, S, M, lo, hi, tuning.streams(y, y)),
-        samples,
-        packed.size >= tuning.PARALLEL,
-    )
+    work = (packed, y, *table, C, S, M, lo, hi, tuning.streams(packed, y))
+    pool.run(packing.unpack, work, table[0].size - 1, packed.size >= tuning.PARALLEL)
