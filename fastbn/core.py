@@ -175,10 +175,9 @@ def frozen(
     eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
 ) -> tuple[Array, BatchSaved]:  # fmt: skip
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there."""
-    if residual is None:
-        done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
-        if done is not None:
-            return done[0], kept(done, x, True, 0)
+    done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+    if done is not None:
+        return done[0], kept(done, x, True, 0)
     y, forward, stats = infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
     return y, forward.saved(stats, frozen=True)
 

@@ -139,10 +139,9 @@ def batch_norm_train(
         return training.train(
             x, weight, bias, running_mean, running_var, options, axis, residual, mask, lengths, out
         )  # fmt: skip
-    if residual is None:
-        done = quick.train(x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, out)
-        if done is not None:
-            return done[0], kept(done, x, False, int(running_mean is not None))
+    done = quick.train(x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out)
+    if done is not None:
+        return done[0], kept(done, x, False, int(running_mean is not None))
     return core.train(x, weight, bias, running_mean, running_var, momentum, eps, axis, activation, residual, out)
 
 
@@ -194,10 +193,9 @@ def batch_norm_infer(
 
         y: Array = device.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
         return y
-    if residual is None:
-        done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, out)
-        if done is not None:
-            return done[0]
+    done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+    if done is not None:
+        return done[0]
     return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
 
 

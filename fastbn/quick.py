@@ -1,7 +1,7 @@
 """Small plain calls in the fewest steps: (64, 100) in a third of the time that ``core`` takes, most of which is checks.
 
 Plain: x is a C-contiguous, aligned, writeable float32 array of at most ``MOST`` elements, so is the output, parameters
-and statistics are such vectors, eps and momentum floats, and there is no residual. What the shape, the axis and the
+and statistics are such vectors, a residual is like x, eps and momentum are floats. What the shape, the axis and the
 activation decide is looked up; compiled code asks whether the arrays are such ones (``cpu.gates``). Where they are not,
 the answer is None, nothing has been written, and ``core`` does it or says what is wrong.
 """
@@ -36,21 +36,22 @@ class Call(NamedTuple):
     where: layout.Layout
     axis: int
     values: int  # a channel
+    fused: bool  # with a residual
 
 
 # The result, how it was found, its statistics, weight and bias as kernels take them, and which of the two were given.
 Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool]]
-_Known = dict[tuple[tuple[int, ...], int, Any], Call]
+_Known = dict[tuple[tuple[int, ...], int, Any, bool], Call]
 _train: _Known = {}
 _infer: _Known = {}
 _backward: _Known = {}
 
 
-def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any) -> Call | None:
+def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: bool) -> Call | None:
     """Return the call that is known, or gets to be known now that its kernel is compiled."""
     if type(axis) is not int or (activation is not None and type(activation) is not str) or x.dtype is not F32:
         return None  # True is 1 to a dictionary
-    key = x.shape, axis, activation
+    key = x.shape, axis, activation, fused
     call = known.get(key)
     if call is None and x.size <= MOST and (call := _learn(op, *key)) is not None:
         if len(known) >= REMEMBERED:
@@ -59,7 +60,7 @@ def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any) -> Call 
     return call
 
 
-def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None) -> Call | None:
+def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool) -> Call | None:
     if len(shape) < 2 or 0 in shape or not -len(shape) <= axis < len(shape) or activation not in (None, "relu"):
         return None
     from fastbn.cpu import entries
@@ -69,20 +70,20 @@ def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None) -
     relu = True if activation == "relu" else None
     if N * S == 1 and op == "train":
         return None
-    found = entries.find(op, where.dims, relu)
-    return None if found is None else Call(*found, relu, C, where, axis % len(shape), N * S)
+    found = entries.find(op, where.dims, relu, fused)
+    return None if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused)
 
 
 def train(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
-    momentum: Any, eps: Any, axis: Any, activation: Any, out: Any,
+    momentum: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
 ) -> Done | None:  # fmt: skip
     """See ``core.train``."""
     if type(x) is not _array or type(eps) is not float or type(momentum) is not float:
         return None
-    if (call := _find("train", _train, x, axis, activation)) is None:
+    if (call := _find("train", _train, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _ = call
     affine = (weight is not None, bias is not None)
     weight = weight if affine[0] else views.constant(1.0, channels, F32)
     bias = bias if affine[1] else views.constant(0.0, channels, F32)
@@ -93,27 +94,29 @@ def train(
     y = _empty(x.shape, F32) if out is None else out
     stats = _empty(3 * channels)
     if enter(
-        x, y, weight, bias, running_mean, running_var, stats, _array, F32, *numbers, moved, eps, momentum, relu
+        x, residual, y, weight, bias, running_mean, running_var, stats, _array, F32, *numbers,
+        moved, eps, momentum, relu,
     ):  # fmt: skip
         return y, call, stats, weight, bias, affine
     return None
 
 
 def infer(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, out: Any
-) -> Done | None:
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
+    eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
+) -> Done | None:  # fmt: skip
     """See ``core.frozen``."""
     if type(x) is not _array or type(eps) is not float:
         return None
-    if (call := _find("infer", _infer, x, axis, activation)) is None:
+    if (call := _find("infer", _infer, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _ = call
     affine = (weight is not None, bias is not None)
     weight = weight if affine[0] else views.constant(1.0, channels, F32)
     bias = bias if affine[1] else views.constant(0.0, channels, F32)
     y = _empty(x.shape, F32) if out is None else out
     stats = _empty(3 * channels)
-    if enter(x, y, running_mean, running_var, weight, bias, stats, _array, F32, *numbers, eps, relu):
+    if enter(x, residual, y, running_mean, running_var, weight, bias, stats, _array, F32, *numbers, eps, relu):
         return y, call, stats, weight, bias, affine
     return None
 
@@ -123,10 +126,10 @@ def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array] | No
     if saved.residual or saved.places is not None:
         return None
     x = saved.x
-    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None)
+    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, False)
     if call is None or call.where.dims != saved.layout.dims:
         return None
-    enter, numbers, relu, channels, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _ = call
     dx = _empty(x.shape, F32) if out is None else out
     dweight, dbias = _empty(channels, F32), _empty(channels, F32)
     if enter(

@@ -198,7 +198,8 @@ def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
     saved = OverwrittenSaved() if done[0] is x else BatchSaved()
     _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
     saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
-    saved.y, saved.residual, saved.frozen, saved.updated, saved.places = None, False, frozen, updated, None
+    saved.residual, saved.frozen, saved.updated, saved.places = call.fused, frozen, updated, None
+    saved.y = done[0] if call.fused and call.relu else None
     return saved
 
 

@@ -61,10 +61,11 @@ def long_way(monkeypatch):
     return calls
 
 
-def results(c, activation):
-    y, kept, mean, var = c.train(activation=activation, out=None)
-    z = c.infer(activation=activation, out=None)
-    w, frozen = fastbn.functional.frozen(c.x, c.mean, c.var, c.weight, c.bias, axis=c.axis, activation=activation)
+def results(c, activation, residual=None):
+    options = {"activation": activation, "residual": residual}
+    y, kept, mean, var = c.train(out=None, **options)
+    z = c.infer(out=None, **options)
+    w, frozen = fastbn.functional.frozen(c.x, c.mean, c.var, c.weight, c.bias, axis=c.axis, **options)
     grads = [*fastbn.backward(c.grad, kept)[:3], *fastbn.backward(c.grad, frozen)[:3]]
     about = [kept.mean, kept.variance, kept.moments.m2, frozen.mean, frozen.invstd]
     assert (kept.count, kept.updated, frozen.updated) == (c.x.size // c.weight.size, 1, 0)
@@ -87,6 +88,41 @@ def test_same_bits_as_the_long_way(shape, axis, activation, rng, long_way, monke
     assert all(same_bits(a, b) for a, b in zip(short, full, strict=True))
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_with_a_residual(shape, axis, activation, rng, monkeypatch):
+    c = Case(rng, shape, axis)
+    residual = rng.standard_normal(shape, dtype=np.float32)
+    results(c, activation, residual)
+    forwards, begin = [], core.Forward.__init__
+    monkeypatch.setattr(core.Forward, "__init__", lambda *a, **k: forwards.append(0) or begin(*a, **k))
+    short = results(c, activation, residual)
+    assert not forwards
+    over = residual.copy()
+    assert same_bits(c.train(activation=activation, residual=over, out=over)[0], short[0])
+    for name in ("train", "infer", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+    assert all(same_bits(a, b) for a, b in zip(short, results(c, activation, residual), strict=True))
+    assert forwards
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.astype(np.float64), lambda r: r[:-1], lambda r: r.T, lambda r: r.tolist(), lambda r: 1.0,
+], ids=["float64", "short", "transposed", "list", "number"])  # fmt: skip
+def test_residuals_that_do_not_fit(change, c):
+    before = c.out.copy()
+    c.train(residual=c.grad, out=None)
+    c.infer(residual=c.grad, out=None)
+    for call in (c.train, c.infer):
+        with pytest.raises((TypeError, ValueError), match=r"^residual: expected"):
+            call(residual=change(c.grad))
+    memory = np.zeros(2 * c.x.size, np.float32)
+    for call in (c.train, c.infer):
+        with pytest.raises(ValueError, match=r"^out: expected"):
+            call(residual=memory[: c.x.size].reshape(c.x.shape), out=memory[9 : 9 + c.x.size].reshape(c.x.shape))
+    assert same_bits(before, c.out)
+
+
 def test_without_parameters_and_statistics(c, long_way):
     y, kept = fastbn.batch_norm_train(c.x)
     assert not long_way
@@ -100,12 +136,10 @@ def test_without_parameters_and_statistics(c, long_way):
 
 
 @pytest.mark.parametrize("change", [
-    {"eps": np.float64(1e-5)}, {"eps": 1}, {"momentum": np.float32(0.1)}, {"axis": np.int64(1)}, {"residual": True},
+    {"eps": np.float64(1e-5)}, {"eps": 1}, {"momentum": np.float32(0.1)}, {"axis": np.int64(1)},
     {"unbiased": False},
 ], ids=lambda change: next(iter(change)))  # fmt: skip
 def test_other_arguments_go_the_long_way(change, c, long_way):
-    if "residual" in change:
-        change = {"residual": c.grad}
     c.train(**change)
     assert long_way
 

@@ -17,10 +17,11 @@ Numbers = tuple[int | None, ...]
 
 _INT, _FLOAT = types.intp, types.float64
 _F32, _F64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
-_GATES: dict[str, tuple[Any, tuple[Any, Any], int, tuple[Any, ...]]] = {  # objects, and what follows the place
-    "train": (gates.train, (planes.train, rows.train), 9, (_INT, _FLOAT, _FLOAT)),
-    "infer": (gates.infer, (planes.infer, rows.infer), 9, (_FLOAT,)),
-    "backward": (gates.backward, (planes_backward.backward, rows.backward), 10, (types.boolean,)),
+# Each with its kernels, and what follows the place.
+_GATES: dict[str, tuple[Any, tuple[Any, Any], tuple[Any, ...]]] = {
+    "train": (gates.train, (planes.train, rows.train), (_INT, _FLOAT, _FLOAT)),
+    "infer": (gates.infer, (planes.infer, rows.infer), (_FLOAT,)),
+    "backward": (gates.backward, (planes_backward.backward, rows.backward), (types.boolean,)),
 }
 
 
@@ -30,23 +31,25 @@ def _address(kernel: Any, args: tuple[Any, ...]) -> int | None:
     return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _kernel_arguments(op: str, by_rows: bool, relu: Any) -> tuple[Any, ...]:
+def _kernel_arguments(op: str, by_rows: bool, relu: Any, residual: Any) -> tuple[Any, ...]:
     """Return the types of a kernel's arguments."""
     place = (types.UniTuple(_INT, 3), _INT, _INT) if by_rows else (_INT, _INT, _INT)
     last = relu, types.boolean, types.Array(types.int64, 1, "C")
     if op == "train":
-        return (_F32, types.none, *[_F32] * 5, _F64, *place, _FLOAT, _FLOAT, *last)
+        return (_F32, residual, *[_F32] * 5, _F64, *place, _FLOAT, _FLOAT, *last)
     if op == "infer":
-        return (_F32, types.none, *[_F32] * 3, _F64, *place, *last)
+        return (_F32, residual, *[_F32] * 3, _F64, *place, *last)
     return (_F32, _F32, types.none, _F32, types.none, *[_F32] * 4, _F64, *place, types.boolean, *last)
 
 
 @functools.cache
-def _code(op: str, by_rows: bool, relu: Any) -> Entry | None:
+def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     """Compile a gate; None where Numba's inside has changed: calls then take the usual way."""
-    gate, _, objects, behind = _GATES[op]
+    gate, _, behind = _GATES[op]
     place = [_INT, _INT] if by_rows else [types.none, types.none]
-    signature = (*[handle] * objects, *[_INT] * (6 if op == "infer" else 5), *place, *behind, relu)
+    second = handle if fused or op == "backward" else types.none
+    addresses = [_INT] * (6 if op == "infer" else 5)  # and size, N, C, S
+    signature = (handle, second, *[handle] * 8, *addresses, *place, *behind, relu)
     try:
         gate.compile(signature)
         entry: Entry = gate.overloads[signature].entry_point
@@ -55,23 +58,23 @@ def _code(op: str, by_rows: bool, relu: Any) -> Entry | None:
     return entry
 
 
-def find(op: str, dims: Dims, relu: bool | None) -> tuple[Entry, Numbers] | None:
+def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:
     """Return the gate of a small contiguous float32 tensor, and the numbers that it takes behind the objects.
 
-    None before its kernel is compiled, and where there can be none. It is called as
-    ``train(x, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers, moved, eps, momentum,
-    relu)``, ``infer(x, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)`` or
-    ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
+    None before its kernel is compiled, and where there can be none. ``fused``: with a residual. It is called as
+    ``train(x, residual, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers, moved, eps,
+    momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)``
+    or ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
     """
     p = launch.plan(dims, once=op == "infer")
     if p.kind == "swept" or p.parallel or not readable():
         return None
     by_rows, activation = p.kind == "rows", types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]
-    addresses = [_address(kernel, _kernel_arguments(op, by_rows, activation))]
+    addresses = [_address(kernel, _kernel_arguments(op, by_rows, activation, _F32 if fused else types.none))]
     if op == "infer":
         addresses.insert(0, _address(finalize.given, (_F32, _F32, _F64, _FLOAT)))
-    if None in addresses or (code := _code(op, by_rows, activation)) is None:
+    if None in addresses or (code := _code(op, by_rows, activation, fused)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
     return code, (*addresses, dims[0] * dims[1] * dims[2], *dims, *place)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu._jit import jit, part
-from fastbn.cpu.objects import call, data, float32s, float64s, plain, same_shape, vector, zeros2
+from fastbn.cpu.objects import call, data, float32s, float32s_of, float64s, plain, same_shape, vector, zeros2
 
 
 @part
@@ -32,9 +32,18 @@ def _in_nobodys_way(v, p, q, size, w, b, C):
     return _beside(p, v, size, C) and _beside(q, v, size, C) and _apart(v, w, C) and _apart(v, b, C)
 
 
+@part
+def _fits(residual, x, q, kind, dtype, size):
+    """Tell whether a residual, which may be None, is plain, shaped like x, and apart from y at q or y itself."""
+    if residual is None:
+        return True
+    r = plain(residual, kind, dtype, size)
+    return r != 0 and same_shape(residual, x) and (r == q or _apart(r, q, size))
+
+
 @jit
 def train(
-    x, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
+    x, residual, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
     size, N, C, S, V, per, moved, eps, momentum, relu,
 ):  # fmt: skip
     """Training forward of size elements; 1 if done, 0 if refused. ``moved`` is C or, without running statistics, 0."""
@@ -42,6 +51,8 @@ def train(
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     m, v = vector(running_mean, kind, dtype, moved), vector(running_var, kind, dtype, moved)
     if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not (same_shape(x, y) and _apart(p, q, size)):
+        return 0
+    if not _fits(residual, x, q, kind, dtype, size):
         return 0
     if not (_beside(q, w, size, C) and _beside(q, b, size, C) and 0.0 < eps < np.inf and -np.inf < momentum < np.inf):
         return 0
@@ -51,32 +62,33 @@ def train(
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
+    rs = float32s_of(residual, size)
     if V is None:
-        call(kernel, xs, None, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, False, zeros2())
     else:
-        call(kernel, xs, None, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, False, zeros2())
     return 1
 
 
 @jit
-def infer(x, y, mean, var, weight, bias, stats, kind, dtype, given, kernel, size, N, C, S, V, per, eps, relu):
+def infer(x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, kernel, size, N, C, S, V, per, eps, relu):
     """Inference by a mean and a variance, which go to ``stats`` through ``given``; y may be x."""
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
     m, v = vector(mean, kind, dtype, C), vector(var, kind, dtype, C)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not same_shape(x, y):
         return 0
-    if not (p == q or _apart(p, q, size)) or not 0.0 <= eps < np.inf:
+    if not (p == q or _apart(p, q, size)) or not 0.0 <= eps < np.inf or not _fits(residual, x, q, kind, dtype, size):
         return 0
     if not (_beside(q, w, size, C) and _beside(q, b, size, C)):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
-    known = float64s(data(stats), 3 * C)
+    known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
     call(given, float32s(m, C), float32s(v, C), known, eps)
     if V is None:
-        call(kernel, xs, None, ys, ws, bs, known, N, C, S, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, False, zeros2())
     else:
-        call(kernel, xs, None, ys, ws, bs, known, (N, C, S), V, per, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, (N, C, S), V, per, relu, False, zeros2())
     return 1
 
 

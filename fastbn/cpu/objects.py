@@ -15,11 +15,12 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.errors import TypingError
 from numba.core.extending import NativeValue, intrinsic, register_model, unbox
 from numba.np import arrayobj
 
 from fastbn.cpu._jit import part
-from fastbn.cpu._vectors import I32, I64
+from fastbn.cpu._vectors import I32, I64, nothing
 
 # Bytes from the object's address: every object ends its head with its type; then the fields of PyArrayObject_fields.
 DATA = object.__basicsize__
@@ -147,6 +148,21 @@ float32s, float64s = _viewing(types.float32), _viewing(types.float64)
 
 
 @intrinsic
+def float32s_of(typingctx, a, size):
+    """The numbers of a plain array of float32, None of None: not an optional array, which kernels do not take."""
+    if isinstance(a, types.NoneType):
+        return types.none(a, types.intp), nothing
+    kind = types.Array(types.float32, 1, "C")
+
+    def codegen(ctx, builder, sig, args):
+        field = builder.add(builder.ptrtoint(args[0], I64), ir.Constant(I64, DATA))
+        at = builder.load(builder.inttoptr(field, I64.as_pointer()))
+        return _array(ctx, builder, kind, at, args[1])
+
+    return kind(a, types.intp), codegen
+
+
+@intrinsic
 def zeros2(typingctx):
     """Array of two int64 zeros on the stack."""
     kind = types.Array(types.int64, 1, "C")
@@ -160,7 +176,9 @@ def zeros2(typingctx):
 
 @intrinsic
 def call(typingctx, at, *arguments):
-    """Call the kernel whose code begins at an address and which takes these arguments."""
+    """Call the kernel whose code begins at an address and which takes arguments of exactly these types."""
+    if any(isinstance(a, types.Optional) for a in arguments):  # nobody would notice before it crashes
+        raise TypingError(f"arguments: expected types that kernels take, got {arguments}")
 
     def codegen(ctx, builder, sig, args):
         kinds, convention = sig.args[1].types, ctx.call_conv

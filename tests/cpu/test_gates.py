@@ -63,9 +63,9 @@ class Arguments:
         about = self.stats, np.ndarray, F32, *numbers
         if op == "train":
             vectors = self.weight, self.bias, self.mean, self.var
-            return code(self.x, self.y, *vectors, *about, C, self.eps, self.momentum, None)
+            return code(self.x, None, self.y, *vectors, *about, C, self.eps, self.momentum, None)
         if op == "infer":
-            return code(self.x, self.y, self.mean, self.var, self.weight, self.bias, *about, self.eps, None)
+            return code(self.x, None, self.y, self.mean, self.var, self.weight, self.bias, *about, self.eps, None)
         vectors = self.weight, self.bias, self.dweight, self.dbias
         return code(self.x, self.grad, self.y, *vectors, *about, False, None)
 
@@ -187,4 +187,4 @@ def test_a_kernel_that_fails_raises_here(rng):
     much = (*numbers[:-2], 1 << 58, numbers[-1])  # columns that no memory holds
     vectors = a.weight, a.bias, a.mean, a.var
     with pytest.raises(MemoryError):
-        code(a.x, a.y, *vectors, a.stats, np.ndarray, F32, *much, C, a.eps, a.momentum, None)
+        code(a.x, None, a.y, *vectors, a.stats, np.ndarray, F32, *much, C, a.eps, a.momentum, None)
