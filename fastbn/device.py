@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import arguments, layout
+from fastbn import arguments, layout, running
 from fastbn import device_arguments as checks
 from fastbn.cuda.arrays import DeviceArray, Flat
 from fastbn.cuda.libraries import on_device, wrap
@@ -232,11 +232,8 @@ def pair(
         return None
     mean = checks.running("running_mean", running_mean, x, channels)
     var = checks.running("running_var", running_var, x, channels)
-    others = tuple(zip(("weight", "bias"), params, strict=False))
-    for name, moved, rest in (("running_mean", mean, others), ("running_var", var, (*others, ("running_mean", mean)))):
-        for other, flat in rest:
-            if flat is not None and moved.shares(flat):
-                raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
+    given = {name: flat for name, flat in zip(("weight", "bias"), params, strict=False) if flat is not None}
+    running.refuse_shared(mean, var, given, Flat.shares)
     return mean, var
 
 

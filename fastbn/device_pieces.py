@@ -70,7 +70,7 @@ class OptionsSaved(device.DeviceSaved):
         rows = np.asarray(several, np.float64).reshape(-1, 4, C)
         mean, var, rest = rows[:, 0], rows[:, 2], rows[:, 3]
         mean = mean + np.where(np.isfinite(rest), rest, 0.0)
-        return [Moments(n, mean[i], var[i] * n) for i, n in enumerate(map(count, self.pieces))]
+        return [Moments._of_variance(n, mean[i], var[i]) for i, n in enumerate(map(count, self.pieces))]
 
     @property
     def moments(self) -> Moments:

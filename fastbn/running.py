@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,14 @@ def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: t
     if owned and not same:
         return
     others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1]}
+    refuse_shared(mean, var, others, arguments.share)
+
+
+def refuse_shared(mean: Any, var: Any, others: dict[str, Any], share: Callable[[Any, Any], bool]) -> None:
+    """Raise if ``share`` finds a running statistic to be memory of the other one or of ``others``."""
     for name, moved, rest in (("running_mean", mean, others), ("running_var", var, others | {"running_mean": mean})):
         for other, array in rest.items():
-            if arguments.share(moved, array):
+            if share(moved, array):
                 raise ArgumentValueError(name, f"memory apart from {other} (it is updated in place)", "the same memory")
 
 
@@ -64,10 +70,7 @@ def update(running_mean: Any, running_var: Any, moments: Any, momentum: float, u
     if running_mean is None:
         raise ArgumentTypeError("running_mean", "a NumPy array (it is updated in place)", "None")
     mean, var = pair(running_mean, running_var, moments.mean.size, dtype)
-    if arguments.share(mean, var):
-        raise ArgumentValueError(
-            "running_var", "memory apart from running_mean (it is updated in place)", "the same memory"
-        )
+    refuse_shared(mean, var, {}, arguments.share)
     momentum = arguments.number("momentum", momentum)
     if moments.count == 0:
         return
