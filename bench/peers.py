@@ -17,6 +17,7 @@ from bench.data import Data
 
 Call = Callable[[], object]
 Prepare = Callable[[Data], Call]
+OTHERS: dict[str, Any] = dict.fromkeys(NORMS, family) | dict.fromkeys(MASKS, masks)  # operations with their modules
 
 
 class Unsupported(Exception):
@@ -28,10 +29,9 @@ def fastbn(data: Data) -> Call:
     import fastbn as f
 
     d, op = data, data.case.op
-    if op in NORMS:
-        return family.fastbn(data)
-    if op in MASKS:
-        return masks.fastbn(data)
+    if op in OTHERS:
+        own: Call = OTHERS[op].fastbn(data)
+        return own
     x, weight, bias, mean, var, axis, out = d.x, d.weight, d.bias, d.mean, d.var, d.axis, d.out
     if op == "infer":
         return lambda: f.batch_norm_infer(x, mean, var, weight, bias, axis=axis, out=out)
@@ -59,10 +59,9 @@ def torch(data: Data) -> Call:
     import torch as t
 
     d, op = data, data.case.op
-    if op in NORMS:
-        return family.torch(data)
-    if op in MASKS:
-        return masks.torch(data)
+    if op in OTHERS:
+        theirs: Call = OTHERS[op].torch(data)
+        return theirs
     x, grad, residual, out, out2 = (_tensor(a, d) for a in (d.x, d.grad, d.residual, d.out, d.out2))
     w, b, m, v = (t.from_numpy(a.copy()) for a in (d.weight, d.bias, d.mean, d.var))
     save = (t.empty(w.numel(), dtype=w.dtype), t.empty(w.numel(), dtype=w.dtype))

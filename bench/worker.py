@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import family, masks
-from bench.cases import MASKS, NORMS, Case
+from bench.cases import Case
 from bench.data import Data
-from bench.peers import PEERS, Call, Unsupported
+from bench.peers import OTHERS, PEERS, Call, Unsupported
 from fastbn import reference
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}
@@ -36,10 +35,9 @@ def result(data: Data) -> Any:
 def error(data: Data) -> float:
     """Compare a sample of the channels with the float64 reference."""
     d, op = data, data.case.op
-    if op in NORMS:
-        return family.error(d, result(d))
-    if op in MASKS:
-        return masks.error(d, result(d))
+    if op in OTHERS:
+        own: float = OTHERS[op].error(d, result(d))
+        return own
     channels = np.unique(np.linspace(0, d.weight.size - 1, 3).astype(int))
 
     def take(a: Any) -> Any:
