@@ -128,22 +128,26 @@ def move_run(y, i, x, j, n, ahead):
 
 
 @part
-def stream_run(y, i, x, j, n):
-    """As ``move``, whole lines past the caches."""
-    h = least(head(y, i), n)
-    move(y, i, x, j, h)
-    while h + line(y) <= n:
-        stream_line(y, i + h, x, j + h)
-        h += line(y)
+def put_run(y, i, x, j, n, streamed):
+    """As ``move``; whole lines past the caches if ``streamed``."""
+    h = 0
+    if streamed:
+        h = least(head(y, i), n)
+        move(y, i, x, j, h)
+        while h + line(y) <= n:
+            stream_line(y, i + h, x, j + h)
+            h += line(y)
     move(y, i + h, x, j + h, n - h)
 
 
 @part
-def stream_wipe(y, i, n):
-    """As ``wipe``, whole lines past the caches."""
-    h = least(head(y, i), n)
-    wipe(y, i, h)
-    while h + line(y) <= n:
-        stream_zeros(y, i + h)
-        h += line(y)
+def put_zeros(y, i, n, streamed):
+    """As ``wipe``; whole lines past the caches if ``streamed``."""
+    h = 0
+    if streamed:
+        h = least(head(y, i), n)
+        wipe(y, i, h)
+        while h + line(y) <= n:
+            stream_zeros(y, i + h)
+            h += line(y)
     wipe(y, i + h, n - h)

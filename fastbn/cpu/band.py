@@ -205,12 +205,12 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
 
 
 @part
-def _gradient_at(x, g, y, dx, dr, at, c, relu):
-    """Write one vector of dx and dr by the constants c = (m, k, b, c1, c0) of its columns."""
+def _gradient_at(x, g, y, dx, dr, at, c, relu, streamed, alike):
+    """Write one vector of dx and dr by the constants c = (m, k, b, c1, c0) of its columns; ``alike``: dr streamed."""
     v = load(x, at) - c[0]
     u = through_relu(load(g, at), v, load(y, at), c[1], c[2], relu)
-    store(dr, at, u)
-    store(dx, at, gradient_value(v, u, c[1], c[3], c[4]))
+    write(dr, at, u, alike)
+    write(dx, at, gradient_value(v, u, c[1], c[3], c[4]), streamed)
 
 
 @helper
@@ -220,8 +220,8 @@ def _gradient_two(x, g, y, dx, dr, V, r0, r1, m, k, b, c1, c0, relu):
     for at in range(r0 * V, r1 * V, 2 * V):
         for i in range(0, V, W):
             c = load(m, i), load(k, i), load(b, i), load(c1, i), load(c0, i)
-            _gradient_at(x, g, y, dx, dr, at + i, c, relu)
-            _gradient_at(x, g, y, dx, dr, at + i + V, c, relu)
+            _gradient_at(x, g, y, dx, dr, at + i, c, relu, False, False)
+            _gradient_at(x, g, y, dx, dr, at + i + V, c, relu, False, False)
 
 
 @helper
@@ -251,10 +251,8 @@ def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, rel
             if V > WIDE:
                 ask(x, i + far)
                 ask(g, i + far)
-            v = load(x, i) - load(m, j)
-            u = through_relu(load(g, i), v, load(y, i), load(k, j), load(b, j), relu)
-            write(dr, i, u, alike)
-            write(dx, i, gradient_value(v, u, load(k, j), load(c1, j), load(c0, j)), streamed)
+            c = load(m, j), load(k, j), load(b, j), load(c1, j), load(c0, j)
+            _gradient_at(x, g, y, dx, dr, i, c, relu, streamed, alike)
             i += W
         if i < end and (row == r1 - 1 or not whole):
             _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off + (V if i < at else 0), relu)

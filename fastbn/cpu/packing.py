@@ -11,7 +11,7 @@ Samples are handed out by ``claim`` (next sample, samples done). Floor: one read
 from __future__ import annotations
 
 from fastbn.cpu._jit import jit, part
-from fastbn.cpu._raw import move, move_one, move_run, stream_run, stream_wipe, wipe
+from fastbn.cpu._raw import move_one, move_run, put_run, put_zeros, wipe
 from fastbn.cpu.simd import base, fence, fetch_add
 
 
@@ -37,17 +37,10 @@ def _unpack_run(x, at, y, to, S, first, last, start, place, streamed):
         done = 0
         for i in range(first, last):
             n = place[i + 1] - place[i]
-            if streamed:
-                stream_wipe(y, to + done, start[i] - done)
-                stream_run(y, to + start[i], x, at + place[i], n)
-            else:
-                wipe(y, to + done, start[i] - done)
-                move(y, to + start[i], x, at + place[i], n)
+            put_zeros(y, to + done, start[i] - done, streamed)
+            put_run(y, to + start[i], x, at + place[i], n, streamed)
             done = start[i] + n
-        if streamed:
-            stream_wipe(y, to + done, S - done)
-        else:
-            wipe(y, to + done, S - done)
+        put_zeros(y, to + done, S - done, streamed)
 
 
 @jit

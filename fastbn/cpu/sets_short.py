@@ -99,14 +99,26 @@ def known(x, stats, sets, t):
 
 
 @part
+def keep(table, k, c):
+    """Write a set's constants to table[5*k]."""
+    put(table, 5 * k, c[0])
+    put(table, 5 * k + 1, c[1])
+    put(table, 5 * k + 2, c[2])
+
+
+@part
+def kept(table, k):
+    """What ``keep`` wrote."""
+    return get(table, 5 * k), get(table, 5 * k + 1), get(table, 5 * k + 2)
+
+
+@part
 def note(x, g, w, table, k, at, L, c, found):
     """Write constants and means of a set, from its sums, to table[5*k]; sums that are not finite are taken again."""
     s, q = found
     if not (math.isfinite(s) and math.isfinite(q)):
         s, q = wide_sums(x, g, w, at, L, 0, c)
-    put(table, 5 * k, c[0])
-    put(table, 5 * k + 1, c[1])
-    put(table, 5 * k + 2, c[2])
+    keep(table, k, c)
     put(table, 5 * k + 3, -q / L)
     put(table, 5 * k + 4, -s / L)
 
@@ -114,8 +126,8 @@ def note(x, g, w, table, k, at, L, c, found):
 @part
 def noted(table, k):
     """What ``note`` wrote."""
-    at = 5 * k
-    return get(table, at), get(table, at + 1), get(table, at + 2), get(table, at + 3), get(table, at + 4)
+    m, invstd, r = kept(table, k)
+    return m, invstd, r, get(table, 5 * k + 3), get(table, 5 * k + 4)
 
 
 @helper
@@ -202,14 +214,6 @@ def moments_of_four(x, at, L, a):
     return (total(s0), total(q0)), (total(s1), total(q1)), (total(s2), total(q2)), (total(s3), total(q3))
 
 
-@part
-def keep(table, k, c):
-    """Write a set's constants to table[5*k]."""
-    put(table, 5 * k, c[0])
-    put(table, 5 * k + 1, c[1])
-    put(table, 5 * k + 2, c[2])
-
-
 @helper
 def settle_four(x, stats, sets, L, t, eps, table):
     """Statistics and constants of the sets t..t + 3."""
@@ -267,8 +271,7 @@ def train(x, y, weight, bias, stats, sets, L, eps, streamed, claim):
             else:
                 settle_one(x, stats, sets, L, t, eps, table)
             for k in range(count):
-                c = get(table, 5 * k), get(table, 5 * k + 1), get(table, 5 * k + 2)
-                joined, followed = t + k > lo and whole, t + k + 1 < end and whole
+                c, joined, followed = kept(table, k), t + k > lo and whole, t + k + 1 < end and whole
                 normalise_set(x, y, weight, bias, (t + k) * L, L, p, c, joined, followed, streamed)
                 p = c
             t += count
