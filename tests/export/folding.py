@@ -225,3 +225,8 @@ def chain(n: int = 3, **options: Any) -> onnx.ModelProto:
         x = m.op("Conv", x, m.weight(4, 4, 1, 1), name=f"conv{i}")
         x = m.op("Relu", m.op("BatchNormalization", x, *arrays, name=f"block{i}.bn"))
     return m.build(x)
+
+
+def conv(m, *shape, out=4):
+    """A convolution whose output has this shape."""
+    return m.op("Conv", m.input(shape[0], 3, *shape[2:]), m.weight(out, 3, *[1] * (len(shape) - 2)))
