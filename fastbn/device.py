@@ -6,6 +6,7 @@ waits for the GPU except what must become a number on the host (``Saved.moments`
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,17 @@ class DeviceSaved(Saved):
         if self.frozen:  # the vectors are others'
             return moments_found(self.x, self.layout, self.mask)
         return to_moments(self.vectors, self.count)
+
+    def release(self) -> None:
+        """Let go of x and y, for whoever keeps them himself."""
+        del self.x, self.y
+
+    def restored(self, x: Any, y: Any) -> DeviceSaved:
+        """Return a copy that has x and y again, whose memory order may have changed meanwhile."""
+        found = copy.copy(self)
+        found.x = checks.in_order(checks.tensor("x", x), self.layout)
+        found.y = None if y is None else checks.in_order(checks.tensor("y", y), self.layout)
+        return found
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""

@@ -126,6 +126,19 @@ class BatchSaved(Saved):
         mean, _, var = stats.reshape(3, -1)
         return Moments._of_variance(self.count, mean, var)
 
+    def release(self) -> None:
+        """Let go of x and y, for whoever keeps them himself."""
+        del self.x, self.y
+
+    def restored(self, x: Any, y: Any) -> BatchSaved:
+        """Return a copy that has x and y again, whose memory order may have changed meanwhile."""
+        s = BatchSaved()
+        s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
+        s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu
+        s.residual, s.frozen, s.places = self.residual, self.frozen, self.places
+        s.x, s.y = layout.like(x, s.layout), None if y is None else layout.like(y, s.layout)
+        return s
+
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
         done = quick.backward(self, grad_output, out)

@@ -1,0 +1,163 @@
+"""PyTorch's batch norm modules on these kernels, and whole models converted to them and back.
+
+They are subclasses that only replace ``forward``: constructor, state dict, and whatever looks for PyTorch's class finds
+it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastbn import arguments
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.torch.functional import batch_norm, count
+
+Module = TypeVar("Module", bound=Any)
+
+
+class _Forward:
+    """What replaces ``forward`` of PyTorch's classes."""
+
+    activation: str | None = None  # here too: a converted module has none of its own
+
+    def __init__(self, *args: Any, activation: str | None = None, **options: Any):
+        super().__init__(*args, **options)
+        arguments.activation(activation)
+        self.activation = activation
+
+    def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise: activation(batch_norm(input) + residual); see ``batch_norm`` and PyTorch's class.
+
+        Parameters
+        ----------
+        input : torch.Tensor
+            C channels along axis 1, of the rank that PyTorch's class takes.
+        residual : torch.Tensor, optional
+            Shape and dtype of input.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape, dtype and memory order of input.
+        """
+        self._check_input_dim(input)
+        try:  # half the time that PyTorch's attributes take
+            own, state = self._parameters, self._buffers
+            weight, bias, mean, var = own["weight"], own["bias"], state["running_mean"], state["running_var"]
+        except KeyError:  # parametrized, sharded
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        training, momentum, counter = self.training, self.momentum, None
+        if training:
+            if self.track_running_stats:
+                counter = self.num_batches_tracked
+            else:
+                mean = var = None
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+        y = batch_norm(
+            input, mean, var, weight, bias, training or (mean is None and var is None), momentum, self.eps,
+            activation=self.activation, residual=residual,
+        )  # fmt: skip
+        if counter is not None:
+            count(counter)
+        return y
+
+    def extra_repr(self: Any) -> str:
+        shown: str = super().extra_repr()  # type: ignore[misc]
+        return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
+
+
+class BatchNorm1d(_Forward, torch.nn.BatchNorm1d):  # type: ignore[misc]
+    """``torch.nn.BatchNorm1d`` on fastbn's kernels: input of shape (N, C) or (N, C, L).
+
+    Parameters
+    ----------
+    *args, **options
+        As PyTorch's class: num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None,
+        dtype=None, *, bias=True.
+    activation : {None, "relu"}
+        Applied last, in the same pass.
+    """
+
+
+class BatchNorm2d(_Forward, torch.nn.BatchNorm2d):  # type: ignore[misc]
+    """``torch.nn.BatchNorm2d`` on fastbn's kernels: input of shape (N, C, H, W); parameters as ``BatchNorm1d``."""
+
+
+class BatchNorm3d(_Forward, torch.nn.BatchNorm3d):  # type: ignore[misc]
+    """``torch.nn.BatchNorm3d`` on fastbn's kernels: input of shape (N, C, D, H, W); parameters as ``BatchNorm1d``."""
+
+
+OURS = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+}
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def convert(module: Module) -> Module:
+    """Put every ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` of a model on fastbn's kernels, the model itself included.
+
+    Each stays the object it was, with its parameters, buffers, settings and hooks, and only changes its class (as
+    PyTorch's lazy modules do): an optimizer made before goes on working. Subclasses, and ``SyncBatchNorm``, are left
+    alone. Convert back (``revert``) before tools that look for PyTorch's exact classes: ``torch.fx``, quantization,
+    ``torch.jit.script``.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same module.
+
+    Raises
+    ------
+    TypeError
+        Not a module.
+    """
+    for found in _modules(module):
+        found.__class__ = OURS.get(type(found), type(found))
+    return module
+
+
+def revert(module: Module) -> Module:
+    """Undo ``convert``: every module of ours becomes PyTorch's, in place.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same module.
+
+    Raises
+    ------
+    TypeError
+        Not a module.
+    ValueError
+        A module has an activation, which PyTorch's has not; nothing is changed then.
+    """
+    ours = [found for found in _modules(module) if type(found) in THEIRS]
+    for found in ours:
+        if found.activation is not None:
+            raise ArgumentValueError("module", "batch norms without activation", f"{found}")
+    for found in ours:
+        found.__dict__.pop("activation", None)
+        found.__class__ = THEIRS[type(found)]
+    return module
+
+
+def _modules(module: Any) -> list[Any]:
+    if not isinstance(module, torch.nn.Module):
+        raise ArgumentTypeError("module", "a torch.nn.Module", type(module).__name__)
+    return list(module.modules())

@@ -1,0 +1,77 @@
+"""Tensors as the arrays that kernels take, and results as tensors again: the same memory both ways.
+
+Tensors on a GPU go through as they are: the public functions take them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbn import layout
+
+BFLOAT16 = torch.bfloat16
+
+
+class Opaque(RuntimeError):
+    """Raised for a tensor that has no memory to look at: traced, batched by vmap, on another device, sparse."""
+
+
+@functools.cache
+def _bfloat16() -> np.dtype[Any]:
+    """Return NumPy's bfloat16, which PyTorch does not know by itself (pytorch#109873)."""
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def array(tensor: Tensor) -> Any:
+    """See a tensor as an array; only where autograd is off, or knows nothing of the tensor."""
+    if tensor.is_cuda:
+        return tensor
+    try:
+        if tensor.dtype is BFLOAT16:
+            return tensor.view(torch.int16).numpy().view(_bfloat16())
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise Opaque(f"expected a tensor whose memory NumPy can see: {error}") from error
+
+
+def tensor(array: Any, like: Tensor) -> Tensor:
+    """See a result as a tensor with the strides of a dense one whose memory order it has.
+
+    NumPy and PyTorch number the strides of axes with one element differently, and PyTorch tells channels last by them.
+    """
+    if type(array) is not np.ndarray:
+        found = array
+    elif like.dtype is BFLOAT16:
+        found = torch.from_numpy(array.view(np.int16)).view(BFLOAT16)
+    else:
+        found = torch.from_numpy(array)
+    return found if found.stride() == like.stride() else found.as_strided(like.size(), like.stride())
+
+
+def vector(array: Any) -> Tensor | None:
+    """See a parameter's gradient as a tensor."""
+    found: Tensor | None = torch.from_numpy(array) if type(array) is np.ndarray else array
+    return found
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return the tensor itself if it fills its memory without gaps, in any order of axes, else a copy that does.
+
+    The copy's order is the one PyTorch gives its own results: part of a channels-last tensor stays channels last.
+    """
+    try:
+        whole = tensor.is_contiguous() or tensor.dim() < 2
+        whole = whole or layout.of(tensor.size(), tensor.stride(), 1, 1) is not None
+        if whole and not tensor.data_ptr() % tensor.element_size():  # a buffer's tensor may be unaligned
+            return tensor
+    except RuntimeError as error:
+        raise Opaque(f"expected a tensor with memory: {error}") from error
+    return tensor.clone()
