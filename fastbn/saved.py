@@ -131,12 +131,12 @@ class BatchSaved(Saved):
         del self.x, self.y
 
     def restored(self, x: Any, y: Any) -> BatchSaved:
-        """Return a copy that has x and y again, whose memory order may have changed meanwhile."""
+        """Return a copy that has x and y again, in the memory order they had."""
         s = BatchSaved()
         s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
         s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu
         s.residual, s.frozen, s.places = self.residual, self.frozen, self.places
-        s.x, s.y = layout.like(x, s.layout), None if y is None else layout.like(y, s.layout)
+        s.x, s.y = x, y
         return s
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:

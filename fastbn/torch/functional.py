@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from fastbn import arguments, functional
 from fastbn.errors import ArgumentTypeError, FastbnError
-from fastbn.torch.tensors import Opaque, array, dense, tensor, vector
+from fastbn.torch.tensors import Opaque, array, dense, laid_out, tensor, vector
 
 Args = tuple[Any, ...]
 
@@ -168,7 +168,7 @@ class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
         y, saved = _forward(args, keep=True)
         saved.release()
         ctx.save_for_backward(input, weight, bias, y if saved.relu and saved.residual else None)
-        ctx.saved, ctx.eps = saved, args[8]
+        ctx.saved, ctx.strides, ctx.eps = saved, input.stride(), args[8]
         return y
 
     @staticmethod
@@ -183,7 +183,8 @@ _record = super(torch.autograd.Function, _BatchNorm).apply
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias."""
     input, _, _, y = ctx.saved_tensors
-    saved = ctx.saved.restored(array(input), None if y is None else array(y))
+    input = laid_out(input, ctx.strides)
+    saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
     dx, dw, db, dr = functional.backward(array(grad_output), saved)
     wanted = ctx.needs_input_grad
     if dr is not None:
@@ -204,7 +205,7 @@ def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if saved.frozen:
         kind = torch.float64 if input.dtype is torch.float64 else torch.float32
         mean, var = (torch.as_tensor(s).to(kind) for s in (saved.mean, saved.variance))
-    before = grad_output if y is None else grad_output * (y > 0)
+    before = grad_output if y is None else grad_output.masked_fill(y <= 0, 0.0)
     relu = "relu" if saved.relu and y is None else None
     again = _native((input, None, weight, bias, mean, var, not saved.frozen, 0.0, ctx.eps, relu))
     wanted = ctx.needs_input_grad

@@ -75,3 +75,10 @@ def dense(tensor: Tensor) -> Tensor:
     except RuntimeError as error:
         raise Opaque(f"expected a tensor with memory: {error}") from error
     return tensor.clone()
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return the tensor itself if it has these strides, else a copy: hooks may have moved what autograd saved."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.size(), strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

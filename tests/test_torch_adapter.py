@@ -1,0 +1,409 @@
+"""``fastbn.torch.batch_norm``: PyTorch's results and gradients, no copies, and what PyTorch does to a function."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from fastbn import ArgumentTypeError, ArgumentValueError
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from fastbn.torch import batch_norm, tensors  # noqa: E402
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LOOSE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+NAMES = ("input", "residual", "weight", "bias")
+
+
+def dense(x):
+    return x
+
+
+def last(x):
+    return x.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()])
+
+
+def gappy(x):
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def swapped(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def expanded(x):
+    return x[:1].expand(x.shape)
+
+
+def unaligned(x):
+    memory = bytearray(x.numel() * x.element_size() + 1)
+    return torch.frombuffer(memory, dtype=x.dtype, offset=1).view(x.shape).copy_(x)
+
+
+LAYOUTS = [
+    ((37, 5), dense), ((37, 5), swapped), ((37, 5), gappy), ((4, 5, 31), dense), ((4, 5, 31), swapped),
+    ((3, 5, 7, 9), dense), ((3, 5, 7, 9), last), ((3, 5, 7, 9), gappy), ((3, 5, 7, 9), expanded),
+    ((3, 5, 7, 9), unaligned), ((3, 16, 1, 1), last), ((3, 1, 4, 5), last), ((2, 5, 3, 4, 5), dense),
+    ((2, 5, 3, 4, 5), last), ((1, 5, 300), dense),
+]  # fmt: skip
+
+
+def make(shape, dtype, layout=dense, seed=0):
+    """Return input, residual, weight, bias, running mean and variance."""
+    g = torch.Generator().manual_seed(seed)
+    C, kind = shape[1], torch.float64 if dtype is torch.float64 else torch.float32
+    x, r = (layout(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)) for _ in range(2))
+    w, b, m = (torch.randn(C, generator=g, dtype=torch.float64).to(kind) for _ in range(3))
+    return x, r, w, b, m, torch.rand(C, generator=g).to(kind) + 0.5
+
+
+def theirs(x, r, w, b, m, v, training, activation):
+    y = torch.nn.functional.batch_norm(x, m, v, w, b, training, 0.3, 1e-3)
+    y = y if r is None else y + r
+    return torch.relu(y) if activation else y
+
+
+def ours(x, r, w, b, m, v, training, activation):
+    return batch_norm(x, m, v, w, b, training, 0.3, 1e-3, activation=activation, residual=r)
+
+
+def close(got, want, dtype, what):
+    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    torch.testing.assert_close(
+        got.double() / scale, want.double() / scale, rtol=LOOSE[dtype], atol=LOOSE[dtype], msg=lambda m: f"{what}: {m}"
+    )
+
+
+def compare(shape, dtype, layout, training, activation, fused, absent=()):
+    x, r, w, b, m, v = make(shape, dtype, layout)
+    r = r if fused else None
+    w, b = (None if n in absent else t for n, t in (("weight", w), ("bias", b)))
+    found = []
+    for call, kind in ((ours, dtype), (theirs, torch.float64)):
+        leaves = [
+            None if t is None else t.detach().to(kind if t.dtype is dtype else torch.float64).clone() for t in (x, r)
+        ]
+        leaves = [None if t is None else layout(t) for t in leaves]
+        parameters = [None if t is None else t.detach().clone().to(torch.float64 if kind is torch.float64 else t.dtype)
+                      for t in (w, b, m, v)]  # fmt: skip
+        sources = [t for t in (*leaves, *parameters[:2]) if t is not None]
+        for t in sources:
+            t.requires_grad_()
+        y = call(*leaves, *parameters, training, activation)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(y, sources, torch.randn(shape).to(kind))
+        found.append((y, grads, parameters[2:], leaves[0]))
+    (y, grads, running, own), (z, want, moved, _) = found
+    close(y.detach(), z.detach(), dtype, "y")
+    for g, h, t in zip(
+        grads, want, [n for n, t in zip(NAMES, (x, r, w, b), strict=True) if t is not None], strict=True
+    ):
+        close(g, h, dtype, t)
+    for a, c in zip(running, moved, strict=True):
+        close(a, c, torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, "running")
+    return y, grads, own
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_as_pytorch(shape, layout, dtype, training):
+    for activation, fused in ((None, False), ("relu", False), (None, True), ("relu", True)):
+        if dtype in (torch.float16, torch.bfloat16) and activation and fused:
+            continue  # y rounds before the sign is looked at: either gradient is right
+        y, grads, x = compare(shape, dtype, layout, training, activation, fused)
+        assert y.dtype is dtype
+        if tensors.dense(x) is x:
+            assert y.stride() == grads[0].stride() == x.stride()
+        plain = torch.nn.functional.batch_norm(x.detach(), None, None, training=True)
+        if layout is not swapped:
+            for memory in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+                if memory is torch.contiguous_format or x.dim() == {torch.channels_last: 4}.get(memory, 5):
+                    assert y.is_contiguous(memory_format=memory) == plain.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("absent", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_absent_parameters(absent, training):
+    compare((6, 5, 8), torch.float32, dense, training, None, False, absent)
+
+
+def test_statistics_of_the_batch_alone():
+    x, _, w, b, _, _ = make((6, 5, 8), torch.float32)
+    close(
+        batch_norm(x, None, None, w, b, True), torch.nn.functional.batch_norm(x, None, None, w, b, True), x.dtype, "y"
+    )
+
+
+def test_only_what_is_asked_for():
+    x, r, w, b, m, v = make((6, 5), torch.float32)
+    for asked in range(1, 16):
+        leaves = [t.clone().requires_grad_(bool(asked >> i & 1)) for i, t in enumerate((x, r, w, b))]
+        ours(*leaves, m, v, True, "relu").sum().backward()
+        assert [t.grad is not None for t in leaves] == [t.requires_grad for t in leaves]
+
+
+def test_nothing_is_kept_without_gradients():
+    x, r, w, b, m, v = make((6, 5), torch.float32)
+    w.requires_grad_()
+    for training in (True, False):
+        with torch.no_grad():
+            assert ours(x, r, w, b, m, v, training, "relu").grad_fn is None
+        with torch.inference_mode():
+            assert ours(x, r, w, b, m, v, training, "relu").is_inference()
+        assert ours(x, r, w.detach(), b, m, v, training, "relu").grad_fn is None
+        assert ours(x, r, w, b, m, v, training, "relu").requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [dense, last])
+def test_kernels_get_the_tensors_memory(dtype, layout, monkeypatch):
+    """No copies: what crosses to NumPy and back are the same addresses."""
+    x, r, w, b, m, v = make((3, 5, 7, 9), dtype, layout)
+    assert tensors.dense(x) is x
+    for t in (x, w):
+        a = tensors.array(t)
+        assert a.ctypes.data == t.data_ptr() and a.dtype.name == str(t.dtype).removeprefix("torch.")
+        assert tensors.tensor(a, t).data_ptr() == t.data_ptr() and tensors.tensor(a, t).dtype is t.dtype
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    monkeypatch.setattr(np, "array", None)
+    x.requires_grad_()
+    y = ours(x, r, w, b, m, v, True, "relu")
+    torch.autograd.grad(y, x, r)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradcheck(training, fused):
+    for layout, shape in ((dense, (4, 3)), (last, (2, 3, 2, 2)), (gappy, (3, 2, 4))):
+        x, r, w, b, m, v = make(shape, torch.float64, layout)
+        leaves = [t.requires_grad_() for t in (x, r, w, b)]
+
+        def call(x, r, w, b, m=m, v=v):
+            statistics = (m, v) if not training else (None, None)
+            return ours(x, r if fused else None, w, b, *statistics, training, "relu")
+
+        leaves = leaves if fused else [t.detach() if t is r else t for t in leaves]
+        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_a_gradient_penalty_is_pytorchs():
+    """Also where the gradient that comes in is constant, from which ``once_differentiable`` would have made a zero."""
+    found = []
+    for call in (ours, theirs):
+        x, r, w, b, m, v = (t.requires_grad_(i < 4) for i, t in enumerate(make((6, 5), torch.float64)))
+        (g,) = torch.autograd.grad(call(x, r, w, b, m, v, True, "relu").sum(), x, create_graph=True)
+        g.square().sum().backward()
+        found.append((g.detach(), x.grad, w.grad))
+    assert found[1][2].abs().max() > 1e-30
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_backward_twice():
+    x, r, w, b, m, v = make((3, 5, 7, 9), torch.float32, last)
+    x.requires_grad_()
+    y = ours(x, r, w, b, m, v, True, "relu")
+    first, second = (torch.autograd.grad(y, x, r, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    torch.autograd.grad(y, x, r)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x, r)
+
+
+@pytest.mark.parametrize("changed", ["input", "weight", "y"])
+def test_changes_of_what_backward_needs_are_seen(changed):
+    x, r, w, b, m, v = make((6, 5), torch.float32)
+    weight = w.clone().requires_grad_()
+    inner = x.clone()
+    y = ours(inner, r, weight, b, m, v, True, "relu")
+    with torch.no_grad():
+        {"input": inner, "weight": weight, "y": y}[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_y_may_change_where_backward_does_not_need_it():
+    x, _, w, b, m, v = make((6, 5), torch.float32)
+    x.requires_grad_()
+    torch.nn.functional.relu(ours(x, None, w, b, m, v, True, None), inplace=True).sum().backward()
+
+
+def test_memory_is_autograds_to_keep():
+    """What was saved goes with backward, though the graph's node stays: in a list of losses, for instance."""
+    x, r, w, b, m, v = make((6, 5), torch.float32)
+    y = ours(x, r, w.requires_grad_(), b, m, v, True, "relu")
+    node, memory = y.grad_fn, weakref.ref(x)
+    y.sum().backward()
+    del x, y
+    assert memory() is None and node.saved.mean.shape == (5,)
+
+
+@pytest.mark.parametrize("layout", [dense, last])
+@pytest.mark.parametrize("fused", [True, False])
+def test_hooks_that_move_what_is_saved(layout, fused):
+    """``save_on_cpu`` gives tensors back in C order."""
+    x, r, w, b, m, v = make((3, 5, 7, 9), torch.float32, layout)
+    x.requires_grad_()
+    grads = []
+    for hook in (False, True):
+        statistics = m.clone(), v.clone()
+        if hook:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+                y = ours(x, r if fused else None, w, b, *statistics, True, "relu")
+        else:
+            y = ours(x, r if fused else None, w, b, *statistics, True, "relu")
+        grads.append(torch.autograd.grad(y, x, r)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    x, _, w, b, _, _ = make((6, 5, 8), torch.float32)
+    x.requires_grad_()
+
+    def block(x):
+        return torch.sigmoid(batch_norm(x * 2, None, None, w, b, True, activation="relu"))
+
+    (want,) = torch.autograd.grad(block(x).sum(), x)
+    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_threads():
+    arguments = [make((64, 5, 33), torch.float32, seed=i) for i in range(8)]
+    want, found = [], [None] * 8
+
+    def work(i):
+        x, r, w, b, m, v = (t.clone() for t in arguments[i])
+        x.requires_grad_()
+        y = ours(x, r, w, b, m, v, True, "relu")
+        return (*torch.autograd.grad(y, x, r), m)
+
+    want = [work(i) for i in range(8)]
+    workers = [threading.Thread(target=lambda i=i: found.__setitem__(i, work(i))) for i in range(8)]
+    for t in workers:
+        t.start()
+    for t in workers:
+        t.join()
+    assert all(torch.equal(a, b) for f, g in zip(found, want, strict=True) for a, b in zip(f, g, strict=True))
+
+
+def test_empty_batches_leave_the_statistics_alone():
+    for shape in ((0, 5), (3, 5, 0)):
+        x, r, w, b, m, v = make(shape, torch.float32)
+        w.requires_grad_()
+        before = m.clone(), v.clone()
+        y = ours(x, r, w, b, m, v, True, "relu")
+        y.sum().backward()
+        assert y.shape == shape and torch.equal(m, before[0]) and torch.equal(v, before[1])
+        assert torch.equal(w.grad, torch.zeros(5))
+
+
+def test_more_accurate_at_a_large_mean():
+    x = torch.randn((16, 8, 28, 28), generator=torch.Generator().manual_seed(0)) + 1e4
+    want = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    mine = (batch_norm(x, None, None, training=True) - want).abs().max()
+    other = (torch.nn.functional.batch_norm(x, None, None, training=True) - want).abs().max()
+    assert mine <= 1e-6 and mine < other / 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_half_parameters_are_pytorchs(dtype, training):
+    x, _, w, b, m, v = (t.to(dtype) for t in make((6, 5, 8), dtype))
+    want = theirs(x, None, w, b, m.clone(), v.clone(), training, "relu")
+    assert torch.equal(ours(x, None, w, b, m, v, training, "relu"), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by forward_ad, once
+def test_what_pytorch_must_see_goes_to_its_operator():
+    x, r, w, b, m, v = make((6, 5, 8), torch.float32)
+    batch = torch.stack([x, x + 1])
+    got = torch.func.vmap(lambda x: batch_norm(x, None, None, w, b, True))(batch)
+    torch.testing.assert_close(got[1], batch_norm(x + 1, None, None, w, b, True))
+
+    def loss(w, call):
+        return call(x, r, w, b, m, v, False, "relu").square().sum()
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(transform(loss)(w, ours), transform(loss)(w, theirs))
+    tangents = [torch.func.jvp(lambda w, f=f: loss(w, f), (w,), (b,))[1] for f in (ours, theirs)]
+    torch.testing.assert_close(*tangents)
+    with torch.autograd.forward_ad.dual_level():
+        y = ours(torch.autograd.forward_ad.make_dual(x, r), None, w, b, m, v, False, None)
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    assert ours(x.to("meta"), None, *(t.to("meta") for t in (w, b, m, v)), False, None).device.type == "meta"
+    y = batch_norm(x.requires_grad_(), m, v, w, b)
+    with pytest.raises(RuntimeError, match="memory NumPy can see"):
+        torch.autograd.grad(y, x, torch.stack([r, r]), is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_traces_hold_the_operator_not_its_result():
+    x, _, w, b, m, v = make((6, 5, 8), torch.float32)
+    traced = torch.jit.trace(lambda x: ours(x, None, w, b, m, v, False, "relu"), (x,))
+    torch.testing.assert_close(traced(x + 1), ours(x + 1, None, w, b, m, v, False, "relu"))
+
+
+WRONG = {
+    "input: expected a torch.Tensor, got ndarray": {"input": np.ones((6, 5), np.float32)},
+    "input: expected a torch.Tensor, got NoneType": {"input": None},
+    "input: expected an array of float32": {"input": torch.ones(6, 5, dtype=torch.int64)},
+    "input: expected an array of rank >= 2, got shape (5,)": {"input": torch.ones(5)},
+    "input: expected more than 1 value per channel when training": {"input": torch.ones(1, 5), "residual": None},
+    "weight: expected one number per channel, shape (5,), got shape (4,)": {"weight": torch.ones(4)},
+    "weight: expected float32": {"weight": torch.ones(5, dtype=torch.float64)},
+    "weight: expected a torch.Tensor, got list": {"weight": [1.0] * 5},
+    "bias: expected float32": {"bias": torch.ones(5, dtype=torch.float16)},
+    "running_mean: expected one number per channel": {"running_mean": torch.ones(5, 1)},
+    "running_var: expected both running statistics or neither": {"running_var": None},
+    "running_var: expected float32": {"running_var": torch.ones(5, dtype=torch.bfloat16)},
+    "residual: expected the shape of input, (6, 5), got (6, 1)": {"residual": torch.ones(6, 1)},
+    "residual: expected the dtype of input, float32, got float64": {"residual": torch.ones(6, 5, dtype=torch.float64)},
+    "eps: expected a number > 0, got 0.0": {"eps": 0.0},
+    "momentum: expected a number, got NoneType": {"momentum": None},
+    'activation: expected None or "relu", got \'gelu\'': {"activation": "gelu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+@pytest.mark.parametrize("learning", [True, False])
+def test_errors_name_the_argument_before_anything_is_written(message, learning):
+    x, r, w, b, m, v = make((6, 5), torch.float32)
+    arguments = {"input": x, "running_mean": m, "running_var": v, "weight": w.requires_grad_(learning), "bias": b,
+                 "training": True, "residual": r}  # fmt: skip
+    before = m.clone(), v.clone()
+    with pytest.raises((ArgumentValueError, ArgumentTypeError)) as error:
+        batch_norm(**arguments | WRONG[message])
+    assert str(error.value).startswith(message)
+    assert torch.equal(m, before[0]) and torch.equal(v, before[1])
+
+
+def test_statistics_are_needed_in_evaluation():
+    with pytest.raises(ValueError, match="running_mean"):
+        batch_norm(torch.ones(6, 5), None, None)
+
+
+def test_import_without_torch_says_how_to_get_it(python):
+    code = """
+import sys
+import fastbn
+assert "torch" not in sys.modules
+sys.modules["torch"] = None
+try:
+    import fastbn.torch
+except ImportError as error:
+    assert 'pip install "fastbn[torch]"' in str(error), error
+else:
+    raise AssertionError
+"""
+    python(code)
