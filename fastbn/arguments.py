@@ -48,7 +48,7 @@ def _host(name: str, x: Any) -> Array:
     if dispatch.on_device(x):
         raise dispatch.refuse_device(name)
     if is_tensor(x):
-        raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy()")
+        raise ArgumentTypeError(name, "a NumPy array", "a torch.Tensor: pass x.detach().numpy(), or see fastbn.torch")
     raise ArgumentTypeError(name, "a NumPy array", type(x).__name__)
 
 

@@ -133,12 +133,8 @@ class DeviceSaved(Saved):
             return moments_found(self.x, self.layout, self.mask)
         return to_moments(self.vectors, self.count)
 
-    def release(self) -> None:
-        """Let go of x and y, for whoever keeps them himself."""
-        del self.x, self.y
-
     def restored(self, x: Any, y: Any) -> DeviceSaved:
-        """Return a copy that has x and y again, in the memory order they had."""
+        """Return what this was before ``release``."""
         found = copy.copy(self)
         found.x, found.y = checks.tensor("x", x), None if y is None else checks.tensor("y", y)
         return found

@@ -84,6 +84,11 @@ class Saved:
         """See ``fastbn.backward``."""
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Let go of x and y, for a caller who keeps them himself; only batch norm's, which can be ``restored``."""
+        of: Any = self
+        del of.x, of.y
+
 
 def no_statistics(channels: int, eps: float) -> Array:
     """Statistics of an empty batch: mean 0, variance 0."""
@@ -126,12 +131,8 @@ class BatchSaved(Saved):
         mean, _, var = stats.reshape(3, -1)
         return Moments._of_variance(self.count, mean, var)
 
-    def release(self) -> None:
-        """Let go of x and y, for whoever keeps them himself."""
-        del self.x, self.y
-
     def restored(self, x: Any, y: Any) -> BatchSaved:
-        """Return a copy that has x and y again, in the memory order they had."""
+        """Return what this was before ``release``: a copy, with x and y in the memory order they had."""
         s = BatchSaved()
         s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
         s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu

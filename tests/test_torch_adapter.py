@@ -229,10 +229,12 @@ def test_changes_of_what_backward_needs_are_seen(changed):
         y.sum().backward()
 
 
-def test_y_may_change_where_backward_does_not_need_it():
-    x, _, w, b, m, v = make((6, 5), torch.float32)
-    x.requires_grad_()
-    torch.nn.functional.relu(ours(x, None, w, b, m, v, True, None), inplace=True).sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), [((6, 5), dense), ((3, 16, 1, 1), last), ((3, 1, 4, 5), last)], ids=str)
+def test_y_may_change_where_backward_does_not_need_it(shape, layout, dtype):
+    x, _, w, b, m, v = make(shape, dtype, layout)
+    y = ours(x.requires_grad_(), None, w, b, m, v, True, None)
+    torch.nn.functional.relu(y, inplace=True).sum().backward()
 
 
 def test_memory_is_autograds_to_keep():

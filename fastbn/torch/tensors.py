@@ -53,7 +53,7 @@ def tensor(array: Any, like: Tensor) -> Tensor:
         found = torch.from_numpy(array.view(np.int16)).view(BFLOAT16)
     else:
         found = torch.from_numpy(array)
-    return found if found.stride() == like.stride() else found.as_strided(like.size(), like.stride())
+    return found if found.stride() == like.stride() else found.as_strided_(like.size(), like.stride())
 
 
 def vector(array: Any) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from bench import gpu_peers as peers
@@ -212,3 +214,32 @@ def test_replayed_launches_allocate_what_the_recorded_ones_did(slow, monkeypatch
     known = results[0][1].known
     assert [s.what.function.__name__ for s in known.replays[False].steps] == ["rows_train"]
     assert len(known.replays[False].sizes) == 1  # scratch lies behind the statistics
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_adapter_hands_tensors_on(memory, activation, fused, training, monkeypatch):
+    import fastbn.torch.functional as adapter
+
+    monkeypatch.setattr(adapter, "array", lambda tensor: tensor)
+    x, r, vectors = _arrays((3, 4, 2, 4))
+    x, r = (t.to(memory_format=memory) for t in (x, r))
+    found = []
+    for call in (adapter._run, adapter._native):
+        leaves = [t.clone().requires_grad_() for t in (x, r, *vectors[:2])]
+        mean, var = (v.clone() for v in vectors[2:])
+        inner, residual, weight, bias = leaves
+        args = (inner, residual if fused else None, weight, bias, mean, var, training, 0.1, 1e-5, activation)
+        with torch.enable_grad():
+            y = call(args)
+            y.backward(r, retain_graph=True)
+            y.backward(r)
+        found.append([y.detach(), mean, var, *(t.grad for t in leaves if t.grad is not None)])
+        assert y.stride() == leaves[0].grad.stride() == x.stride()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    watched = weakref.ref(y)
+    del y
+    assert watched() is None
