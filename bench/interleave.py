@@ -27,8 +27,7 @@ class Worker:
     def __init__(self, peer: str, threads: int):
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "FASTBN_NUM_THREADS")
         self.env = os.environ | dict.fromkeys(names, str(threads))
-        if threads == 1:
-            self.env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        self.env["NPROC"] = str(threads)  # XLA's pool; XLA_FLAGS left both cores at work
         if peer in FRESH:
             self.env |= KEEP
         self.peer = peer
