@@ -8,7 +8,7 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, part
-from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
+from fastbn.cpu.finalize import affine, gradients, keep_all, near, resolve, trusted
 from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded, splat, store, store_n
 
 
@@ -157,9 +157,7 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
             mean, var = resolve(x, N, C, S, c, get(m, j * S), get(s, j), get(q, j), eps)
             put(stats, c, mean)
             put(stats, 2 * C + c, var)
-    for c in range(c0, c1):
-        mean, var = get(stats, c), get(stats, 2 * C + c)
-        keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
+    keep_all(stats, running_mean, running_var, tracked, C, c0, c1, N * S, eps, momentum)
 
 
 @helper
