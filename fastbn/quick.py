@@ -1,9 +1,9 @@
 """Small plain calls in the fewest steps: (64, 100) in a third of the time that ``core`` takes, most of which is checks.
 
-Plain: x is a C-contiguous, aligned, writeable float32 array of at most ``MOST`` elements, so is the output, parameters
-and statistics are such vectors, a residual is like x, eps and momentum are floats. What the shape, the axis and the
-activation decide is looked up; compiled code asks whether the arrays are such ones (``cpu.gates``). Where they are not,
-the answer is None, nothing has been written, and ``core`` does it or says what is wrong.
+Plain: x is a C-contiguous, aligned, writeable float32 array of less than ``PARALLEL`` elements, so is the output,
+parameters and statistics are such vectors, a residual is like x, eps and momentum are floats. What the shape, the axis
+and the activation decide is looked up; compiled code asks whether the arrays are such ones (``cpu.gates``). Where they
+are not, the answer is None, nothing has been written, and ``core`` does it or says what is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastbn import layout, views
 from fastbn.arguments import F32
-from fastbn.cpu.tuning import WHOLE as MOST
+from fastbn.cpu.tuning import PARALLEL
 
 __all__ = ["Call", "Done", "backward", "infer", "train"]
 
@@ -53,7 +53,7 @@ def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: b
         return None  # True is 1 to a dictionary
     key = x.shape, axis, activation, fused
     call = known.get(key)
-    if call is None and x.size <= MOST and (call := _learn(op, *key)) is not None:
+    if call is None and x.size < PARALLEL and (call := _learn(op, *key)) is not None:
         if len(known) >= REMEMBERED:
             known.clear()
         known[key] = call
