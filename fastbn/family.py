@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def instance_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if dispatch.on_device(x):
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.instance_norm(x, weight, bias, axis, eps, out)
@@ -97,7 +98,7 @@ class _Ordered:
     """An array's elements in C order with axis 1 where ``axis`` was (None: as they are), as one flat axis."""
 
     def __init__(self, array: Array, axis: int | None):
-        self.moved = array if axis is None else np.moveaxis(array, axis, 1)
+        self.moved = array if axis is None or axis == 1 else np.moveaxis(array, axis, 1)
         dense = self.moved.flags.c_contiguous and array.flags.aligned
         self.flat: Array = (self.moved if dense else np.array(self.moved, order="C")).reshape(-1)
         self.copied = not dense
@@ -154,7 +155,7 @@ def _parameter(name: str, value: Any, shape: tuple[int, ...], x: Array) -> Array
     """Check a parameter of any shape; return it flat."""
     if value is None:
         return None
-    array = arguments.sequence(name, value, f"an array of shape {shape}")
+    array = value if type(value) is np.ndarray else arguments.sequence(name, value, f"an array of shape {shape}")
     if array.shape != shape:
         raise ArgumentValueError(name, f"shape {shape}", f"shape {array.shape}")
     return arguments.parameter(name, array.reshape(-1), array.size, arguments.arithmetic(x.dtype))
@@ -233,7 +234,7 @@ def group_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if dispatch.on_device(x):
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.group_norm(x, num_groups, weight, bias, axis, eps, out)
@@ -287,13 +288,12 @@ def layer_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if dispatch.on_device(x):
+    if type(x) is not np.ndarray and dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.layer_norm(x, weight, bias, axis, eps, out)
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     rows, normalised = x.shape[:axis], x.shape[axis:]
-    size = int(np.prod(normalised))
-    d = Groups(int(np.prod(rows)), 1, size, 1)
+    d = Groups(math.prod(rows), 1, math.prod(normalised), 1)
     return _normalise(x, weight, bias, normalised, d, rows, None, eps, out)

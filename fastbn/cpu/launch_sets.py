@@ -8,6 +8,7 @@ float64 of 3*B*G: means, invstds, biased variances.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,14 @@ Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
 
 LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
-LINE, SPARE = 64, 128  # bytes: of a cache line, and that a vector may read behind the last weight
 BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
 LEAST = 16
 
 
-def _by_element(parameter: Array, d: Sizes) -> Array:
-    """Give each element of a sample its number, on a line, and the first ones again behind the last."""
-    spread = np.repeat(parameter, d[3]) if d[3] > 1 else parameter
-    size, spare = spread.size, SPARE // spread.itemsize
-    memory = np.empty(size + 2 * spare, spread.dtype)
-    start = -memory.ctypes.data % LINE // spread.itemsize
-    result = memory[start : start + size + spare]
-    result[:size] = spread
-    result[size:] = spread[:spare] if size >= spare else np.resize(spread, spare)
-    return result
+@functools.cache
+def _kind(wide: bool) -> Array:
+    """Return the empty array that tells kernels the type of their lanes."""
+    return np.empty(0, np.float64 if wide else np.float32)
 
 
 def _shape(d: Sizes, affine: bool) -> tuple[int, int, int | None]:
@@ -48,15 +42,13 @@ def train(
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
     count, length, run = _shape(d, weight is not None)
     stats = np.empty(3 * count)
-    if run is None and weight is not None and bias is not None:
-        weight, bias = _by_element(weight, d), _by_element(bias, d)
     streamed = tuning.streams(x, out)
-    arrays, parallel = (x, out, weight, bias, stats, count, length), x.size >= tuning.PARALLEL
+    arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
     short = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
     if run is None and d[1] == 1 and length * x.itemsize <= short:
-        pool.run(sets_short.train, (*arrays, eps, streamed), count, parallel)
+        pool.run(sets_short.train, (*arrays, d[3], eps, streamed), count, parallel)
     else:
-        pool.run(sets.train, (*arrays, d[1], run, eps, streamed), count, parallel)
+        pool.run(sets.train, (*arrays, d[1], d[3], run, eps, streamed), count, parallel)
     return stats
 
 
@@ -76,12 +68,12 @@ def backward(
     """Input gradient into ``out``, which may be grad; returns dweight and dbias in float64, zero without a weight."""
     B, G, C, S = d
     count, length, run = _shape(d, weight is not None)
-    kind = np.empty(0, np.float64 if x.dtype == np.float64 else np.float32)
+    kind = _kind(x.itemsize == 8)
     per = max(LEAST, -(-B // BLOCKS)) if weight is not None and run is None else max(1, B // BLOCKS)
     if weight is None:
         sums = np.empty(0)
     elif run is None:
-        sums, weight = np.zeros((-(-B // per), 2, C * S)), _by_element(weight, d)
+        sums = np.zeros((-(-B // per), 2, C * S))
     else:
         sums = np.empty((2, B, C))
     streamed = tuning.streams(x, grad, out)
@@ -89,17 +81,17 @@ def backward(
         grad = grad.copy()  # it may be wanted again below
     tensors, parallel = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length), x.size >= tuning.PARALLEL
     if run is None and G == 1 and length * x.itemsize <= sets_short.SHORT:
-        pool.run(sets_short.backward, (*tensors, per, streamed), B, parallel)
+        pool.run(sets_short.backward, (*tensors, S, per, streamed), B, parallel)
     else:
-        pool.run(sets_backward.backward, (*tensors, G, run, per, streamed), B, parallel)
+        pool.run(sets_backward.backward, (*tensors, G, S, run, per, streamed), B, parallel)
     if weight is None:
         return np.zeros(C), np.zeros(C)
     if run is not None:
         return sums[0].sum(0), sums[1].sum(0)
-    merged = sums.sum(0)
-    if not np.isfinite(merged).all():
-        wide = np.zeros((2, C * S))
-        sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
-        merged = np.where(np.isfinite(merged), merged, wide)
-    dweight, dbias = merged.reshape(2, C, S).sum(2) if S > 1 else merged
-    return dweight, dbias
+    dweight, dbias = np.empty(C), np.empty(C)
+    if sets_backward.merge(sums.reshape(-1), dweight, dbias, S):
+        return dweight, dbias
+    wide = np.zeros((2, C * S))
+    sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
+    merged = np.where(np.isfinite(sums[0]), sums[0], wide).reshape(2, C, S).sum(2)
+    return merged[0], merged[1]

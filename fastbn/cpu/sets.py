@@ -8,8 +8,10 @@ memory once and written once.
 Set number t holds the L elements from t*L on and belongs to group t % G; ``stats`` is float64 of 3*sets: means,
 invstds, biased variances. ``weight`` and ``bias`` are both None, or
 
-- by element (``S`` None): G*L numbers, the first W of them once more behind the last: a vector may lie across a seam;
+- by element (``S`` None): one number for ``each`` elements, G*L/each, given to every one of them in scratch memory;
 - by run: one number per channel, G*L/S; S is at least W.
+
+``kind`` is an empty array of the lanes' type.
 
 y = ((x - m)*k + r)*weight + bias with m the mean in the lanes' type, k = invstd and r = (m - mean)*k, the mean's
 rounding remainder. Weight times k was not merged into one vector: that is one more row to write for each set.
@@ -26,10 +28,12 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.elements import by_element, room
 from fastbn.cpu.finalize import near, wide_sums
 from fastbn.cpu.simd import (
     base,
     blend,
+    empty,
     fence,
     fetch_add,
     fma,
@@ -265,13 +269,17 @@ def write_and_sum_set(x, y, weight, bias, i, at, col, c, streamed, far, other, L
 
 
 @jit
-def train(x, y, weight, bias, stats, sets, L, G, S, eps, streamed, claim):
+def train(x, y, weight, bias, stats, kind, sets, L, G, each, S, eps, streamed, claim):
     """Normalise all sets. Floor: one read and one write."""
     x, y, weight, bias, stats, claim = base(x), base(y), base(weight), base(bias), base(stats), base(claim)
     far, per, period, length = reach(L), block_sets(sets, L), G * L, L if S is None else S
     t = fetch_add(claim, 0, per)
     if t >= sets:
-        return
+        return 0
+    wide = room(x, period) if S is None and weight is not None else 0
+    scratch = empty(2 * wide, kind)
+    weight = by_element(x, weight, each, period, S, base(scratch))
+    bias = by_element(x, bias, each, period, S, base(scratch) + wide)
     lo, hi = t, min(t + per, sets)
     start = pivot(x, t * L, L)
     s, q = sum_set(x, t * L, L, length, start)
@@ -293,3 +301,4 @@ def train(x, y, weight, bias, stats, sets, L, G, S, eps, streamed, claim):
             fetch_add(claim, 1, hi - lo)
             lo, hi = following, min(following + per, sets)
         t, c = following, d
+    return scratch.size  # keeps it alive

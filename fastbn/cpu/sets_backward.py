@@ -20,6 +20,7 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.elements import by_element, room
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.simd import (
@@ -27,6 +28,7 @@ from fastbn.cpu.simd import (
     base,
     blend,
     clear,
+    empty,
     fence,
     fetch_add,
     first,
@@ -150,7 +152,7 @@ def _set_sums(x, g, w, sums, short, sets, t, L, S, period, mean, c):
         )
     plain = isinstance(w, types.NoneType)
 
-    def by_element(x, g, w, sums, short, sets, t, L, S, period, mean, c):
+    def of_elements(x, g, w, sums, short, sets, t, L, S, period, mean, c):
         at, col = t * L, t * L % period
         if plain:
             s, q = sum_elements(x, g, None, None, None, at, L, col, c)
@@ -160,7 +162,7 @@ def _set_sums(x, g, w, sums, short, sets, t, L, S, period, mean, c):
             s, q = wide_sums(x, g, w, at, L, col, c)
         return s, q
 
-    return by_element
+    return of_elements
 
 
 @part
@@ -255,16 +257,18 @@ def put_away(short, sums, block, period):
 
 
 @jit
-def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, S, per, streamed, claim):
-    """Gradients; ``kind``: an empty array of the lanes' type. Floor: two reads and one write.
+def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, each, S, per, streamed, claim):
+    """Gradients. Floor: two reads and one write.
 
     ``per``: samples of a block, as ``sums`` was made for.
     """
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
     period, sums = G * L, base(sums)
-    by_element = S is None and weight is not None
-    scratch = np.zeros(2 * (period + lanes(x)) if by_element else 1, kind.dtype)
+    singly = S is None and weight is not None
+    scratch = np.zeros(2 * (period + lanes(x)) if singly else 1, kind.dtype)
     short = like(x, base(scratch))
+    weights = empty(room(x, period) if singly else 0, kind)
+    weight = by_element(x, weight, each, period, S, base(weights))
     samples = sets // G
     lo = fetch_add(claim, 0, per)
     p = (0.0, 0.0, 0.0, 0.0, 0.0)  # constants of the set before
@@ -279,12 +283,30 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, S, per, streamed, 
             write_set(x, g, dx, weight, t * L, L, S, period, p, d, joined, followed, streamed)
             p = d
             done = (t + 1) // G
-            if by_element and (t + 1) % G == 0 and ((done - lo) % ROWS == 0 or done == hi):
+            if singly and (t + 1) % G == 0 and ((done - lo) % ROWS == 0 or done == hi):
                 put_away(short, sums, lo // per, period)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
-    return scratch.size  # keeps the scratch alive
+    return scratch.size + weights.size  # keeps the scratch alive
+
+
+@jit
+def merge(sums, dweight, dbias, each):
+    """Add the blocks' parameter gradients by element, in order, to the first ones; those of channels, and if finite."""
+    size, period = sums.size, dweight.size * each
+    sums, fine = base(sums), True
+    for at in range(2 * period, size, 2 * period):
+        for j in range(2 * period):
+            put(sums, j, get(sums, j) + get(sums, at + j))
+    for c in range(dweight.size):
+        s = q = 0.0
+        for j in range(c * each, c * each + each):
+            q += get(sums, j)
+            s += get(sums, period + j)
+        dweight[c], dbias[c] = q, s
+        fine = fine and math.isfinite(q) and math.isfinite(s)
+    return fine
 
 
 @jit

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.elements import by_element, room
 from fastbn.cpu.sets import block_sets, constants, output, output_part, settle, sum_set, write_seam
 from fastbn.cpu.sets_backward import ROWS, add_to, put_away, sum_elements, weighed, wide_sums, write_set
 from fastbn.cpu.simd import (
@@ -158,10 +159,12 @@ def note_four(x, g, w, short, stats, sets, t, L, table):
 
 
 @jit
-def backward(x, g, dx, weight, stats, sums, kind, sets, L, per, streamed, claim):
+def backward(x, g, dx, weight, stats, sums, kind, sets, L, each, per, streamed, claim):
     """As ``sets_backward.backward`` with G = 1 and weights by element, or none. Floor: two reads and one write."""
     notes, scratch = empty(20, stats), np.zeros(2 * (L + 32), kind.dtype)
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
+    weights = empty(room(x, L), kind)
+    weight = by_element(x, weight, each, L, None, base(weights))
     table, short, sums = base(notes), like(x, base(scratch)), base(sums)
     whole, p = lanes(x) <= L, (0.0, 0.0, 0.0, 0.0, 0.0)  # p: constants of the set before
     lo = fetch_add(claim, 0, per)
@@ -183,7 +186,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, per, streamed, claim)
         fence()
         fetch_add(claim, 1, end - lo)
         lo = fetch_add(claim, 0, per)
-    return scratch.size + notes.size  # keeps both alive
+    return scratch.size + notes.size + weights.size  # keeps them alive
 
 
 @part
@@ -256,11 +259,14 @@ def normalise_set(x, y, w, b, at, L, p, c, joined, followed, streamed):
 
 
 @jit
-def train(x, y, weight, bias, stats, sets, L, eps, streamed, claim):
+def train(x, y, weight, bias, stats, kind, sets, L, each, eps, streamed, claim):
     """As ``sets.train`` with G = 1 and weights by element, or none. Floor: one read and one write."""
     notes = empty(20, stats)
     x, y, weight, bias, stats, claim = base(x), base(y), base(weight), base(bias), base(stats), base(claim)
     table, per, whole, p = base(notes), block_sets(sets, L), lanes(x) <= L, (0.0, 0.0, 0.0)
+    scratch = empty(2 * room(x, L), kind)
+    weight = by_element(x, weight, each, L, None, base(scratch))
+    bias = by_element(x, bias, each, L, None, base(scratch) + room(x, L))
     lo = fetch_add(claim, 0, per)
     while lo < sets:
         t, end = lo, least(lo + per, sets)
@@ -278,4 +284,4 @@ def train(x, y, weight, bias, stats, sets, L, eps, streamed, claim):
         fence()
         fetch_add(claim, 1, end - lo)
         lo = fetch_add(claim, 0, per)
-    return notes.size
+    return notes.size + scratch.size

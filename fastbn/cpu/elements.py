@@ -1,0 +1,49 @@
+# mypy: ignore-errors
+"""From one number a channel to one for each element of a sample, as the kernels of sets take short runs' affine."""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core.extending import overload
+
+from fastbn.cpu._jit import helper
+from fastbn.cpu.simd import get, lanes, like, load, load_n, put, store, store_n
+
+
+@helper
+def room(x, period):
+    """Elements that ``by_element`` fills: ``period``, one vector more, up to a whole vector."""
+    W = lanes(x)
+    return (period + 2 * W - 1) // W * W
+
+
+@helper
+def _repeat(x, values, each, period, to):
+    """to[j] = values[j // each] for j < period, and the first ones again in the vector behind: it may cross a seam."""
+    W, i = lanes(x), 0
+    if each == 1:
+        while i + W <= period:
+            store(to, i, load(values, i))
+            i += W
+        if i < period:
+            store_n(to, i, load_n(values, i, period - i), period - i)
+    else:
+        for c in range(period // each):
+            value = get(values, c)
+            for j in range(c * each, c * each + each):
+                put(to, j, value)
+    for j in range(period, period + W):
+        put(to, j, get(to, j - period))
+    return to
+
+
+def by_element(x, values, each, period, S, to):
+    """Numbers by element, written to ``to``, from those by channel; they themselves if S, and None of None."""
+    raise NotImplementedError("in kernels only")
+
+
+@overload(by_element)
+def _by_element(x, values, each, period, S, to):
+    if isinstance(values, types.NoneType) or not isinstance(S, types.NoneType):
+        return lambda x, values, each, period, S, to: values
+    return lambda x, values, each, period, S, to: _repeat(x, like(x, values), each, period, like(x, to))
