@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import sys
@@ -23,6 +24,7 @@ def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return F32 if dtype is F32 or dtype != F64 else F64
 
 
+@functools.cache
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Tell whether this is ml_dtypes' bfloat16, without importing ml_dtypes."""
     return dtype.itemsize == 2 and dtype.name == "bfloat16"
