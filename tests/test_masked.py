@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fastbn
 from fastbn import places, reference
+from fastbn.cpu import packing
 from tests.tolerances import DTYPES, arithmetic, assert_within, bound
 
 CASES = [
@@ -79,7 +80,7 @@ def test_a_few_channels_at_a_time(rng, runs, monkeypatch):
     g, results = rng.standard_normal(x.shape).astype(np.float32), []
     for chunk, run in ((1 << 18, 10), (1, 10), (3 * mask.sum(), 1), (2 * mask.sum(), 1 << 30)):
         monkeypatch.setattr(places, "CHUNK", chunk)
-        monkeypatch.setattr(places, "RUN", run)
+        monkeypatch.setattr(packing, "RUN", run)
         mean, var = np.zeros(7, np.float32), np.ones(7, np.float32)
         y, saved = fastbn.batch_norm_train(x, weight, bias, mean, var, mask=mask, residual=g, activation="relu")
         results.append([y, mean, var, *fastbn.backward(g, saved), fastbn.Moments.of(x, mask=mask).m2])

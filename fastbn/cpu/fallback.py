@@ -107,6 +107,13 @@ def backward(
     return dweight.astype(weight.dtype), dbias.astype(bias.dtype)
 
 
+def pieces(mask: Array, samples: int, per: int) -> Table:
+    """See ``launch.pieces``."""
+    sample, start = np.nonzero(mask.reshape(samples, -1)) if samples else (mask, mask)
+    first = np.searchsorted(sample, np.arange(samples + 1))
+    return first, start * per, np.arange(start.size + 1) * per
+
+
 def _positions(table: Table, S: int) -> Array:
     """Return where the valid values lie in (N, S), flat."""
     first, start, place = table

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn.cpu import finalize, packing, planes, planes_backward, pool, rows, rows_swept, tuning
+from fastbn.cpu import pieces as mask_pieces
 
 Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
@@ -211,6 +212,21 @@ def backward(
         )
         pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
     return dweight, dbias
+
+
+def pieces(mask: Array, samples: int, per: int) -> Table:
+    """Return (first, start, place) as ``packing`` takes them, of a flat mask of int8; ``per``: values of a position."""
+    runs, values = np.zeros(samples + 1, np.int64), np.zeros(samples + 1, np.int64)
+    if mask.size:
+        mask_pieces.count(mask, runs, values)
+    if per == 1 and values[-1] < packing.RUN * runs[-1]:
+        start = np.empty(values[-1] + 1, np.int64)
+        mask_pieces.singly(mask, samples, start)
+        return values, start[:-1], None
+    start, place = np.empty(runs[-1], np.int64), np.zeros(runs[-1] + 1, np.int64)
+    if mask.size:
+        mask_pieces.by_run(mask, samples, per, start, place)
+    return runs, start, place
 
 
 def pack(x: Array, packed: Array, table: Table, C: int, S: int, M: int, lo: int, hi: int) -> None:

@@ -14,6 +14,8 @@ from fastbn.cpu._jit import jit, part
 from fastbn.cpu._raw import move_one, move_run, put_run, put_zeros, wipe
 from fastbn.cpu.simd import base, fence, fetch_add
 
+RUN = 10  # values of a piece from which moving pieces beats moving values
+
 
 @part
 def _pack_run(x, at, out, to, S, first, last, start, place):
