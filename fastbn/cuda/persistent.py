@@ -39,7 +39,11 @@ def make_row_only(what: Variant):
 
 
 def make_absorb(what: Variant):
-    """Sum a thread's rows and keep the first of them; returns the sums, how many rows, and where they end."""
+    """Sum a thread's rows and keep the first of them; returns the sums, how many rows, and where they end.
+
+    Four rows at once: 512 threads with two would have 16 KB on their way a multiprocessor, less than it takes to keep
+    4.8 TB/s busy over the memory's latency (32 KB and more).
+    """
     kind, W, threads = what.kind, what.W, what.threads
     io, terms = access(kind, W), make_terms(what)
     load, splat, keep_raw, zero, only = io.load, io.splat, io.keep, ARITHMETIC[kind](0), make_row_only(what)
@@ -48,28 +52,25 @@ def make_absorb(what: Variant):
     def absorb(x, slab, m, at, step, r, end, height, kept, mask):
         tid, count = cuda.threadIdx.x, int32(0)
         s = q = splat(zero)
-        while r + height < end:
-            x0, x1 = load(x, at), load(x, at + step)
-            if count < kept:
-                keep_raw(slab, 4 * (count * threads + tid), x0)
-            if count + 1 < kept:
-                keep_raw(slab, 4 * ((count + 1) * threads + tid), x1)
-            u0, t0 = terms(x0, x0, x0, m, m, m, m)
-            u1, t1 = terms(x1, x1, x1, m, m, m, m)
-            u0, t0 = only(mask, r, u0), only(mask, r, t0)
-            u1, t1 = only(mask, r + height, u1), only(mask, r + height, t1)
-            s, q = add(add(s, u0), u1), fma(u1, t1, fma(u0, t0, q))
-            at += 2 * step
-            r, count = int32(r + 2 * height), int32(count + 2)
-        if r < end:
+        while r + 3 * height < end:
+            x0, x1, x2, x3 = load(x, at), load(x, at + step), load(x, at + 2 * step), load(x, at + 3 * step)
+            for raw in (x0, x1, x2, x3):
+                if count < kept:
+                    keep_raw(slab, 4 * (count * threads + tid), raw)
+                u, t = terms(raw, raw, raw, m, m, m, m)
+                u, t = only(mask, r, u), only(mask, r, t)
+                s, q = add(s, u), fma(u, t, q)
+                r, count = int32(r + height), int32(count + 1)
+            at += 4 * step
+        while r < end:
             x0 = load(x, at)
             if count < kept:
                 keep_raw(slab, 4 * (count * threads + tid), x0)
-            u0, t0 = terms(x0, x0, x0, m, m, m, m)
-            u0, t0 = only(mask, r, u0), only(mask, r, t0)
-            s, q = add(s, u0), fma(u0, t0, q)
+            u, t = terms(x0, x0, x0, m, m, m, m)
+            u, t = only(mask, r, u), only(mask, r, t)
+            s, q = add(s, u), fma(u, t, q)
             at += step
-            count = int32(count + 1)
+            r, count = int32(r + height), int32(count + 1)
         return s, q, count, at
 
     return absorb
@@ -153,16 +154,78 @@ def train(what: Variant):
         settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags, mask, tally)
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
+            r, back, rows_back = int32(r + count * height), -step, int32(-height)
+            while count - 4 >= kept:  # four rows at once, as in absorb
+                at += back
+                x0, x1 = load_last(x, at), load_last(x, at + back)
+                x2, x3 = load_last(x, at + 2 * back), load_last(x, at + 3 * back)
+                r0, r1, r2, r3 = x0, x1, x2, x3
+                if residual:
+                    r0, r1 = load_last(res, at), load_last(res, at + back)
+                    r2, r3 = load_last(res, at + 2 * back), load_last(res, at + 3 * back)
+                for raw, other in ((x0, r0), (x1, r1), (x2, r2), (x3, r3)):
+                    r = int32(r + rows_back)
+                    store(y, at, only(mask, r, output(raw, other, m, k, b)))
+                    at += back
+                at -= back
+                count = int32(count - 4)
             while count > 0:
-                count = int32(count - 1)
-                at -= step
+                count, r = int32(count - 1), int32(r + rows_back)
+                at += back
                 x0 = recall(slab, 4 * (count * threads + tid)) if count < kept else load_last(x, at)
                 r0 = x0
                 if residual:
                     r0 = load_last(res, at)
-                store(y, at, only(mask, r + count * height, output(x0, r0, m, k, b)))
+                store(y, at, only(mask, r, output(x0, r0, m, k, b)))
 
     return rows_train
+
+
+def make_absorb_gradients(what: Variant):
+    """Sum a thread's rows, two at once, write the residual's gradient, and keep the first rows; as ``make_absorb``."""
+    kind, W, threads, by_output = what.kind, what.W, what.threads, what.relu and what.residual
+    io, terms, zero, only = access(kind, W), make_terms(what), ARITHMETIC[kind](0), make_row_only(what)
+    load, load_last, store, splat, keep_raw, encode = io.load, io.load_last, io.store, io.splat, io.keep, io.encode
+
+    @device
+    def take(raw, own, its, slab, at, r, count, kept, mask, constants, dr):
+        m, invstd, k, b = constants
+        place, second = 4 * (count * threads + cuda.threadIdx.x), 4 * kept * threads
+        u, t = terms(raw, own, its, m, invstd, k, b)
+        u, t = only(mask, r, u), only(mask, r, t)
+        if by_output:
+            store(dr, at, u)
+        if count < kept:
+            keep_raw(slab, place, raw)
+            keep_raw(slab, second + place, encode(u))
+        return u, t
+
+    @device
+    def absorb(x, g, y, dr, slab, constants, at, step, r, end, height, kept, mask):
+        count = int32(0)
+        s = q = splat(zero)
+        while r + height < end:
+            x0, x1, g0, g1 = load(x, at), load(x, at + step), load_last(g, at), load_last(g, at + step)
+            y0, y1 = x0, x1
+            if by_output:
+                y0, y1 = load(y, at), load(y, at + step)
+            for raw, own, its in ((x0, g0, y0), (x1, g1, y1)):
+                u, t = take(raw, own, its, slab, at, r, count, kept, mask, constants, dr)
+                s, q = add(s, u), fma(u, t, q)
+                at += step
+                r, count = int32(r + height), int32(count + 1)
+        if r < end:
+            x0, g0 = load(x, at), load_last(g, at)
+            y0 = x0
+            if by_output:
+                y0 = load(y, at)
+            u, t = take(x0, g0, y0, slab, at, r, count, kept, mask, constants, dr)
+            s, q = add(s, u), fma(u, t, q)
+            at += step
+            count = int32(count + 1)
+        return s, q, count, at
+
+    return absorb
 
 
 def make_settle_gradients(what: Variant):
@@ -195,8 +258,8 @@ def backward(what: Variant):
     kind, W, threads = what.kind, what.W, what.threads
     by_output = what.relu and what.residual
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
-    load, load_last, store, splat, gather = io.load, io.load_last, io.store, io.splat, io.gather
-    keep_raw, recall, encode = io.keep, io.recall, io.encode
+    load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
+    absorb = make_absorb_gradients(what)
     kept_terms = make_terms(what._replace(relu=False, residual=False))
     affine, settle, only = make_affine(kind, False), make_settle_gradients(what), make_row_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
@@ -224,21 +287,7 @@ def backward(what: Variant):
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
-            while r < end:
-                x0, g0 = load(x, at), load_last(g, at)
-                y0 = x0
-                if by_output:
-                    y0 = load(y, at)
-                u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
-                u0, t0 = only(mask, r, u0), only(mask, r, t0)
-                if by_output:
-                    store(dr, at, u0)
-                if count < kept:
-                    keep_raw(slab, 4 * (count * threads + tid), x0)
-                    keep_raw(slab, second + 4 * (count * threads + tid), encode(u0))
-                s, q = add(s, u0), fma(u0, t0, q)
-                at += step
-                r, count = int32(r + height), int32(count + 1)
+            s, q, count, at = absorb(x, g, y, dr, slab, (m, invstd, k, b), at, step, r, end, height, kept, mask)
         publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
         slots = collect(red, partial, P, C, tile, width)
         settle(constants, red, C, values(R, 1, tally), width, slots, stats, weight, bias, dweight, dbias, flags)
@@ -246,18 +295,33 @@ def backward(what: Variant):
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
             c1, c0 = gather(constants, 4 * wide + tx * W), gather(constants, 5 * wide + tx * W)
+            r, back, rows_back = int32(r + count * height), -step, int32(-height)
+            while count - 2 >= kept:
+                at += back
+                x0, x1 = load_last(x, at), load_last(x, at + back)
+                g0, g1 = load_last(g, at), load_last(g, at + back)
+                y0, y1 = x0, x1
+                if by_output:
+                    y0, y1 = load_last(y, at), load_last(y, at + back)
+                for raw, own, its in ((x0, g0, y0), (x1, g1, y1)):
+                    r = int32(r + rows_back)
+                    u, t = terms(raw, own, its, m, invstd, k, b)
+                    store(dx, at, only(mask, r, slope(u, t, k, c1, c0)))
+                    at += back
+                at -= back
+                count = int32(count - 2)
             while count > 0:
-                count = int32(count - 1)
-                at -= step
+                count, r = int32(count - 1), int32(r + rows_back)
+                at += back
                 if count < kept:
                     x0 = recall(slab, 4 * (count * threads + tid))
-                    u0, t0 = kept_terms(x0, recall(slab, second + 4 * (count * threads + tid)), x0, m, invstd, k, b)
+                    u, t = kept_terms(x0, recall(slab, second + 4 * (count * threads + tid)), x0, m, invstd, k, b)
                 else:
                     x0, g0 = load_last(x, at), load_last(g, at)
                     y0 = x0
                     if by_output:
                         y0 = load_last(y, at)
-                    u0, t0 = terms(x0, g0, y0, m, invstd, k, b)
-                store(dx, at, only(mask, part * chunk + ty + count * height, slope(u0, t0, k, c1, c0)))
+                    u, t = terms(x0, g0, y0, m, invstd, k, b)
+                store(dx, at, only(mask, r, slope(u, t, k, c1, c0)))
 
     return rows_backward
