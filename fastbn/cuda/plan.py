@@ -112,9 +112,13 @@ def slab(dims: Dims, kind: str, aligned: bool, tensors: int, limit: int) -> tupl
     small = C * channel <= tuning.SMALL
     if not small and (S < tuning.RUN or C < tuning.SLAB_CHANNELS):
         return 0, 0
-    vectors = N * S // lanes
-    threads = next(threads for least, threads in tuning.SLAB if vectors >= least)
-    return threads, tensors * channel
+    return _slab_threads(N * S // lanes, tensors * channel, limit), tensors * channel
+
+
+def _slab_threads(vectors: int, shared: int, limit: int) -> int:
+    """Threads of a block: fewer where several blocks fit on a multiprocessor, since one loads while another writes."""
+    together = max(1, min(tuning.SLAB_TOGETHER, limit // (shared + tuning.RESERVE // 2)))
+    return next(threads for least, threads in tuning.SLAB if vectors >= least and threads <= 1024 // together)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -67,7 +67,7 @@ def sums(what: Variant):
     wide, four, both = TX * W, 4 * TX * W, 2 * threads * W
     pivot_at, masked = make_pivot_at(kind), what.masked
 
-    @kernel("TTTAAAAiiiiiiiiiMI", kind, threads, 3 if W < 8 else 2)
+    @kernel("TTTAAAAiiiiiiiiiMI", kind, threads, 4 if not backward else 3 if W < 8 else 2)
     def rows_sums(x, g, y, stats, weight, bias, partial, N, C, S, R, V, P, chunk, tx_count, flags, mask, tally):
         constants = cuda.shared.array(four, A)
         red = cuda.shared.array(both, A)

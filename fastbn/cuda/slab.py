@@ -35,6 +35,14 @@ def batch_stats(C):
     return int64(cuda.blockIdx.y) * 4 * C + cuda.blockIdx.x
 
 
+def together(what: Variant) -> int:
+    """Blocks that registers must allow on a multiprocessor: 1024 threads of them, so that one loads while one writes.
+
+    Under a mask that many would spill.
+    """
+    return 1 if what.masked else 1024 // what.threads
+
+
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4 (one batch). Floor: one read and one write."""
@@ -45,7 +53,7 @@ def train(what: Variant):
     again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
     sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
 
-    @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, 1)
+    @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, together(what))
     def slab_train(
         x, res, y, stats, weight, bias, running_mean, running_var, N, C, S, eps, keep, momentum, unbias, flags, mask,
         tally,
@@ -141,7 +149,7 @@ def backward(what: Variant):
     sizes, kept, only = 2 * (threads // 32), what.kept, make_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
 
-    @kernel("TTTTTAAAAAiiiiMI", kind, threads, 1)
+    @kernel("TTTTTAAAAAiiiiMI", kind, threads, together(what))
     def slab_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, N, C, S, flags, mask, tally):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)

@@ -12,6 +12,7 @@ SLAB_CHANNELS = 96  # channels from which one block each fills the GPU
 MASKED_THREADS = 512  # most threads of a block that keeps a channel under a mask: with 1024 registers would spill
 SMALL = 4 << 20  # bytes of a tensor below which one launch beats three, however few multiprocessors it keeps busy
 SLAB = ((6144, 1024), (2048, 512), (512, 256), (0, 128))  # (vectors of a channel, threads of its block)
+SLAB_TOGETHER = 2  # blocks with 1024 threads among them that share a multiprocessor, where shared memory allows
 ALONE = 8  # rows of a thread up to which a tile of rows is one block's alone
 AGAIN = 1 << 14  # values of a channel up to which one block reads it again where it cannot keep it
 SCATTERED = 1 << 17  # bytes of a tensor of rows up to which that pays: a channel's values lie apart

@@ -10,6 +10,7 @@ from fastbn.cuda import choice, plan, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
+TRUE_SLAB = tuning.SLAB  # before the fixtures change it
 SIZE = st.one_of(st.integers(1, 70), st.integers(1, 3000))
 
 
@@ -53,6 +54,18 @@ def test_slabs_leave_room_and_need_channels_enough():
     assert plan.slab((64, 512, 28 * 28), "f32", False, 1, 232448) == (0, 0)
     assert plan.slab((64, 512, 28 * 28), "f32", True, 2, 232448) == (0, 0)
     assert plan.slab((64, 48, 14 * 14), "f16", True, 1, 232448) == (0, 0) or tuning.SMALL
+
+
+def test_small_slabs_share_a_multiprocessor(monkeypatch):
+    monkeypatch.setattr(tuning, "SLAB", TRUE_SLAB)
+    choice.forget()
+    half, whole, limit = (64, 512, 28 * 28), (64, 512, 28 * 56), 232448
+    assert plan.slab(half, "bf16", True, 1, limit) == (512, 64 * 28 * 28 * 2)  # 98 KB: two of them fit
+    assert plan.slab(half, "f32", True, 1, limit)[0] == plan.slab(whole, "bf16", True, 1, limit)[0] == 1024
+    assert plan.slab((4, 96, 28 * 28), "f32", True, 1, limit)[0] == 256  # little work
+    for shared in (1, 50000, 98000, 110000, 112000, 200000):
+        threads = plan._slab_threads(1 << 20, shared, limit)
+        assert threads == (512 if 2 * (shared + 1024 + 1536) <= 228 * 1024 else 1024)
 
 
 def test_shapes_beyond_32_bits_are_refused():
