@@ -14,6 +14,7 @@ from fastbn import arguments, layout
 from fastbn.cuda.arrays import DeviceArray
 from fastbn.cuda.launch import ALL, Mask, lengths_to_mask, mask_of
 from fastbn.cuda.libraries import on_device, wrap
+from fastbn.cuda.plan import small_enough
 from fastbn.errors import ArgumentValueError
 
 __all__ = ["ALL", "Mask", "find"]
@@ -28,6 +29,8 @@ def find(
     """
     if mask is None and lengths is None:
         return ALL
+    if x.size:
+        small_enough(where.dims, x.kind)  # places are counted in 32 bits
     if mask is not None and lengths is not None:
         raise ArgumentValueError("mask, lengths", "one of them", "both")
     given = mask if lengths is None else lengths

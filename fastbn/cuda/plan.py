@@ -51,13 +51,19 @@ def _widen(N: int, C: int, S: int, lanes: int) -> int:
     return times if N % times == 0 else 0
 
 
+def small_enough(dims: Dims, kind: str) -> None:
+    """Raise where a channel or a row has more values than kernels count."""
+    N, C, S = dims
+    if max(N * S, C, C * S * (16 // ITEMSIZE[kind])) >= LARGEST:
+        raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
     """Choose the split kernels' shape and cuts. ``aligned``: all tensors begin at a multiple of 16 bytes."""
     N, C, S = dims
     lanes = 16 // ITEMSIZE[kind]
-    if max(N * S, C, C * S * lanes) >= LARGEST:
-        raise ArgumentValueError("x", "less than 2**31 values a channel and 2**31 values a row", f"{dims}")
+    small_enough(dims, kind)
     whole = aligned and S % lanes == 0
     if S >= tuning.RUN and (whole or N < tuning.RUNS):
         return planes(dims, lanes if whole else 1)
@@ -69,7 +75,7 @@ def plan(dims: Dims, kind: str, aligned: bool) -> Plan:
 def masked(dims: Dims, kind: str, aligned: bool) -> Plan:
     """As ``plan``, where one byte of a mask must tell of all lanes of a vector, or W bytes in a row of each."""
     _, C, S = dims
-    plan(dims, kind, aligned)  # raises for what is too large
+    small_enough(dims, kind)
     lanes = 16 // ITEMSIZE[kind]
     if S == 1:
         return rows(dims, lanes if aligned and C % lanes == 0 else 1, 1)

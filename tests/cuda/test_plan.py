@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbn.cuda import choice, plan, tuning
+from fastbn import device_mask
+from fastbn.cuda import choice, driver, plan, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
@@ -71,3 +74,13 @@ def test_small_slabs_share_a_multiprocessor(monkeypatch):
 def test_shapes_beyond_32_bits_are_refused():
     with pytest.raises(ArgumentValueError, match="2\\*\\*31"):
         plan.plan((1 << 16, 2, 1 << 15), "f32", True)
+    for dims in ((1 << 31, 8, 1), (1, 1 << 31, 1), (4, 1, 1 << 29)):  # in one launch too, whose numbers are 32 bits
+        with pytest.raises(ArgumentValueError, match="2\\*\\*31"):
+            choice.one_launch("f16", dims, True, False, False, False, False, driver.Limits(132, 232448))
+
+
+def test_masks_beyond_32_bits_are_refused():
+    x = SimpleNamespace(size=1 << 34, kind="f16", shape=(1 << 31, 8), ndim=2)
+    where = SimpleNamespace(dims=(1 << 31, 8, 1), order=(0, 1))
+    with pytest.raises(ArgumentValueError, match="2\\*\\*31"):
+        device_mask.find(object(), None, x, 1, where, train=True)
