@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import persistent, plan, plan_sets, sets_kept, slab, tuning
 from fastbn.cuda.arrays import ITEMSIZE
-from fastbn.cuda.driver import SIMULATED, Kernel, run
+from fastbn.cuda.driver import SIMULATED, Kernel, Limits, current_device, run
 from fastbn.cuda.plan import Dims
 from fastbn.cuda.sets import SetVariant
 from fastbn.cuda.sweep import Variant
@@ -50,7 +50,7 @@ def _split_instead(kernel: Kernel, error: Exception) -> None:
     warnings.warn(f"no {name} in one launch, several launches instead: {error}", RuntimeWarning, stacklevel=3)
 
 
-_refused: set[Kernel] = set()
+_refused: set[tuple[Kernel, int]] = set()  # on which device
 
 
 def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
@@ -65,7 +65,7 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
         if SIMULATED or one.name != "persistent":
             raise
         _split_instead(one.kernel, error)
-        _refused.add(one.kernel)
+        _refused.add((one.kernel, current_device()))
         forget()
         return False
     return True
@@ -74,17 +74,18 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def one_launch(
     kind: str, dims: Dims, whole: bool, relu: bool, residual: bool, backward: bool, frozen: bool,
-    limits: tuple[int, int], masked: bool = False,
+    limits: Limits, masked: bool = False,
 ) -> One | None:  # fmt: skip
     """Return how one launch does it; None where it takes three. ``whole``: all tensors (and the mask) are aligned."""
+    plan.small_enough(dims, kind)
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     most = tuning.MASKED_THREADS if masked else 1024
-    threads, shared = plan.slab(dims, kind, whole, tensors, limits[1])
+    threads, shared = plan.slab(dims, kind, whole, tensors, limits.shared)
     if threads:
         kernel = _slab(what._replace(threads=min(threads, most)))
         return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
-    p = plan.persistent(dims, kind, whole, tensors, *limits)
+    p = plan.persistent(dims, kind, whole, tensors, *limits[:2])
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
         return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)
@@ -99,7 +100,7 @@ def _slab(what: Variant) -> Kernel:
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     what = what._replace(threads=p.threads, alone=p.alone)
     kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
-    if kernel in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
+    if (kernel, current_device()) in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
     name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
     return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
@@ -112,10 +113,10 @@ def set_variant(p: plan_sets.SetPlan, kind: str) -> SetVariant:
 
 @functools.lru_cache(maxsize=1024)
 def sets(
-    d: plan_sets.Sizes, kind: str, whole: bool, given: bool, backward: bool, limit: int
+    d: plan_sets.Sizes, kind: str, whole: bool, given: bool, backward: bool, limits: Limits
 ) -> plan_sets.SetPlan:  # fmt: skip
     """Return how sets are worked off: as planned, split where a block may not have the shared memory for that."""
-    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limit)
+    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limits.shared)
     if not p.team:
         return p
     stage = sets_kept.backward if backward else sets_kept.train

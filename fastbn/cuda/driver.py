@@ -13,7 +13,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -40,20 +40,28 @@ MOST = 4096  # grids of a kernel that are remembered; then all are forgotten
 GRANTED = 48 * 1024  # bytes of shared memory that a block may have without asking
 
 
-@functools.cache
 def check() -> None:
-    """Raise a DeviceError that says what is missing, unless kernels can run here."""
-    if SIMULATED:
-        return
+    """Raise a DeviceError that says what is missing, unless kernels can run on the current device."""
+    if not SIMULATED:
+        _present()
+        _new_enough(current_device())
+
+
+@functools.cache
+def _present() -> None:
     try:
         available = cuda.is_available()
     except Exception as error:
         raise DeviceError(f"it needs the CUDA libraries: {error}; {INSTALL}") from error
     if not available:
         raise DeviceError(f"{_absent()} {INSTALL}")
-    capability = cuda.get_current_device().compute_capability
-    if tuple(capability) < (8, 0):
-        raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, this GPU has {capability}")
+
+
+@functools.cache
+def _new_enough(number: int) -> None:
+    found = _capability(number)
+    if found < (8, 0):
+        raise DeviceError(f"fastbn's GPU kernels need compute capability 8.0 or newer, GPU {number} has {found}")
 
 
 def _absent() -> str:
@@ -67,17 +75,33 @@ def _absent() -> str:
     return "it needs an NVIDIA driver and a GPU, none was found; then"
 
 
-def device_properties() -> tuple[int, int]:
-    """Return the current device's number of multiprocessors and the bytes of shared memory that a block may use."""
+class Limits(NamedTuple):
+    """What a choice of kernels depends on; GPUs of one model share their choices, others have their own."""
+
+    multiprocessors: int
+    shared: int  # bytes that a block may use
+    capability: tuple[int, int] = (0, 0)
+
+
+def device_properties() -> Limits:
+    """Return what choices depend on of the current device."""
     return _properties(current_device())
 
 
 @functools.cache
-def _properties(number: int) -> tuple[int, int]:
+def _properties(number: int) -> Limits:
     if SIMULATED:
-        return 4, 64 * 1024
+        return Limits(4, 64 * 1024)
     device = cuda.get_current_device()
-    return int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+    shared = int(device.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+    return Limits(int(device.MULTIPROCESSOR_COUNT), shared, _capability(number))
+
+
+@functools.cache
+def _capability(number: int) -> tuple[int, int]:
+    """Return the compute capability of the current device, which has this number."""
+    major, minor = (0, 0) if SIMULATED else cuda.get_current_device().compute_capability
+    return int(major), int(minor)
 
 
 @functools.cache
@@ -132,12 +156,15 @@ def argument_types(letters: str, kind: str) -> tuple[Any, ...]:
 
 
 class Kernel:
-    """A kernel with its one signature, compiled at its first launch; ``launch_bounds`` caps its registers."""
+    """A kernel with its one signature; ``launch_bounds`` caps its registers.
+
+    Compiled at its first launch, for each compute capability by itself: a machine may have GPUs of several.
+    """
 
     def __init__(self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int):
         self.function, self.letters, self.kind = function, letters, kind
         self.threads, self.blocks = threads, blocks
-        self._compiled: Any = None
+        self._compiled: dict[tuple[int, int], Any] = {}
         self._large: set[int] = set()
         self._launchers: dict[Any, Any] = {}
 
@@ -153,18 +180,20 @@ class Kernel:
 
     @property
     def compiled(self) -> Any:
-        """Return Numba's dispatcher."""
-        if self._compiled is None:
+        """Return Numba's dispatcher for the current device."""
+        capability = _capability(current_device())
+        found = self._compiled.get(capability)
+        if found is None:
             if SIMULATED:
-                self._compiled = cuda.jit(self.function)
+                found = cuda.jit(self.function)
             else:
                 from fastbn.cuda import stored
 
                 found = cuda.jit(**self.options)(self.function)
-                stored.use(found, self, tuple(cuda.get_current_device().compute_capability))
+                stored.use(found, self, capability)
                 found.compile(self.signature)
-                self._compiled = found
-        return self._compiled
+            self._compiled[capability] = found
+        return found
 
     def launcher(self, grid: tuple[int, ...], shared: int) -> Any:
         """Return what launches this kernel on the current device: ``(stream handle, numbers) -> None``."""
@@ -195,7 +224,7 @@ class Kernel:
         if size + static <= GRANTED:
             return
         bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
-        most = device_properties()[1]
+        most = device_properties().shared
         attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         handle = function.handle
         if isinstance(handle, bindings.CUfunction):

@@ -15,7 +15,7 @@ from fastbn.cuda.plan_sets import SetPlan, Sizes, columns
 
 def _plan(x: Flat, d: Sizes, backward: bool, params: tuple[Flat | None, ...], *others: Flat) -> SetPlan:
     given = any(p is not None for p in params)
-    return choice.sets(d, x.kind, launch.aligned(x, *others, *params), given, backward, device_properties()[1])
+    return choice.sets(d, x.kind, launch.aligned(x, *others, *params), given, backward, device_properties())
 
 
 def _four(d: Sizes) -> tuple[int, int, int, int]:

@@ -43,11 +43,12 @@ def kernel(monkeypatch):
             importlib, "import_module", lambda name: pretended if name == "cuda.bindings.driver" else genuine(name)
         )
         monkeypatch.setattr(driver, "SIMULATED", False)
+        monkeypatch.setattr(driver, "_capability", lambda number: (0, 0))
         launcher._stream.cache_clear()
         code = SimpleNamespace(get_cufunc=lambda: SimpleNamespace(handle=99))
         overload = SimpleNamespace(_codelibrary=code, cooperative=cooperative)
         what = driver.Kernel(lambda: None, LETTERS, "f32", 64, 1)
-        what._compiled = SimpleNamespace(overloads={"only": overload})
+        what._compiled[0, 0] = SimpleNamespace(overloads={"only": overload})
         return what, pretended
 
     yield make
@@ -87,7 +88,7 @@ def test_a_thread_without_a_context_gets_one_and_errors_are_raised(kernel, monke
 def test_a_first_launch_that_the_driver_refuses_is_numbas(kernel):
     what, pretended = kernel(codes=[400])
     called = []
-    what._compiled = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
+    what._compiled[0, 0] = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
     with pytest.warns(RuntimeWarning, match="Numba launches it, the driver said 400"):
         what.launcher((3,), 0)(0, NUMBERS)
     what.launcher((3,), 0)(0, NUMBERS)
@@ -96,7 +97,7 @@ def test_a_first_launch_that_the_driver_refuses_is_numbas(kernel):
 
 def test_a_launch_that_nobody_can_make_is_an_error(kernel):
     what, _ = kernel(codes=[701])
-    what._compiled = Numbas(what, lambda configuration, numbers: 1 / 0)
+    what._compiled[0, 0] = Numbas(what, lambda configuration, numbers: 1 / 0)
     with pytest.raises(DeviceError, match="refused the launch: 701; by Numba: division"):
         what.launcher((3,), 0)(0, NUMBERS)
 
@@ -105,7 +106,7 @@ class Numbas:
     """A dispatcher of Numba's."""
 
     def __init__(self, what, called):
-        self.overloads, self.called = what._compiled.overloads, called
+        self.overloads, self.called = what._compiled[0, 0].overloads, called
 
     def __getitem__(self, configuration):
         return lambda *numbers: self.called(configuration, numbers)
@@ -121,7 +122,7 @@ def test_numbas_way_where_the_bindings_are_not_as_expected(kernel):
     del pretended.CUfunction
     called = []
 
-    what._compiled = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
+    what._compiled[0, 0] = Numbas(what, lambda configuration, numbers: called.append((configuration, numbers)))
     launch = launcher.make(what, (3,), 1024)
     launch(0, NUMBERS)
     assert isinstance(launch, launcher.Plain) and called == [(((3,), 64, 0, 1024), tuple(NUMBERS))]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cuda import choice, plan_sets, tuning
+from fastbn.cuda import choice, driver, plan_sets, tuning
 from tests import test_family as family
 from tests.cuda import device
 from tests.cuda.device import GpuArray, get, put, through_gpu
@@ -67,7 +67,7 @@ def test_sets_that_a_block_may_not_keep_are_split(rng, use, monkeypatch):
     use("kept")
     monkeypatch.setattr(choice, "fits", lambda kernel, blocks, shared: False)
     for name, d in (("layer", (3, 1, 16, 1)), ("group", (2, 2, 4, 40))):
-        assert choice.sets(plan_sets.Sizes(*d), "f32", True, True, False, 64 << 10).team == 0
+        assert choice.sets(plan_sets.Sizes(*d), "f32", True, True, False, driver.Limits(4, 64 << 10)).team == 0
         family.test_forward_and_backward(rng, name, (2, 4, 40), np.dtype(np.float32))
 
 
