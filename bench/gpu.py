@@ -28,7 +28,14 @@ from bench import gpu_report as report
 from bench.gpu_processes import compile_kernels, sanitize, supervise, write
 
 RESULTS = Path(__file__).parent / "results"
-ENDS = {"check": 0.45, "check family": 0.55, "time": 0.8, "time family": 0.85, "compile": 0.9}  # of the time, by stage
+ENDS = {
+    "check": 0.45,
+    "check family": 0.55,
+    "trial": 0.62,
+    "time": 0.8,
+    "time family": 0.85,
+    "compile": 0.9,
+}  # of the time, by stage
 
 
 def find_toolkit() -> None:
@@ -44,9 +51,11 @@ def missing() -> str:
     """Say what keeps this from running, or nothing. Makes no CUDA context."""
     try:
         import torch
-    except ImportError:
-        return "no GPU is present (and no torch)"
-    return "" if torch.cuda.is_available() else "no GPU is present"
+
+        found = torch.cuda.is_available()
+    except Exception as error:  # of a library that is missing, or of another CUDA
+        return f"no GPU is present for torch: {type(error).__name__}: {error}"
+    return "" if found else f"no GPU is present for torch {torch.__version__} (CUDA {torch.version.cuda})"
 
 
 def capability() -> tuple[int, int]:
@@ -89,7 +98,7 @@ def follow(result: dict[str, Any], todo: list[dict[str, Any]], start: Any, end: 
         report.take(result, job, said)
         if "error" in said:
             failed.append(job)
-        if time.time() > saved + 5:
+        if time.time() > saved + 2:
             write(out, result)
             saved = time.time()
     write(out, result)
@@ -102,7 +111,16 @@ def run(seconds: float, out: Path, todo: list[dict[str, Any]], start: Any, optio
     for job in todo:
         job["until"] = now + ENDS.get(job["stage"], 1.0) * seconds
     result: dict[str, Any] = {"machine": {}, "versions": {}, "copy_gb_s": None, "launch": {}, "first_contact": begun}
-    result |= {"sanitizer": "not run", "checked": 0, "worst": 0.0, "wrong": [], "warnings": [], "rows": []}
+    result |= {
+        "sanitizer": "not run",
+        "checked": 0,
+        "worst": 0.0,
+        "wrong": [],
+        "warnings": [],
+        "trials": [],
+        "rows": [],
+    }
+    write(out, result)  # what follows may be cut off at any moment
     failed = follow(result, todo, start, now + seconds, out)
     again = [job | {"split": True} for job in failed if job["stage"] == "time"]
     follow(result, again, start, now + seconds, out)  # what killed or hung a process, without its one-launch kernels

@@ -45,17 +45,20 @@ class Case(NamedTuple):
 def cases() -> list[Case]:
     """Return all cases, the most telling first: what a budget cuts off comes last."""
     found = []
-    for batch in (64, 256):
-        for dtype in ("float32", "bfloat16", "float16"):
-            for op in ("train", "backward", "infer"):
-                for layout in ("NCHW", "NHWC"):
-                    found += [Case(op, layout, dtype, (batch, C, H, H)) for C, H in RESNET50]
+    for dtype in ("float32", "bfloat16"):
+        found += _of(64, dtype)
     for dtype in ("float32", "bfloat16", "float16"):
         found += [Case(op, "NC", dtype, shape) for op in ("train", "backward", "infer") for shape in ROWS]
     for op in ("train_fused", "backward_fused"):
         for layout in ("NCHW", "NHWC"):
             found += [Case(op, layout, d, (64, 256, 56, 56)) for d in ("float32", "bfloat16")]
-    return found
+    return found + _of(64, "float16") + [case for d in ("float32", "bfloat16", "float16") for case in _of(256, d)]
+
+
+def _of(batch: int, dtype: str) -> list[Case]:
+    """Return ResNet-50's shapes."""
+    layouts = [(op, layout) for op in ("train", "backward", "infer") for layout in ("NCHW", "NHWC")]
+    return [Case(op, layout, dtype, (batch, C, H, H)) for op, layout in layouts for C, H in RESNET50]
 
 
 # Correctness: odd sizes, tails, one channel, one sample, 7x7, large means; every kernel has some.

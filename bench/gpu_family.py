@@ -148,12 +148,7 @@ def _row(
     torch: Any, op: str, dtype: str, shape: tuple[int, ...], moved: int, sets: list[dict[str, Any]]
 ) -> dict[str, Any]:
     forward = op == "layer_norm"
-    if forward:
-        ours = [lambda t=t: call("layer", 1, t) for t in sets]
-        theirs = [lambda t=t: _torch_forward(torch, t) for t in sets]
-    else:
-        ours = [_backward(t) for t in sets]
-        theirs = [_torch_backward(torch, t) for t in sets]
+    ours = [lambda t=t: call("layer", 1, t) for t in sets] if forward else [_backward(t) for t in sets]
     us = timing.microseconds(torch, ours)
     error = worst(
         torch, sets[0]["out" if forward else "dx"], reference(torch, "layer", 1, sets[0])["y" if forward else "input"]
@@ -162,11 +157,19 @@ def _row(
     row |= {"moved": moved, "us_split": None, "max_err": error, "x_cudnn": None, "x_compile": None}
     if not error <= (1 if forward else 5) * peers.ALLOWED[dtype]:
         row |= {"error": f"wrong: error {error:.3g}", "us": None, "max_err": error if math.isfinite(error) else None}
-    return row | {"x_torch": timing.microseconds(torch, theirs) / us}
+
+    def theirs() -> list[peers.Call]:
+        return [_torch(torch, forward, t) for t in sets]
+
+    return row | {"x_torch": peers.time_over(torch, theirs, us, f"{op} {dtype} {shape}")}
 
 
 def _torch_forward(torch: Any, t: dict[str, Any]) -> Any:
     return torch.ops.aten.native_layer_norm(t["x"], t["x"].shape[-1:], t["weight_like"], t["bias_like"], EPS)
+
+
+def _torch(torch: Any, forward: bool, t: dict[str, Any]) -> Any:
+    return (lambda: _torch_forward(torch, t)) if forward else _torch_backward(torch, t)
 
 
 def _backward(t: dict[str, Any]) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from bench import gpu_timing as timing
 from bench.gpu_cases import Case
 
 Call = Callable[[], Any]
@@ -135,6 +137,16 @@ def torch_compile(torch: Any, case: Case, b: Buffers) -> Call | None:
 
 
 PEERS = {"x_torch": torch_native, "x_cudnn": torch_cudnn, "x_compile": torch_compile}
+
+
+def time_over(torch: Any, make: Callable[[], list[Call]], us: float, about: str) -> float | None:
+    """Return the time of a peer over ours; None where it has no such operation or fails, which must not cost a row."""
+    try:
+        calls = make()
+        return timing.microseconds(torch, calls) / us if calls else None
+    except Exception as error:
+        print(f"  {about}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return None
 
 
 def reference(torch: Any, case: Case, b: Buffers) -> Any:

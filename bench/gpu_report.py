@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import gpu_peers as peers
+from bench import gpu_trials as trials
 from bench.gpu_cases import Case
 
 Result = dict[str, Any]
@@ -23,6 +24,8 @@ def take(result: Result, job: dict[str, Any], said: dict[str, Any]) -> None:
         result["worst"] = max(result["worst"], min(found.get("worst", 0.0), 1e9))  # no infinity in JSON
     elif stage == "time":
         _add(result, found)
+    elif stage == "trial":
+        result["trials"].append(found)
     elif stage == "time family":
         for row in found["rows"]:
             _add(result, row)
@@ -40,8 +43,8 @@ def _failed(result: Result, job: dict[str, Any], error: str) -> None:
     if job["stage"] == "time":
         row = dict(zip(Case._fields, job["case"], strict=True)) | {"kernel": "", "error": error}
         _add(result, {**dict.fromkeys(FIELDS), "us_split": None, **row})
-    elif job["stage"] == "compile":  # the peer's, not ours
-        result["warnings"] = [*result["warnings"], f"compile {about}: {error}"]
+    elif job["stage"] in ("compile", "trial"):  # the peer's, not ours; a constant that is not in use
+        result["warnings"] = [*result["warnings"], f"{job['stage']} {about}: {error}"]
     else:
         result["wrong"].append(f"{job['stage']} {about}: {error}")
 
@@ -79,6 +82,8 @@ def show(result: Result) -> None:
             print(f"{name}: {text}")
         if len(result[name]) > 40:
             print(f"{name}: and {len(result[name]) - 40} more, in the JSON")
+    for text in trials.lines(result.get("trials", [])):
+        print(text)
     print(f"{'op':20s}{'layout':7s}{'dtype':9s}{'shape':22s}{'kernel':11s}{'us':>9s}{'floor':>7s}", end="")
     print(f"{'split':>9s}{'x torch':>9s}{'x cuDNN':>9s}{'x comp.':>9s}{'error':>10s}")
     for row in result["rows"]:

@@ -10,16 +10,16 @@ import contextlib
 import importlib.metadata
 import math
 import platform
-import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from bench import gpu_family as family
 from bench import gpu_peers as peers
 from bench import gpu_timing as timing
+from bench import gpu_trials as trials
 from bench.gpu_cases import CHECKED, MOVED, Case, cases
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,6 +39,7 @@ def jobs() -> list[Job]:
                     found += [{"stage": "check", "case": case, "split": split} for split in (False, True)]
     found += [{"stage": "check family", "number": n, "dtype": d} for n, d in family.checks()]
     found += [{"stage": "copy"}, {"stage": "launch"}]
+    found += [{"stage": "trial", "number": n} for n in range(len(trials.TRIALS))]
     found += [{"stage": "time", "case": case, "split": False} for case in cases()]
     found += [{"stage": "time family", "dtype": d, "shape": s} for d, s in family.timed()]
     # Compiling takes seconds a case: the first cases matter most.
@@ -62,6 +63,8 @@ def do(torch: Any, job: Job) -> dict[str, Any]:
             return {"copy_gb_s": timing.copy_gb_s(torch)}
         if stage == "launch":
             return {"launch": launch_cost(torch)}
+        if stage == "trial":
+            return trials.measure(torch, job["number"])
         if stage == "time":
             return measure(torch, case)
         if stage == "time family":
@@ -85,40 +88,29 @@ def work(torch: Any, todo: list[Job], first: int, tell: Callable[[dict[str, Any]
             except Exception as error:
                 report["error"] = f"{type(error).__name__}: {str(error)[:500]}"
         report["warnings"] = sorted({str(w.message)[:300] for w in caught if w.category is RuntimeWarning})
-        alive = "error" not in report or usable(torch)
+        alive = usable(torch, "error" in report)
         tell(report | {"usable": alive})
         if not alive:
             return
 
 
-def usable(torch: Any) -> bool:
-    """Tell whether the GPU still answers; an illegal address, for one, ends all further work of a process."""
+def usable(torch: Any, failed: bool = True) -> bool:
+    """Tell whether the GPU still answers; an illegal address, for one, ends all further work of a process.
+
+    Asked after every job: a peer may have broken it, too, which no report says. ``failed``: memory is given back.
+    """
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        if failed:
+            torch.cuda.empty_cache()
     except Exception:
         return False
     return True
 
 
-@contextlib.contextmanager
-def only_split() -> Iterator[None]:
+def only_split() -> contextlib.AbstractContextManager[None]:
     """Use the split kernels alone, whatever the shape."""
-    from fastbn.cuda import choice, tuning
-
-    changed = {"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": 1 << 30}
-    kept = {name: getattr(tuning, name) for name in changed}
-
-    def put(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(tuning, name, value)
-        choice.forget()
-
-    put(changed)
-    try:
-        yield
-    finally:
-        put(kept)
+    return trials.changed({"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": trials.MANY})
 
 
 def kernel_of(case: Case) -> str:
@@ -196,25 +188,25 @@ def compiled(torch: Any, case: Case) -> dict[str, Any]:
 
 def ratio(torch: Any, case: Case, name: str, all_buffers: list[Any], us: float) -> float | None:
     """Return the time of a peer over ours; None where it has no such operation or fails."""
-    try:
-        calls = [peers.PEERS[name](torch, case, b) for b in all_buffers]
-        ready = [call for call in calls if call is not None]
-        return timing.microseconds(torch, ready) / us if ready else None
-    except Exception as error:
-        print(f"  {name} {case}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        return None
+
+    def calls() -> list[peers.Call]:
+        made = [peers.PEERS[name](torch, case, b) for b in all_buffers]
+        return [call for call in made if call is not None]
+
+    return peers.time_over(torch, calls, us, f"{name} {case}")
 
 
-def launch_cost(torch: Any) -> dict[str, float]:
+def launch_cost(torch: Any) -> dict[str, float | None]:
     """Return what a small call costs the host, in microseconds, ours and PyTorch's."""
-    cost = {}
+    cost: dict[str, float | None] = {}
     for op in ("infer", "train", "backward"):
         case = Case(op, "NC", "float32", (64, 100))
         b = peers.buffers(torch, case, 0)
         cost[f"{op}_us"] = timing.host_microseconds(torch, peers.fastbn(torch, case, b))
-        call = peers.torch_native(torch, case, b)
-        assert call is not None
-        cost[f"{op}_torch_us"] = timing.host_microseconds(torch, call)
+        cost[f"{op}_torch_us"] = None
+        with contextlib.suppress(Exception):  # not our call
+            call = peers.PEERS["x_torch"](torch, case, b)
+            cost[f"{op}_torch_us"] = timing.host_microseconds(torch, call)
     return cost
 
 

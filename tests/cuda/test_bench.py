@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu, gpu_cases, gpu_peers, gpu_processes, gpu_report, gpu_timing, gpu_work
+from bench import gpu, gpu_cases, gpu_family, gpu_peers, gpu_processes, gpu_report, gpu_timing, gpu_trials, gpu_work
 from bench.gpu_cases import Case
 from tests.cuda.conftest import SIMULATED
 from tests.cuda.pretended.gpu import pretend
@@ -135,7 +135,7 @@ def test_a_gpu_that_no_longer_answers_ends_the_process_not_the_run(pretended, mo
         return 0.0, True
 
     monkeypatch.setattr(gpu_work, "check_case", dies)
-    monkeypatch.setattr(gpu_work, "usable", lambda torch: len(died) != 1)
+    monkeypatch.setattr(gpu_work, "usable", lambda torch, failed=True: len(died) != 1)
     status, result = course(pretended, tmp_path / "gpu.json")
     assert status == 1 and len(result["wrong"]) == 1 and result["rows"][0]["us"] == 10.0
 
@@ -151,6 +151,63 @@ def test_a_wrong_kernel_is_timed_without_it(pretended, monkeypatch, tmp_path):
     status, result = course(pretended, tmp_path / "gpu.json")
     row = result["rows"][0]
     assert status == 1 and row["error"].startswith("slab: wrong") and row["kernel"] == "planes" and row["us"] == 10.0
+
+
+def test_a_peer_that_fails_costs_no_row(pretended, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_peers, "PEERS", dict.fromkeys(gpu_peers.PEERS, lambda *args: 1 / 0))
+    monkeypatch.setattr(gpu_family, "_torch", lambda *args: 1 / 0)
+    status, result = course(pretended, tmp_path / "gpu.json")
+    assert status == 0 and all(row["us"] == 10.0 and row["x_torch"] is None for row in result["rows"])
+    assert result["launch"]["train_us"] == 10.0 and result["launch"]["train_torch_us"] is None
+
+
+def test_a_gpu_that_a_peer_broke_is_noticed(pretended, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gpu_work, "usable", lambda torch, failed: asked.append(failed) or len(asked) != 1)
+    status, result = course(pretended, tmp_path / "gpu.json")  # another process goes on behind the first job
+    assert status == 0 and result["unfinished"] == {"checks": 0, "cases": 0} and not any(asked)
+
+
+def test_trials_of_constants(pretended, monkeypatch, tmp_path, capsys):
+    from fastbn.cuda import tuning
+
+    seen, genuine = [], gpu_trials._error
+
+    def error(torch, case):
+        seen.append((tuning.DEPTH, tuning.APPLY_DEPTH))
+        if tuning.DEPTH == 9:
+            raise ValueError("no such kernel")
+        return "wrong, error 7" if tuning.APPLY_DEPTH == 1 else genuine(torch, case)
+
+    before = tuning.DEPTH, tuning.APPLY_DEPTH
+    monkeypatch.setattr(gpu_trials, "_error", error)
+    status, result = course(pretended, tmp_path / "gpu.json")
+    assert status == 0 and before == (tuning.DEPTH, tuning.APPLY_DEPTH)
+    assert seen == [(2, before[1]), (9, before[1]), (before[0], 1)]
+    first, second = result["trials"]
+    assert first["others"] == {"2": 10.0, "9": "ValueError: no such kernel"} and first["us"] == [10.0, 10.0]
+    assert second["others"] == {"1": "wrong, error 7"} and second["constant"] == "APPLY_DEPTH"
+    said = capsys.readouterr().out
+    assert "trial: DEPTH 4, train NC float32 64x8: 10.0 us; times of that, 2: 1.000, 9: ValueError" in said
+
+
+def test_trials_name_constants():
+    from fastbn.cuda import tuning
+
+    for case, name, values in gpu_trials.TRIALS:
+        now = getattr(tuning, name)
+        assert all(type(v) is type(now) and v != now for v in values) and case.op in gpu_cases.MOVED
+
+
+def test_torch_that_cannot_be_used_is_said(monkeypatch):
+    class Broken:
+        def __getattr__(self, name):
+            raise OSError("libcudart.so.13: no such file")
+
+    monkeypatch.setitem(sys.modules, "torch", Broken())
+    assert gpu.missing() == "no GPU is present for torch: OSError: libcudart.so.13: no such file"
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert gpu.missing().startswith("no GPU is present for torch: ModuleNotFoundError")
 
 
 def test_time_that_runs_out_leaves_jobs_undone(pretended, monkeypatch, tmp_path):
@@ -219,7 +276,7 @@ def test_the_small_calls(pretended, monkeypatch):
     assert gpu_work.small(pretended) == []
     monkeypatch.setattr(gpu_work, "do", lambda torch, job: 1 / 0)
     assert len(gpu_work.small(pretended)) == 10
-    monkeypatch.setattr(gpu_work, "usable", lambda torch: False)
+    monkeypatch.setattr(gpu_work, "usable", lambda torch, failed=True: False)
     assert "cannot be used any more" in gpu_work.small(pretended)[-1]
 
 

@@ -6,7 +6,7 @@ import functools
 import time
 from types import SimpleNamespace
 
-from bench import gpu_family, gpu_peers, gpu_timing, gpu_work
+from bench import gpu_family, gpu_peers, gpu_timing, gpu_trials, gpu_work
 from bench.gpu_cases import Case
 
 CASES = [Case("train", "NC", "float32", (64, 8)), Case("backward_fused", "NCHW", "float32", (64, 2, 2, 2))]
@@ -51,6 +51,7 @@ def pretend(torch, put=setattr):
     put(gpu_family, "DTYPES", ("float32", "bfloat16"))
     put(gpu_family, "TIMED", [(6, 16)])
     put(gpu_family, "draw", lambda *args, genuine=gpu_family.draw: genuine(*args[:-1], "cpu"))
+    put(gpu_trials, "TRIALS", [(CASES[0], "DEPTH", (2, 9)), (CASES[1], "APPLY_DEPTH", (1,))])
     put(gpu_work, "CHECKED", [(9, 8)])
     put(gpu_work, "DTYPES", ("float32",))
     put(gpu_work, "FIRST", gpu_work.FIRST[:1])

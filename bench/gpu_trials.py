@@ -1,0 +1,102 @@
+"""Constants of ``fastbn.cuda.tuning`` that only a measurement can decide: each beside its alternatives, on one case.
+
+A trial takes a fraction of a second, so that the one run on a GPU says which constants to change. What an alternative
+computes is checked as everything else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from bench import gpu_peers as peers
+from bench import gpu_timing as timing
+from bench.gpu_cases import Case
+
+LARGE, HALF = (64, 256, 56, 56), (64, 512, 28, 28)
+MANY = 1 << 30  # channels: more than any tensor has
+Trial = tuple[Case, str, tuple[Any, ...]]
+# Most promising first. Threads of the one-launch kernel: more loads on their way, fewer registers; not for half types,
+# whose own arrays would be more than 48 KB. Blocks that share a
+# multiprocessor. Channels just above the number of multiprocessors: a second wave of 8 blocks, or three launches.
+# Vectors a thread: fewer blocks, or shorter tails.
+TRIALS: list[Trial] = [
+    (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),
+    (Case("backward", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),
+    (Case("train", "NCHW", "float32", (64, 1024, 14, 14)), "SLAB_TOGETHER", (1, 4)),
+    (Case("train", "NCHW", "bfloat16", HALF), "SLAB_TOGETHER", (1,)),
+    (Case("train", "NCHW", "float32", (64, 140, 28, 28)), "SLAB_CHANNELS", (MANY,)),
+    (Case("backward", "NCHW", "bfloat16", (64, 140, 28, 28)), "SLAB_CHANNELS", (MANY,)),
+    (Case("train", "NCHW", "float32", LARGE), "DEPTH", (8, 32)),
+    (Case("train", "NCHW", "float32", LARGE), "APPLY_DEPTH", (4, 16)),
+    (Case("backward", "NCHW", "float32", LARGE), "APPLY_DEPTH", (4, 16)),
+    (Case("infer", "NCHW", "float32", HALF), "APPLY_DEPTH", (4, 16)),
+    (Case("infer", "NHWC", "bfloat16", HALF), "APPLY_DEPTH", (4, 16)),
+    (Case("infer", "NHWC", "float32", (64, 1024, 14, 14)), "BLOCKS", (528, 2112)),
+]
+
+
+@contextlib.contextmanager
+def changed(values: dict[str, Any]) -> Iterator[None]:
+    """Use other constants for a while."""
+    from fastbn.cuda import choice, tuning
+
+    kept = {name: getattr(tuning, name) for name in values}
+
+    def put(some: dict[str, Any]) -> None:
+        for name, value in some.items():
+            setattr(tuning, name, value)
+        choice.forget()
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(kept)
+
+
+def measure(torch: Any, number: int) -> dict[str, Any]:
+    """Time a case with a constant as it is, with each alternative, and as it is once more."""
+    from fastbn.cuda import tuning
+
+    case, name, values = TRIALS[number]
+    buffers = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
+    now = getattr(tuning, name)
+    found: dict[str, Any] = {"case": [*case], "constant": name, "value": now, "us": [], "others": {}}
+    found["us"].append(_time(torch, case, buffers))
+    for value in values:
+        with changed({name: value}):
+            try:
+                wrong = _error(torch, case)
+                found["others"][str(value)] = _time(torch, case, buffers) if wrong is None else wrong
+            except Exception as error:
+                torch.cuda.synchronize()  # raises where nothing works any more
+                found["others"][str(value)] = f"{type(error).__name__}: {str(error)[:200]}"
+    found["us"].append(_time(torch, case, buffers))
+    return found
+
+
+def _time(torch: Any, case: Case, buffers: list[Any]) -> float:
+    return timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in buffers])
+
+
+def _error(torch: Any, case: Case) -> str | None:
+    b = peers.buffers(torch, case, 1)
+    want = peers.reference(torch, case, b)
+    peers.fastbn(torch, case, b)()
+    found = peers.error(torch, case, b.out, want)
+    return None if found <= peers.ALLOWED[case.dtype] else f"wrong, error {found if math.isfinite(found) else 1e9:.3g}"
+
+
+def lines(trials: list[dict[str, Any]]) -> list[str]:
+    """Say of each trial what an alternative takes of the time that the constant as it is takes, at its best."""
+    said = []
+    for t in trials:
+        best, shape = min(t["us"]), "x".join(map(str, t["case"][3]))
+        others = [f"{v}: {us if isinstance(us, str) else f'{us / best:.3f}'}" for v, us in t["others"].items()]
+        same = f"again: {max(t['us']) / best:.3f}"
+        about = f"{t['constant']} {t['value']}, {' '.join(t['case'][:3])} {shape}: {best:.1f} us"
+        said.append(f"trial: {about}; times of that, {', '.join([*others, same])}")
+    return said
