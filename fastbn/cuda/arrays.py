@@ -139,7 +139,7 @@ class DeviceArray:
     """An array on a GPU with the attributes of NumPy's that checks and layouts look at; ``owner`` is the array."""
 
     __slots__ = (
-        "_flat", "address", "c_contiguous", "device", "dtype", "geometry", "itemsize", "kind", "library", "name",
+        "address", "c_contiguous", "device", "dtype", "geometry", "itemsize", "kind", "library", "name",
         "ndim", "owner", "shape", "size", "strides", "writeable",
     )  # fmt: skip
 
@@ -148,7 +148,6 @@ class DeviceArray:
     ):
         self.library, self.owner, self.address, self.device, self.writeable = library, owner, address, device, writeable
         self.geometry = found
-        self._flat: Flat | None = None
         (
             self.shape, self.strides, self.name, self.kind, self.dtype, self.itemsize, self.ndim, self.size,
             self.c_contiguous,
@@ -189,10 +188,11 @@ class DeviceArray:
     scratch = vector  # memory in stream order, given back to the library when the last reference goes
 
     def flat(self) -> Flat:
-        """See the memory as kernels do; only for dense arrays, in memory order."""
-        if self._flat is None:
-            self._flat = Flat(self.address, self.size, self.kind, self)
-        return self._flat
+        """See the memory as kernels do; only for dense arrays, in memory order.
+
+        Not kept: it holds this array, and the two would hold the GPU's memory until Python looks for cycles.
+        """
+        return Flat(self.address, self.size, self.kind, self)
 
     def stream(self) -> int:
         """Return the handle of the caller's current stream."""
