@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,6 +130,29 @@ def wait(stream: int, other: int) -> None:
     event = cuda.event(timing=False)
     event.record(stream_of(other))
     event.wait(stream_of(stream))
+
+
+def foreign_allocator() -> bool:
+    """Tell whether Numba's arrays lie in memory of another library (``cuda.set_memory_manager``, RMM); if in doubt."""
+    if SIMULATED:
+        return False
+    try:
+        module = importlib.import_module("numba.cuda.cudadrv.driver")
+        return not issubclass(module._memory_manager, module.NumbaCUDAMemoryManager)
+    except (ImportError, AttributeError, TypeError):  # of another version
+        return True
+
+
+def lend(array: Any, stream: int) -> Any:
+    """Let a stream use an array that Numba has just made, until it is given back; returns it.
+
+    Numba's own allocator gives memory back behind all work on the GPU. Others hand it out, and take it back, in the
+    order of the default stream: this one then waits for that before, and that for this one behind.
+    """
+    if stream and foreign_allocator():
+        wait(stream, 0)
+        weakref.finalize(array, wait, 0, stream).atexit = False
+    return array
 
 
 @functools.cache

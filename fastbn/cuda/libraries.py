@@ -153,7 +153,13 @@ class CuPy(Library):
 
 
 class Numba(Library):
-    """Numba's arrays, and every other array that has the interface."""
+    """Numba's arrays, and every other array that has the interface.
+
+    A call works on the stream that the interface of x names (the default stream where it names none), and that stream
+    waits for those of the other arguments. What is made for it is made by Numba and says that it is on this stream;
+    where Numba's memory is another library's, ``driver.lend`` keeps the order. The arrays that a caller gave must live
+    until the stream has used them: who frees one in the order of another stream waits first.
+    """
 
     name = "numba.cuda"
     streams_differ = True
@@ -172,9 +178,9 @@ class Numba(Library):
         return DeviceArray(self, value, int(address or 0), geometry(shape, strides, dtype, 1), None, not readonly)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
+        from fastbn.cuda.driver import cuda, lend
 
-        return cuda.device_array(shape, dtype_of(dtype), stream=self._own_stream(like))
+        return lend(cuda.device_array(shape, dtype_of(dtype), stream=self._own_stream(like)), self.stream(like))
 
     def _own_stream(self, value: Any) -> Any:
         """Numba's stream of an array: what is made for it says so, or others would read it before it is written."""
@@ -212,9 +218,14 @@ class Numba(Library):
         return found
 
     def put(self, values: Any, like: Any) -> Any:  # noqa: D102
-        from fastbn.cuda.driver import cuda
+        from fastbn.cuda.driver import cuda, lend, stream_of
 
-        return cuda.to_device(values, stream=self._own_stream(like))
+        handle = self.stream(like)
+        if not handle:
+            return cuda.to_device(values)
+        made = lend(cuda.device_array(values.shape, values.dtype, stream=stream_of(handle)), handle)
+        made.copy_to_device(values, stream=stream_of(handle))
+        return made
 
     def stream(self, value: Any) -> int:  # noqa: D102
         stream = value.__cuda_array_interface__.get("stream")

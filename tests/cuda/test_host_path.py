@@ -85,6 +85,12 @@ other = cuda.external_stream(0x7F0000002000)
 step("elsewhere", lambda: fastbn.batch_norm_train(x, w, w, mask=array(64, dtype=np.bool_).bind(other)))
 sequences, lengths = array(4, 8, 16).bind(cuda.external_stream(0x7F0000001000)), array(4, dtype=np.int32).bind(other)
 step("lengths", lambda: fastbn.batch_norm_train(sequences, lengths=lengths))
+from fastbn.cuda import driver
+assert not driver.foreign_allocator()
+driver.foreign_allocator = lambda: True
+step("lent", lambda: fastbn.batch_norm_train(x, w, w) and None)
+step("put", lambda: fastbn.batch_norm_train(x, mask=np.arange(64) < 9) and None)
+driver.foreign_allocator = lambda: False
 foreign = SimpleNamespace(__cuda_array_interface__=w.__cuda_array_interface__)
 assert libraries.NUMBA.host(foreign).shape == (64,)
 print("end")
@@ -138,6 +144,11 @@ def test_results_are_on_the_stream_of_x(tmp_path):
     assert "end" in steps and {s[-1] for s in done} == {"0x7f0000001000"}
     assert [s[0] for s in steps["moments"]] == ["down", "synchronised"]
     assert ("up", 64) in [s[:2] for s in steps["mask"]]
+    lent = [s for s in steps["lent"] if s[0] in ("wait", "launch")]
+    own = [s[0] for s in lent if s[-1] == "0x7f0000001000"]  # weight, bias; y, statistics, scratch
+    assert own.count("wait") == 2 + 3 and own[-1] == "launch" and lent[-1][-1] == "(nil)"
+    assert [s[0] for s in lent if s[-1] == "(nil)"] == ["wait"] * 3  # as they are given back
+    assert [s[0] for s in steps["put"][:2]] == ["wait", "wait"] and ("up", 64) in [s[:2] for s in steps["put"]]
     for name, others in (("elsewhere", 3), ("lengths", 1)):  # weight and bias are on the default stream
         assert [s[0] for s in steps[name]].count("wait") == others
         assert {s[-1] for s in steps[name]} == {"0x7f0000001000"}
