@@ -74,9 +74,12 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def one_launch(
     kind: str, dims: Dims, whole: bool, relu: bool, residual: bool, backward: bool, frozen: bool,
-    limits: Limits, masked: bool = False,
+    limits: Limits, masked: bool = False, batches: int = 1,
 ) -> One | None:  # fmt: skip
-    """Return how one launch does it; None where it takes three. ``whole``: all tensors (and the mask) are aligned."""
+    """Return how one launch does it; None where it takes three. ``whole``: all tensors (and the mask) are aligned.
+
+    ``batches`` of these dims lie behind each other: one launch for all, but for "persistent", which has one only.
+    """
     plan.small_enough(dims, kind)
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
@@ -85,7 +88,7 @@ def one_launch(
     if threads:
         kernel = _slab(what._replace(threads=min(threads, most)))
         return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
-    p = plan.persistent(dims, kind, whole, tensors, *limits[:2])
+    p = plan.persistent(dims, kind, whole, tensors, *limits[:2], batches)
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
         return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)

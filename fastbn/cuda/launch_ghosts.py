@@ -1,7 +1,7 @@
-"""All ghosts of a batch in one launch: of the kernels that have a channel to a block, which need no other block.
+"""All ghosts of a batch in one launch: of the kernels whose blocks need no other block.
 
 ``dims`` are those of one ghost; ghosts lie behind each other, ``stats`` has 4*C numbers for each. Other kernels take
-one ghost after another: a ghost that needs several launches is no small one.
+one ghost after another: a ghost that needs several launches, or all of the GPU, is no small one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ def _find(x: Flat, tensors: Tensors, dims: Dims, ghosts: int, relu: bool, residu
     check()
     if ghosts > MOST or ghosts * dims[0] * dims[1] >= LARGEST:
         return None
-    one = one_launch(x.kind, dims, aligned(*tensors), relu, residual, backward, False, device_properties())
-    if one is None or one.name not in ("slab", "again"):
+    limits = device_properties()
+    one = one_launch(x.kind, dims, aligned(*tensors), relu, residual, backward, False, limits, False, ghosts)
+    if one is None or one.name == "persistent":
         return None
-    return one._replace(grid=(*one.grid, ghosts))
+    cut = one.cut
+    if one.name == "alone":
+        cut = (*cut[:2], ghosts, *cut[3:])
+    return one._replace(grid=(one.grid[0], ghosts), scratch=one.scratch * ghosts, cut=cut)
+
+
+def _scratch(x: Flat, one: One) -> tuple[Flat, ...]:
+    return (x.owner.scratch(one.scratch),) if one.scratch else ()
 
 
 def train(
@@ -35,8 +43,10 @@ def train(
     """Training forward of all ghosts, which moves no running statistics; False if it takes one call for each."""
     tensors = x, residual, out
     one = _find(x, tensors, dims, ghosts, bool(relu), residual is not None, False)
-    args: Any = (*tensors, stats, *params, None, None, *dims, *moving(dims, eps, 0.0), flags_of(*params), *ALL)
-    return one is not None and attempt(one, x.owner.stream(), args)
+    if one is None:
+        return False
+    args: Any = (*tensors, stats, *params, None, None, *_scratch(x, one), *one.cut, *moving(dims, eps, 0.0))
+    return attempt(one, x.owner.stream(), (*args, flags_of(*params), *ALL))
 
 
 def backward(
@@ -47,5 +57,7 @@ def backward(
     x = tensors[0]
     assert x is not None
     one = _find(x, tensors, dims, ghosts, bool(relu), tensors[2] is not None, True)
-    args: Any = (*tensors, stats, *params, *grads, *dims, flags_of(*params), *ALL)
-    return one is not None and attempt(one, x.owner.stream(), args)
+    if one is None:
+        return False
+    args: Any = (*tensors, stats, *params, *grads, *_scratch(x, one), *one.cut, flags_of(*params), *ALL)
+    return attempt(one, x.owner.stream(), args)

@@ -30,22 +30,22 @@ def make_publish(kind: str, W: int, threads: int, alone: bool):
 
 
 def make_collect(kind: str, W: int, threads: int):
-    """Behind the barrier: the sums of all parts, added slot by slot into ``red``; returns the number of slots."""
+    """Behind the barrier: the sums of some parts, added slot by slot into ``red``; returns the number of slots."""
     wide_kind = "f64" if kind == "f64" else "f32"
     A, L, half = ARITHMETIC[kind], 2 if kind == "f64" else 4, threads * W
     io = access(wide_kind, L)
     recall, decode, splat, scatter = io.recall, io.decode, io.splat, io.scatter
 
     @device
-    def collect(red, partial, P, V, tile, width):
+    def collect(red, partial, P, first, last, V, tile, width):
         groups = width // L
         slots = threads // groups
         slot = cuda.threadIdx.x // groups
         at = (cuda.threadIdx.x - slot * groups) * L
         s = q = splat(A(0))
         if slot < slots and tile * width + at < V:
-            p = slot
-            while p < P:
+            p = first + slot
+            while p < last:
                 s = add(s, decode(recall(partial, int64(p) * V + tile * width + at)))
                 q = add(q, decode(recall(partial, int64(P + p) * V + tile * width + at)))
                 p += slots

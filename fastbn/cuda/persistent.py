@@ -4,7 +4,8 @@ A block has a tile of columns and ``chunk`` rows of it, sums them and keeps the 
 shared memory (26 MB over an H200); behind the barrier every block adds up the sums of its columns, in the order of the
 parts, and writes its rows last first: what the caches still hold is read from there. Floor: one read and one write of
 the tensor where it fits on the chip, one read more where it does not. The launch is a cooperative one, since blocks
-wait for each other, but where few rows are one block's alone; ``rows`` does the same in three launches.
+wait for each other, but where few rows are one block's alone: then the grid's second axis goes over batches (ghosts)
+that lie behind each other. ``rows`` does the same in three launches.
 """
 
 # mypy: ignore-errors
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_affine, make_combine, make_keep, make_slopes
+from fastbn.cuda.channel import make_combine, make_keep, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
@@ -22,6 +23,24 @@ from fastbn.cuda.simd import access, add, fma, pick
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
+
+
+def make_share(what: Variant):
+    """(P, R, C) -> which part of the rows a block has, the parts that it collects, and of which batch.
+
+    The batch is said by its number and by the channel that its first one would be if all were one tensor's first.
+    """
+    alone = what.alone
+
+    @device
+    def share(P, R, C):
+        if alone:
+            own = cuda.blockIdx.y
+            return int32(0), int32(own), int32(own + 1), int32(own), int32(own * R * C)
+        else:
+            return int32(cuda.blockIdx.y), int32(0), int32(P), int32(0), int32(0)
+
+    return share
 
 
 def make_row_only(what: Variant):
@@ -79,24 +98,25 @@ def make_absorb(what: Variant):
 def make_settle(what: Variant):
     """From the collected sums to the constants (m, k, b) of the tile's columns; the first part writes statistics."""
     kind, W, threads = what.kind, what.W, what.threads
-    A, wide, resolve = ARITHMETIC[kind], TX * W, make_resolve(kind, what.masked)
+    A, wide, resolve, alone = ARITHMETIC[kind], TX * W, make_resolve(kind, what.masked), what.alone
     again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
     (_, values, moves_by) = make_counted(kind, what.masked)
     _, column = make_collect(kind, W, threads)
 
     @device
-    def put(constants, j, c, C, found, outputs, moving, flags, tally):
+    def put(constants, j, c, C, batch, found, outputs, moving, flags, tally):
         stats, weight, bias, running_mean, running_var = outputs
         mean, rest, _, invstd = found
         k, b = combine(invstd, rest, weight, bias, c, flags)
         constants[j], constants[wide + j], constants[2 * wide + j] = mean, k, b
-        if cuda.blockIdx.y == 0:
+        if alone or cuda.blockIdx.y == 0:
             keep, momentum, unbias = moving
             moves, unbias = moves_by(unbias, flags, tally)
-            keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
+            at = int64(batch) * 4 * C + c  # running statistics move where there is one batch
+            keep_statistics(stats, running_mean, running_var, at, C, found, keep, momentum, unbias, moves)
 
     @device
-    def settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags, mask, tally):
+    def settle(x, constants, red, bad, C, R, batch, width, slots, eps, outputs, moving, flags, mask, tally):
         first, n = cuda.blockIdx.x * width, A(values(R, 1, tally))
         for j in range(cuda.threadIdx.x, width, threads):
             bad[j] = 0
@@ -104,15 +124,15 @@ def make_settle(what: Variant):
                 sd, se, qd, qe = column(red, j, width, slots)
                 good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, n, eps)
                 if good:
-                    put(constants, j, first + j, C, (mean, rest, var, invstd), outputs, moving, flags, tally)
+                    put(constants, j, first + j, C, batch, (mean, rest, var, invstd), outputs, moving, flags, tally)
                 else:
                     bad[j] = 1
         cuda.syncthreads()
         for j in range(width):
             if bad[j] != 0:
-                found = again(x, mask, n, first + j, R, C, 1, eps, red)
+                found = again(x, mask, n, int32(batch * R * C + first + j), R, C, 1, eps, red)
                 if cuda.threadIdx.x == 0:
-                    put(constants, j, first + j, C, found, outputs, moving, flags, tally)
+                    put(constants, j, first + j, C, batch, found, outputs, moving, flags, tally)
         cuda.syncthreads()
 
     return settle
@@ -126,7 +146,7 @@ def train(what: Variant):
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
     absorb, settle, pivot = make_absorb(what), make_settle(what), make_counted(kind, what.masked).pivot
     publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
-    wide, three, both = TX * W, 3 * TX * W, 2 * threads * W
+    wide, three, both, share = TX * W, 3 * TX * W, 2 * threads * W, make_share(what)
 
     @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1)
     def rows_train(
@@ -136,22 +156,23 @@ def train(what: Variant):
         slab, constants = cuda.shared.array(0, int32), cuda.shared.array(three, A)
         red = cuda.shared.array(both, A)
         bad = cuda.shared.array(wide, int32)
-        tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
+        tile, width, tid = cuda.blockIdx.x, tx_count * W, cuda.threadIdx.x
+        part, low, high, batch, channel = share(P, R, C)
         for j in range(tid, width, threads):
             if tile * width + j < C:
-                constants[j] = pivot(x, tile * width + j, R, C, 1, tally)
+                constants[j] = pivot(x, int32(channel + tile * width + j), R, C, 1, tally)
         cuda.syncthreads()
         tx, ty, height, at0, active = place(tx_count, threads, tile, C, W)
         end, r = int32(min(R, (part + 1) * chunk)), int32(part * chunk + ty)
-        at, step = int64(r) * C + at0, int64(height) * C
+        at, step = int64(r) * C + at0 + channel, int64(height) * C
         s = q = splat(A(0))
         count = int32(0)
         if active:
             s, q, count, at = absorb(x, slab, gather(constants, tx * W), at, step, r, end, height, kept, mask)
-        publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
-        slots = collect(red, partial, P, C, tile, width)
+        publish(s, q, red, partial, part + low, P, C, tile, width, tx, ty, height)
+        slots = collect(red, partial, P, low, high, C, tile, width)
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        settle(x, constants, red, bad, C, R, width, slots, eps, outputs, moving, flags, mask, tally)
+        settle(x, constants, red, bad, C, R, batch, width, slots, eps, outputs, moving, flags, mask, tally)
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
             r, back, rows_back = int32(r + count * height), -step, int32(-height)
@@ -231,22 +252,24 @@ def make_absorb_gradients(what: Variant):
 def make_settle_gradients(what: Variant):
     """From the collected sums to the slopes (c1, c0) of the tile's columns; the first part writes their gradients."""
     kind, W, threads = what.kind, what.W, what.threads
-    A, wide, affine, slopes = ARITHMETIC[kind], TX * W, make_affine(kind, False), make_slopes(kind)
+    wide, slopes, alone = TX * W, make_slopes(kind), what.alone
     _, column = make_collect(kind, W, threads)
 
     @device
-    def settle(constants, red, C, n, width, slots, stats, weight, bias, dweight, dbias, flags):
+    def settle(constants, red, C, n, batch, width, slots, stats, dweight, dbias):
         for j in range(cuda.threadIdx.x, width, threads):
             c = cuda.blockIdx.x * width + j
             if c < C:
                 sd, se, qd, qe = column(red, j, width, slots)
-                _, invstd, k, _, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
+                rest = stats[int64(batch) * 4 * C + 3 * C + c]
+                invstd, k = constants[wide + j], constants[2 * wide + j]
                 db = sd + se
                 dw = (qd + qe) - rest * invstd * db
                 c1, c0 = slopes(dw, db, invstd, k, rest, n)
                 constants[4 * wide + j], constants[5 * wide + j] = c1, c0
-                if cuda.blockIdx.y == 0:
-                    dweight[c], dbias[c] = dw, db
+                if alone or cuda.blockIdx.y == 0:
+                    at = int64(batch) * C + c
+                    dweight[at], dbias[at] = dw, db
         cuda.syncthreads()
 
     return settle
@@ -261,10 +284,10 @@ def backward(what: Variant):
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
     absorb = make_absorb_gradients(what)
     kept_terms = make_terms(what._replace(relu=False, residual=False))
-    affine, settle, only = make_affine(kind, False), make_settle_gradients(what), make_row_only(what)
+    combine, settle, only = make_combine(kind), make_settle_gradients(what), make_row_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
     publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
-    wide, six, both = TX * W, 6 * TX * W, 2 * threads * W
+    wide, six, both, share = TX * W, 6 * TX * W, 2 * threads * W, make_share(what)
 
     @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1)
     def rows_backward(
@@ -273,24 +296,27 @@ def backward(what: Variant):
     ):  # fmt: skip
         slab, constants = cuda.shared.array(0, int32), cuda.shared.array(six, A)
         red = cuda.shared.array(both, A)
-        tile, part, width, tid = cuda.blockIdx.x, cuda.blockIdx.y, tx_count * W, cuda.threadIdx.x
+        tile, width, tid = cuda.blockIdx.x, tx_count * W, cuda.threadIdx.x
+        part, low, high, batch, channel = share(P, R, C)
         for j in range(tid, width, threads):
             if tile * width + j < C:
-                m, invstd, k, b, _ = affine(stats, stats, weight, bias, tile * width + j, C, A(0), flags)
+                own = int64(batch) * 4 * C + tile * width + j
+                m, invstd, rest = stats[own], stats[C + own], stats[3 * C + own]
+                k, b = combine(invstd, rest, weight, bias, tile * width + j, flags)
                 constants[j], constants[wide + j] = m, invstd
                 constants[2 * wide + j], constants[3 * wide + j] = k, b
         cuda.syncthreads()
         tx, ty, height, at0, active = place(tx_count, threads, tile, C, W)
         end, r = int32(min(R, (part + 1) * chunk)), int32(part * chunk + ty)
-        at, step, second = int64(r) * C + at0, int64(height) * C, 4 * kept * threads
+        at, step, second = int64(r) * C + at0 + channel, int64(height) * C, 4 * kept * threads
         s, q, count = splat(A(0)), splat(A(0)), int32(0)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
             s, q, count, at = absorb(x, g, y, dr, slab, (m, invstd, k, b), at, step, r, end, height, kept, mask)
-        publish(s, q, red, partial, part, P, C, tile, width, tx, ty, height)
-        slots = collect(red, partial, P, C, tile, width)
-        settle(constants, red, C, values(R, 1, tally), width, slots, stats, weight, bias, dweight, dbias, flags)
+        publish(s, q, red, partial, part + low, P, C, tile, width, tx, ty, height)
+        slots = collect(red, partial, P, low, high, C, tile, width)
+        settle(constants, red, C, values(R, 1, tally), batch, width, slots, stats, dweight, dbias)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)

@@ -151,10 +151,13 @@ class Persistent(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def persistent(dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, limit: int) -> Persistent:
+def persistent(
+    dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, limit: int, batches: int = 1
+) -> Persistent:
     """Cut rows for a grid that must be on the GPU at once: at most ``blocks`` (its multiprocessors).
 
-    ``tensors`` are kept in shared memory, of which a block of this GPU may have ``limit`` bytes.
+    ``tensors`` are kept in shared memory, of which a block of this GPU may have ``limit`` bytes. ``batches`` of these
+    dims are worked off together: where their tiles are blocks enough, each is one block's alone.
     """
     N, C, S = dims
     lanes, threads = 16 // ITEMSIZE[kind], tuning.PERSISTENT_THREADS
@@ -164,6 +167,7 @@ def persistent(dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, 
     tx = -(-vectors // -(-vectors // TILE))
     across, height = -(-vectors // tx), threads // tx
     alone = tuning.ALONE * height >= N and N * C * ITEMSIZE[kind] <= tuning.SMALL
+    alone = alone or (batches > 1 and 2 * batches * across >= blocks)
     if across > blocks and not alone:
         return Persistent(0)
     parts = 1 if alone else min(blocks // across, -(-N // height))

@@ -106,11 +106,46 @@ def test_small_ghosts_are_one_launch(rng, shape, axis, launches):
     compare(rng, shape, axis, {"ghost": 2, "renorm": (1.5, 0.4)})
 
 
-def test_small_ghosts_are_the_bits_of_a_loop(rng, launches, monkeypatch):
-    x = rng.standard_normal((8, 3, 16)).astype(np.float32)
+@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("shape", [(8, 16), (7, 136), (65, 8)], ids=str)
+def test_ghosts_of_rows_are_one_launch(rng, shape, small, launches, monkeypatch):
+    """Whatever the size of a ghost, where all of them have tiles enough to fill the GPU."""
+    monkeypatch.setattr(tuning, "PERSISTENT", True)
+    monkeypatch.setattr(tuning, "SMALL", small)
+    choice.forget()
+    residual = rng.standard_normal(shape).astype(np.float32)
+    size = 20 if shape[0] > 20 else 2
+    for more in ({}, {"activation": "relu", "residual": residual}):
+        launches.clear()
+        compare(rng, shape, 1, {"ghost": size}, **more)
+        assert "rows_train" in launches and "rows_backward" in launches
+        odd = shape[0] % size != 0  # the last ghost is another one, by whatever kernel
+        for name in ("train", "backward"):
+            assert sum(kernel.endswith(name) for kernel in launches) == 1 + odd
+    compare(rng, shape, 1, {"ghost": size}, dtype=np.float16)
+
+
+@pytest.mark.parametrize("hard", [1e-30, 1e4, 1e30])
+def test_ghosts_of_rows_that_are_summed_again(rng, hard, launches, monkeypatch):
+    monkeypatch.setattr(tuning, "PERSISTENT", True)
+    choice.forget()
+    x = rng.standard_normal((6, 8)).astype(np.float32)
+    x[2:4] = x[2:4] * np.float32(min(hard, 1.0)) + np.float32(hard)  # one ghost alone
+    (y, saved, _), (gpu_y, gpu_saved, _) = both(fastbn.batch_norm_train, x, None, None, ghost=2)
+    assert launches.count("rows_train") == 1
+    same(gpu_y, y, "y")
+    for name in ("mean", "variance"):
+        same(getattr(gpu_saved, name), getattr(saved, name), name)
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((8, 3, 16), "slab_train"), ((8, 16), "rows_train")], ids=str)
+def test_small_ghosts_are_the_bits_of_a_loop(rng, shape, kernel, launches, monkeypatch):
+    monkeypatch.setattr(tuning, "PERSISTENT", True)
+    choice.forget()
+    x = rng.standard_normal(shape).astype(np.float32)
 
     def call():
-        running = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32))
+        running = put(np.zeros(shape[1], np.float32)), put(np.ones(shape[1], np.float32))
         y, saved = fastbn.batch_norm_train(put(x), None, None, *running, ghost=2)
         grads = fastbn.backward(put(x), saved)
         return [get(a).tobytes() for a in (y, saved.mean, saved.invstd, grads.input, *running)]
@@ -118,7 +153,7 @@ def test_small_ghosts_are_the_bits_of_a_loop(rng, launches, monkeypatch):
     want = call()
     monkeypatch.setattr(launch_ghosts, "_find", lambda *args: None)
     launches.clear()
-    assert call() == want and launches.count("slab_train") == 4
+    assert call() == want and launches.count(kernel) == 4
 
 
 def test_a_bad_ghost_in_one_launch_moves_nothing(rng, launches):
