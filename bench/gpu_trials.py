@@ -19,9 +19,8 @@ LARGE, HALF = (64, 256, 56, 56), (64, 512, 28, 28)
 MANY = 1 << 30  # channels: more than any tensor has
 Trial = tuple[Case, str, tuple[Any, ...]]
 # Most promising first. Threads of the one-launch kernel: more loads on their way, fewer registers; not for half types,
-# whose own arrays would be more than 48 KB. Blocks that share a
-# multiprocessor. Channels just above the number of multiprocessors: a second wave of 8 blocks, or three launches.
-# Vectors a thread: fewer blocks, or shorter tails.
+# whose own arrays would be more than 48 KB. Blocks that share a multiprocessor. Channels just above the number of
+# multiprocessors: a second wave of 8 blocks, or three launches. Vectors a thread: fewer blocks, or shorter tails.
 TRIALS: list[Trial] = [
     (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),
     (Case("backward", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),

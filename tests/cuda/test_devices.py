@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 
-from fastbn.cuda import choice, driver, stored, tuning
+from fastbn.cuda import choice, driver, persistent, stored, tuning
 from fastbn.errors import DeviceError
 
 
@@ -51,6 +52,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(driver, "cuda", made)
     monkeypatch.setattr(driver, "SIMULATED", False)
     monkeypatch.setattr(choice, "SIMULATED", False)
+    nothing = functools.cache(lambda what: driver.Kernel(lambda: None, "T", "f32", what.threads, 1))
+    monkeypatch.setattr(persistent, "train", nothing)  # the true ones are kept for the tests behind
     monkeypatch.setattr(driver.Kernel, "allow_shared", lambda self, size: made.opted.append((made.current, size)))
     monkeypatch.setattr(stored, "use", lambda dispatcher, what, capability: made.compiled.append(("kept", capability)))
     clear()
