@@ -79,7 +79,8 @@ class BatchNorm1d(_Forward, torch.nn.BatchNorm1d):  # type: ignore[misc]
         As PyTorch's class: num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, device=None,
         dtype=None, *, bias=True.
     activation : {None, "relu"}
-        Applied last, in the same pass.
+        Applied last, in the same pass. PyTorch's own tools do not know it and drop it (``fuse_conv_bn_eval``,
+        ``convert_sync_batchnorm``).
     """
 
 
