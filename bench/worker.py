@@ -32,8 +32,8 @@ def result(data: Data) -> Any:
     return np.asarray(fresh).reshape(data.shape)
 
 
-def error(data: Data) -> float:
-    """Compare a sample of the channels with the float64 reference."""
+def error(data: Data, slack: float = 1.0) -> float:
+    """Compare a sample of the channels with the float64 reference; ``slack``: of the tolerance."""
     d, op = data, data.case.op
     if op in OTHERS:
         own: float = OTHERS[op].error(d, result(d))
@@ -55,7 +55,7 @@ def error(data: Data) -> float:
     found = take(result(d))
     if op == "backward_fused":  # where the ReLU's input is zero but for rounding, either gradient is right
         z = reference.apply(x, m, v, w, b, axis=d.axis, residual=extra["residual"])
-        found = np.where(np.abs(z) < TOLERANCE[d.case.dtype], expected, found)
+        found = np.where(np.abs(z) < slack * TOLERANCE[d.case.dtype], expected, found)
     return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 
@@ -63,13 +63,14 @@ def prepare(peer: str, case: Case) -> tuple[Call, float]:
     """Set up a case and check it; raises ArithmeticError if the numbers are wrong."""
     data = Data(case)
     call = PEERS[peer](data)
+    # Others may be less exact than we hold ourselves to, PyTorch's channels-last gradients are; not wrong, though.
+    slack = 1.0 if peer == "fastbn" else 50.0
     call()
     if peer == "copy":
         found = 0.0 if np.array_equal(data.x.view(np.uint8), data.out.view(np.uint8)) else np.inf
     else:
-        found = error(data)
-    # Others may be less exact than we hold ourselves to, PyTorch's channels-last gradients are; not wrong, though.
-    if not found <= TOLERANCE[case.dtype] * (1 if peer == "fastbn" else 50):
+        found = error(data, slack)
+    if not found <= TOLERANCE[case.dtype] * slack:
         raise ArithmeticError(f"{peer} on {case.id}: error {found:.1e}")
     return call, found
 

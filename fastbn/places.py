@@ -52,7 +52,7 @@ class Places:
         if self.whole:  # rows; all channels of a row lie side by side
             samples = shape[0] if len(shape) > 2 else 1
         self.dims = (samples, 1, N // max(samples, 1) * C) if self.whole else (N, C, S)
-        flat = np.ascontiguousarray(mask).reshape(-1).view(np.int8)
+        flat = views.raw(np.ascontiguousarray(mask).reshape(-1).view(np.int8))
         self.table = dispatch.kernels().pieces(flat, samples, C if self.whole else 1)
         most = C if self.whole or self.count < SPREAD else CHUNK * get_num_threads() // self.count
         self.step = max(1, min(C, most))  # channels that are worked off together
