@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.simd import access, add, fma, pick
-from fastbn.cuda.sweep import Variant, make_terms
+from fastbn.cuda.sweep import Variant, make_gradient, make_terms
 
 int32 = types.int32
 
@@ -107,3 +107,31 @@ def make_absorb_gradients(what: Variant):
         return s, q, count, at
 
     return absorb
+
+
+def make_write_back(what: Variant):
+    """Write the gradients of rows that are not kept, last first, two at once; returns place, row and rows left."""
+    by_output, io = what.relu and what.residual, access(what.kind, what.W)
+    terms, slope, only = make_terms(what), make_gradient(what), make_row_only(what)
+    load_last, store = io.load_last, io.store
+
+    @device
+    def write_back(x, g, y, dx, constants, at, back, r, rows_back, count, kept, mask):
+        m, invstd, k, b, c1, c0 = constants
+        while count - 2 >= kept:
+            at += back
+            x0, x1 = load_last(x, at), load_last(x, at + back)
+            g0, g1 = load_last(g, at), load_last(g, at + back)
+            y0, y1 = x0, x1
+            if by_output:
+                y0, y1 = load_last(y, at), load_last(y, at + back)
+            for raw, own, its in ((x0, g0, y0), (x1, g1, y1)):
+                r = int32(r + rows_back)
+                u, t = terms(raw, own, its, m, invstd, k, b)
+                store(dx, at, only(mask, r, slope(u, t, k, c1, c0)))
+                at += back
+            at -= back
+            count = int32(count - 2)
+        return at, r, count
+
+    return write_back

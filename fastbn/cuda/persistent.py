@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_row_only
+from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_row_only, make_write_back
 from fastbn.cuda.channel import make_combine, make_keep, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
@@ -184,7 +184,7 @@ def backward(what: Variant):
     by_output = what.relu and what.residual
     A, io, terms, slope = ARITHMETIC[kind], access(kind, W), make_terms(what), make_gradient(what)
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
-    absorb = make_absorb_gradients(what)
+    absorb, write_back = make_absorb_gradients(what), make_write_back(what)
     kept_terms = make_terms(what._replace(relu=False, residual=False))
     combine, settle, only = make_combine(kind), make_settle_gradients(what), make_row_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
@@ -224,20 +224,7 @@ def backward(what: Variant):
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
             c1, c0 = gather(constants, 4 * wide + tx * W), gather(constants, 5 * wide + tx * W)
             r, back, rows_back = int32(r + count * height), -step, int32(-height)
-            while count - 2 >= kept:
-                at += back
-                x0, x1 = load_last(x, at), load_last(x, at + back)
-                g0, g1 = load_last(g, at), load_last(g, at + back)
-                y0, y1 = x0, x1
-                if by_output:
-                    y0, y1 = load_last(y, at), load_last(y, at + back)
-                for raw, own, its in ((x0, g0, y0), (x1, g1, y1)):
-                    r = int32(r + rows_back)
-                    u, t = terms(raw, own, its, m, invstd, k, b)
-                    store(dx, at, only(mask, r, slope(u, t, k, c1, c0)))
-                    at += back
-                at -= back
-                count = int32(count - 2)
+            at, r, count = write_back(x, g, y, dx, (m, invstd, k, b, c1, c0), at, back, r, rows_back, count, kept, mask)
             while count > 0:
                 count, r = int32(count - 1), int32(r + rows_back)
                 at += back
