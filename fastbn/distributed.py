@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, masked, running
+from fastbn import arguments, dispatch, masked, running
 from fastbn.core import Forward
 from fastbn.errors import ArgumentTypeError, ArgumentValueError, FastbnError
 from fastbn.moments import Moments
@@ -102,12 +102,13 @@ def _merged(parts: list[Moments]) -> Moments:
 class SyncSaved(Saved):
     """What this rank's part of a shared batch saves; statistics and ``moments`` are those of the whole batch."""
 
-    __slots__ = ("comm", "mask", "part")
+    __slots__ = ("comm", "lengths", "mask", "part")
 
     numpy_sums = True
 
     comm: Communicator
-    mask: Array | None
+    mask: Any  # it and lengths as they were given
+    lengths: Any
     part: BatchSaved  # with the statistics as constants
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
@@ -127,7 +128,7 @@ class SyncSaved(Saved):
             weight, bias = (scale * sum(sums) for sums in zip(*found, strict=True))
             dtype, axis = self.part.weight.dtype, self.part.axis
             f = masked.forward(
-                self.part.x, weight.astype(dtype), bias.astype(dtype), axis, None, dx, dx, self.mask, None
+                self.part.x, weight.astype(dtype), bias.astype(dtype), axis, None, dx, dx, self.mask, self.lengths
             )
             f.normalise(self.stats)
             dx = f.result()
@@ -184,17 +185,13 @@ def batch_norm_train(
     stats = no_statistics(f.weight.size, eps)
     if merged.count:
         with np.errstate(all="ignore"):  # NaN and inf stay in their channel
-            variance = merged.variance()
-            stats = np.concatenate([merged.mean, 1.0 / np.sqrt(variance + eps), variance])
+            stats = dispatch.kernels().given(merged.mean, merged.variance(), eps)
     if f.x.size:
         f.normalise(stats)
     saved = SyncSaved()
     saved.stats, saved.count, saved.comm = stats, merged.count, comm
     saved.updated = int(rm.size > 0 and merged.count > 0)
-    saved.part = f.saved(stats, frozen=True)
-    saved.mask = None
-    if mask is not None or lengths is not None:
-        saved.mask = masked.valid(mask, lengths, f.x, saved.part.axis)
+    saved.part, saved.mask, saved.lengths = f.saved(stats, frozen=True), mask, lengths
     if saved.updated:
         running.move(rm, rv, merged, momentum, bool(unbiased))
     return f.result(), saved

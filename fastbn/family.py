@@ -74,7 +74,7 @@ def instance_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if type(x) is not np.ndarray and dispatch.on_device(x):
+    if dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.instance_norm(x, weight, bias, axis, eps, out)
@@ -234,7 +234,7 @@ def group_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if type(x) is not np.ndarray and dispatch.on_device(x):
+    if dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.group_norm(x, num_groups, weight, bias, axis, eps, out)
@@ -288,7 +288,7 @@ def layer_norm(
     TypeError
         Not a NumPy array, other dtypes.
     """
-    if type(x) is not np.ndarray and dispatch.on_device(x):
+    if dispatch.on_device(x):
         from fastbn import device_family
 
         return device_family.layer_norm(x, weight, bias, axis, eps, out)

@@ -8,7 +8,7 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, part
-from fastbn.cpu.finalize import affine, gradients, keep_all, near, resolve, trusted
+from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
 from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded, splat, store, store_n
 
 
@@ -25,7 +25,7 @@ def phase(y, i, V, streamed):
 
 
 @part
-def _fill(values, c, S, number):
+def fill(values, c, S, number):
     """Give the first S columns of channel c (counted from the block's first) one number; ascending c only.
 
     Whole vectors: what they write past these columns belongs to the next channels or is spare.
@@ -38,7 +38,7 @@ def _fill(values, c, S, number):
 
 
 @part
-def _repeat(values, period, width):
+def repeat(values, period, width):
     """Copy the first ``period`` columns over those behind them; what a vector writes too much is overwritten, or spare.
 
     Masked stores instead take 5 % of a small call's kernel.
@@ -113,10 +113,10 @@ def spread_pivots(x, dims, block, m):
     c0, c1, width = block
     if S > 1:
         for c in range(c0, c1):
-            _fill(m, c - c0, S, _run_pivot(x, N, C, S, c))
+            fill(m, c - c0, S, _run_pivot(x, N, C, S, c))
     else:
         _row_pivots(x, N, C, c0, c1, m)
-    _repeat(m, (c1 - c0) * S, width)
+    repeat(m, (c1 - c0) * S, width)
 
 
 @helper
@@ -126,13 +126,13 @@ def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
     c0, c1, width = block
     for c in range(c0, c1):
         mc, kc, bc = affine(stats, weight, bias, C, c, x)
-        _fill(m, c - c0, S, mc)
-        _fill(k, c - c0, S, kc)
-        _fill(b, c - c0, S, bc)
+        fill(m, c - c0, S, mc)
+        fill(k, c - c0, S, kc)
+        fill(b, c - c0, S, bc)
     period, width = (c1 - c0) * S, width + lanes(x)
-    _repeat(m, period, width)
-    _repeat(k, period, width)
-    _repeat(b, period, width)
+    repeat(m, period, width)
+    repeat(k, period, width)
+    repeat(b, period, width)
 
 
 @helper
@@ -157,7 +157,7 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
             mean, var = resolve(x, N, C, S, c, get(m, j * S), get(s, j), get(q, j), eps)
             put(stats, c, mean)
             put(stats, 2 * C + c, var)
-    keep_all(stats, running_mean, running_var, tracked, C, c0, c1, N * S, eps, momentum)
+    keep(stats, running_mean, running_var, tracked, C, c0, c1, N * S, eps, momentum)
 
 
 @helper
@@ -176,7 +176,7 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
         mc, k, b = affine(stats, weight, bias, C, c, x)
         total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, c, mc, k, b, relu)
         a1, a0 = gradients(stats, weight, dweight, dbias, C, c, N * S, mc, total_s, total_q, frozen)
-        _fill(c1, j, S, a1)
-        _fill(c0, j, S, a0)
-    _repeat(c1, period, width + lanes(x))
-    _repeat(c0, period, width + lanes(x))
+        fill(c1, j, S, a1)
+        fill(c0, j, S, a0)
+    repeat(c1, period, width + lanes(x))
+    repeat(c0, period, width + lanes(x))

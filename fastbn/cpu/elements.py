@@ -7,18 +7,19 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper
-from fastbn.cpu.simd import get, lanes, like, load, load_n, put, store, store_n
+from fastbn.cpu.columns import fill, repeat
+from fastbn.cpu.simd import get, lanes, like, load, load_n, store, store_n
 
 
 @helper
 def room(x, period):
-    """Elements that ``by_element`` fills: ``period``, one vector more, up to a whole vector."""
+    """Elements that ``by_element`` may write: ``period`` and a vector, and what whole vectors write too much."""
     W = lanes(x)
-    return (period + 2 * W - 1) // W * W
+    return (period + 3 * W - 1) // W * W
 
 
 @helper
-def _repeat(x, values, each, period, to):
+def _spread(x, values, each, period, to):
     """to[j] = values[j // each] for j < period, and the first ones again in the vector behind: it may cross a seam."""
     W, i = lanes(x), 0
     if each == 1:
@@ -29,11 +30,8 @@ def _repeat(x, values, each, period, to):
             store_n(to, i, load_n(values, i, period - i), period - i)
     else:
         for c in range(period // each):
-            value = get(values, c)
-            for j in range(c * each, c * each + each):
-                put(to, j, value)
-    for j in range(period, period + W):
-        put(to, j, get(to, j - period))
+            fill(to, c, each, get(values, c))
+    repeat(to, period, period + W)
     return to
 
 
@@ -46,4 +44,4 @@ def by_element(x, values, each, period, S, to):
 def _by_element(x, values, each, period, S, to):
     if isinstance(values, types.NoneType) or not isinstance(S, types.NoneType):
         return lambda x, values, each, period, S, to: values
-    return lambda x, values, each, period, S, to: _repeat(x, like(x, values), each, period, like(x, to))
+    return lambda x, values, each, period, S, to: _spread(x, like(x, values), each, period, like(x, to))

@@ -54,7 +54,7 @@ def wide_sum(x, N, C, S, c):
 def invstds(stats, C, c0, c1, eps):
     """Save the invstd of channels c0..c1 - 1 beside their variances.
 
-    One array a loop, here and in ``keep_all``: LLVM makes vectors of it, that divide and take roots faster.
+    One array a loop, here and in ``keep``: LLVM makes vectors of it, that divide and take roots faster.
     """
     for c in range(c0, c1):
         put(stats, C + c, 1.0 / math.sqrt(get(stats, 2 * C + c) + eps))
@@ -93,19 +93,8 @@ def resolve(x, N, C, S, c, start, s, q, eps):
 
 
 @part
-def keep(stats, running_mean, running_var, tracked, C, c, mean, var, n, eps, momentum):
-    """Save mean, invstd and variance of channel c, at [c], [C + c] and [2*C + c]; move its running statistics."""
-    put(stats, c, mean)
-    put(stats, C + c, 1.0 / math.sqrt(var + eps))
-    put(stats, 2 * C + c, var)
-    if tracked:
-        put(running_mean, c, (1.0 - momentum) * get(running_mean, c) + momentum * mean)
-        put(running_var, c, (1.0 - momentum) * get(running_var, c) + momentum * (var * (n / (n - 1.0))))
-
-
-@part
-def keep_all(stats, running_mean, running_var, tracked, C, c0, c1, n, eps, momentum):
-    """As ``keep`` for the channels c0..c1 - 1 whose means and variances are saved."""
+def keep(stats, running_mean, running_var, tracked, C, c0, c1, n, eps, momentum):
+    """Save the invstds of channels c0..c1 - 1, whose means and variances are saved; move their running statistics."""
     invstds(stats, C, c0, c1, eps)
     if tracked:
         for c in range(c0, c1):

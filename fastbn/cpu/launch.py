@@ -217,15 +217,15 @@ def backward(
 def pieces(mask: Array, samples: int, per: int) -> Table:
     """Return (first, start, place) as ``packing`` takes them, of a flat mask of int8; ``per``: values of a position."""
     runs, values = np.zeros(samples + 1, np.int64), np.zeros(samples + 1, np.int64)
-    if mask.size:
-        mask_pieces.count(mask, runs, values)
+    if not mask.size:
+        return runs, runs[:0], runs[:1]
+    mask_pieces.count(mask, runs, values)
     if per == 1 and values[-1] < packing.RUN * runs[-1]:
         start = np.empty(values[-1] + 1, np.int64)
         mask_pieces.singly(mask, samples, start)
         return values, start[:-1], None
-    start, place = np.empty(runs[-1], np.int64), np.zeros(runs[-1] + 1, np.int64)
-    if mask.size:
-        mask_pieces.by_run(mask, samples, per, start, place)
+    start, place = np.empty(runs[-1], np.int64), np.empty(runs[-1] + 1, np.int64)
+    mask_pieces.by_run(mask, samples, per, start, place)
     return runs, start, place
 
 

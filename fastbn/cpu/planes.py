@@ -123,7 +123,9 @@ def _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi,
     for c in range(lo, hi):
         s, q = total_of(long, 2 * (c - lo), W), total_of(long, 2 * (c - lo) + 1, W)
         mean, var = resolve(x, N, C, S, c, get(stats, 2 * C + c), s, q, eps)
-        keep(stats, running_mean, running_var, tracked, C, c, mean, var, N * S, eps, momentum)
+        put(stats, c, mean)
+        put(stats, 2 * C + c, var)
+    keep(stats, running_mean, running_var, tracked, C, lo, hi, N * S, eps, momentum)
 
 
 @helper
