@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from fastbn.cuda import numpy_names
 from fastbn.cuda.arrays import INSTALL, Flat
 from fastbn.errors import DeviceError
 
@@ -33,6 +34,8 @@ except Exception as error:  # an older numba-cuda beside a newer Numba
 __all__ = ["SIMULATED", "Flat", "check", "cuda", "device_properties", "kernel", "run", "types"]
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+if not SIMULATED:
+    numpy_names.lend()
 POINTERS = {"f32": types.float32, "f64": types.float64, "f16": types.uint16, "bf16": types.int16}
 POINTERS |= {"i32": types.int32, "i64": types.int64}  # lengths
 ARITHMETIC = {"f32": types.float32, "f64": types.float64, "f16": types.float32, "bf16": types.float32}
