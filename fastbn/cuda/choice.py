@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import Any, NamedTuple
 
-from fastbn.cuda import persistent, plan, plan_sets, sets_kept, slab, tuning
+from fastbn.cuda import gang, gang_sums, persistent, plan, plan_gang, plan_sets, sets_kept, slab, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.cuda.driver import SIMULATED, Kernel, Limits, current_device, run
 from fastbn.cuda.plan import Dims
@@ -23,6 +23,8 @@ class One(NamedTuple):
     shared: int
     scratch: int  # elements that blocks meet in; 0 for none
     cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
+    cleared: int = 0  # elements of scratch that must be 0
+    masks: bool = True  # takes a mask
 
 
 def fits(kernel: Kernel, blocks: int, shared: int) -> bool:
@@ -62,7 +64,7 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
     try:
         run(one.kernel, one.grid, stream, args, one.shared)
     except Exception as error:
-        if SIMULATED or one.name != "persistent":
+        if SIMULATED or one.name not in ("persistent", "gang"):
             raise
         _split_instead(one.kernel, error)
         _refused.add((one.kernel, current_device()))
@@ -83,6 +85,10 @@ def one_launch(
     plan.small_enough(dims, kind)
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
+    if not masked and batches == 1:
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]), limits.multiprocessors)
+        if together is not None:
+            return together
     most = tuning.MASKED_THREADS if masked else 1024
     threads, shared = plan.slab(dims, kind, whole, tensors, limits.shared)
     if threads:
@@ -98,6 +104,18 @@ def one_launch(
 def _slab(what: Variant) -> Kernel:
     found: Kernel = slab.backward(what) if what.backward else slab.train(what)
     return found
+
+
+def _gang(what: Variant, dims: Dims, p: plan_gang.Gang, multiprocessors: int) -> One | None:
+    if not p.blocks:
+        return None
+    what = what._replace(threads=p.threads, layers=p.layers)
+    kernel, blocks = gang.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
+    if (kernel, current_device()) in _refused or not fits(kernel, blocks, p.shared):
+        return None
+    cut = (*dims, p.blocks, p.gangs, p.chunk, tuning.GANG_WAIT, multiprocessors)
+    size, cleared = gang_sums.scratch_size(p.gangs, p.blocks)
+    return One("gang", kernel, (blocks,), p.shared, size, cut, cleared if p.blocks > 1 else 0, masks=False)
 
 
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
@@ -148,6 +166,7 @@ def forget() -> None:
         plan.slab,
         plan.again,
         plan.persistent,
+        plan_gang.gang,
         plan_sets.sets,
         plan_sets.columns,
     ):

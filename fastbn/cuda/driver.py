@@ -188,9 +188,11 @@ class Kernel:
     Compiled at its first launch, for each compute capability by itself: a machine may have GPUs of several.
     """
 
-    def __init__(self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int):
+    def __init__(
+        self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int, together: bool = False
+    ):
         self.function, self.letters, self.kind = function, letters, kind
-        self.threads, self.blocks = threads, blocks
+        self.threads, self.blocks, self.together = threads, blocks, together
         self._compiled: dict[tuple[int, int], Any] = {}
         self._large: set[int] = set()
         self._launchers: dict[Any, Any] = {}
@@ -219,6 +221,8 @@ class Kernel:
                 found = cuda.jit(**self.options)(self.function)
                 stored.use(found, self, capability)
                 found.compile(self.signature)
+                for compiled in found.overloads.values() if self.together else ():
+                    compiled.cooperative = True
             self._compiled[capability] = found
         return found
 
@@ -252,22 +256,29 @@ class Kernel:
             return
         bindings = importlib.import_module("cuda.bindings.driver")  # what numba-cuda stands on
         most = device_properties().shared
-        attribute = bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle = function.handle
-        if isinstance(handle, bindings.CUfunction):
-            (code,) = bindings.cuFuncSetAttribute(handle, attribute, most - static)
-        else:
-            (code,) = bindings.cuKernelSetAttribute(attribute, most - static, handle, bindings.CUdevice(here))
-        if int(code) != 0:
-            raise DeviceError(f"the driver refused {size} bytes of shared memory a block: {code}")
+        names, handle = bindings.CUfunction_attribute, function.handle
+        wanted = {names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: most - static}
+        wanted[names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100  # percent; else fewer blocks may fit
+        for attribute, value in wanted.items():
+            if isinstance(handle, bindings.CUfunction):
+                (code,) = bindings.cuFuncSetAttribute(handle, attribute, value)
+            else:
+                (code,) = bindings.cuKernelSetAttribute(attribute, value, handle, bindings.CUdevice(here))
+            if int(code) != 0:
+                raise DeviceError(f"the driver refused {size} bytes of shared memory a block: {code}")
         self._large.add(here)
 
 
-def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a kernel: argument letters (see ``argument_types``), tensor kind, threads a block, blocks an SM."""
+def kernel(
+    letters: str, kind: str, threads: int, blocks: int = 1, together: bool = False
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel: argument letters (see ``argument_types``), tensor kind, threads a block, blocks an SM.
+
+    ``together``: a cooperative launch, all blocks of a grid on the GPU at once, since they wait for each other.
+    """
 
     def decorate(function: Callable[..., Any]) -> Kernel:
-        return Kernel(function, letters, kind, threads, blocks)
+        return Kernel(function, letters, kind, threads, blocks, together)
 
     return decorate
 

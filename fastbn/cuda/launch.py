@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import finalize, masks, planes, rows, tuning
 from fastbn.cuda.arrays import WIDE, Flat
-from fastbn.cuda.choice import attempt, one_launch
+from fastbn.cuda.choice import One, attempt, one_launch
 from fastbn.cuda.driver import check, device_properties, run
+from fastbn.cuda.gang_sums import clear
 from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
 
@@ -167,12 +168,22 @@ def train(
     if one is not None:
         if stats is None:
             stats = x.owner.vector(4 * dims[1])
-        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
         flags = flags_of(weight, bias) | _moving_flags(moved, numbers)
-        if attempt(one, stream, (*tensors, stats, *params, *moved, *scratch, *one.cut, *numbers, flags, *mask)):
+        args = (*tensors, stats, *params, *moved, *_scratch(x, one, stream), *one.cut, *numbers, flags)
+        if attempt(one, stream, (*args, *mask) if one.masks else args):
             return stats
     what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
     return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
+
+
+def _scratch(x: Flat, one: One, stream: int) -> tuple[Flat, ...]:
+    """Where the blocks of one launch meet, with counters at 0; nothing where they do not."""
+    if not one.scratch:
+        return ()
+    found = x.owner.scratch(one.scratch)
+    if one.cleared:
+        run(clear(WIDE[x.kind], tuning.THREADS), (-(-one.cleared // tuning.THREADS),), stream, (found, one.cleared))
+    return (found,)
 
 
 def _split(
@@ -238,8 +249,8 @@ def backward(
     limits, counted = device_properties(), mask.valid is not None
     one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, limits, counted)
     if one is not None:
-        scratch = (x.owner.scratch(one.scratch),) if one.scratch else ()
-        if attempt(one, stream, (*tensors, stats, *params, *grads, *scratch, *one.cut, flags, *mask)):
+        args = (*tensors, stats, *params, *grads, *_scratch(x, one, stream), *one.cut, flags)
+        if attempt(one, stream, (*args, *mask) if one.masks else args):
             return grads
     what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)
     _split_backward(x, what, tensors, stats, params, grads, dims, whole, mask, stream)

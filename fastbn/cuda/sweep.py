@@ -26,6 +26,7 @@ class Variant(NamedTuple):
     given: bool = False  # forward: mean and variance as arguments instead of ``stats``
     kept: bool = True  # one launch: in shared memory; else x is read again, from L2
     alone: bool = False  # one launch for rows: a tile is one block's, which meets nobody
+    layers: int = 1  # gangs: blocks of theirs on a multiprocessor
     masked: bool = False  # values count, and outputs are not zero, only where a byte for each (sample, place) says so
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numba.cuda.simulator import kernel, kernelapi
 
-from fastbn.cuda import driver
+from fastbn.cuda import _simulated, driver
 
 PATIENCE = 20.0  # seconds at a barrier after which it counts as a deadlock
 CONCURRENT = 2048  # threads of a grid that runs all at once; larger grids run block by block
@@ -158,6 +158,11 @@ def current() -> Thread:
     return thread
 
 
+def alive() -> None:
+    if current().grid.barrier.dead:
+        raise Aborted
+
+
 class Cuda:
     """``numba.cuda`` as kernels see it: each thread finds its own indices, barriers and shared memory."""
 
@@ -223,3 +228,4 @@ assert driver.SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
 numba_cuda: Any = driver.cuda
 driver.cuda = Cuda()
 kernel.BlockManager = Blocks
+_simulated.alive = alive

@@ -25,6 +25,7 @@ SHAPES = {
     "slab": [(8, 2, 136), (3, 5, 8, 8), (1, 3, 96), (4, 2, 16)],
     "persistent": [(337, 16), (131, 8), (3, 272), (2, 8)],
     "alone": [(120, 16), (31, 8), (3, 272), (2, 8)],
+    "gang": [(8, 2, 136), (3, 5, 8, 8), (1, 3, 96), (8, 11, 128), (2, 1, 4096)],
     "again": [(9, 3, 7, 7), (40, 6), (2, 1, 5), (3, 2, 67), (1, 3, 264)],
 }
 ALL = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shapes]
@@ -43,6 +44,7 @@ def use(monkeypatch):
         monkeypatch.setattr(tuning, "PERSISTENT", kernel in ("persistent", "alone"))
         monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel in ("slab", "alone", "again") else 0)
         monkeypatch.setattr(tuning, "AGAIN", 1 << 14 if kernel == "again" else 0)
+        monkeypatch.setattr(tuning, "GANG", kernel == "gang")
         choice.forget()
         if dims is None:
             return
@@ -82,6 +84,8 @@ def test_every_kernel_and_option(kernel, shape, use, rng):
         ("slab", (3, 3, 64)),
         ("persistent", (37, 24)),
         ("alone", (37, 24)),
+        ("gang", (3, 3, 64)),
+        ("gang", (5, 2, 192)),
         ("again", (5, 3, 7)),
     ],
     ids=str,
@@ -124,7 +128,7 @@ def test_memory_that_is_not_aligned_takes_the_scalar_kernels(skew, use, rng):
 
 SMALL = [
     ("planes", (4, 3, 72)), ("rows", (40, 6)), ("slab", (4, 3, 64)), ("persistent", (40, 8)), ("alone", (40, 8)),
-    ("again", (4, 3, 49)),
+    ("again", (4, 3, 49)), ("gang", (8, 3, 136)), ("gang", (4, 3, 544)),
 ]  # fmt: skip
 
 

@@ -1,0 +1,79 @@
+"""A gang of blocks adds up its sums: each writes its own, waits for the others', and adds all in the same order.
+
+The scratch of a launch begins with one counter a gang, ``PAD`` numbers apart, all 0; behind them lie the sums, of two
+turns by turns: a block that is a turn ahead does not write what another still reads, and no block can be two ahead.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import functools
+
+from fastbn.cuda.channel import WARP
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.finalize import add_pair, two_sum
+from fastbn.cuda.signals import arrive, fresh, seen
+
+int64 = types.int64
+PAD = 16  # numbers from one counter to the next: lines of their own
+
+
+def scratch_size(gangs: int, blocks: int) -> tuple[int, int]:
+    """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0."""
+    return gangs * (PAD + 4 * blocks), gangs * PAD
+
+
+def make_gang_sum(kind: str):
+    """(partial, gangs, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
+
+    ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0.
+    """
+    A = ARITHMETIC[kind]
+
+    @device
+    def add_up(partial, first, blocks):
+        s = se = q = qe = A(0)
+        i = cuda.threadIdx.x & 31
+        while i < blocks:
+            s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
+            q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
+            i += 32
+        step = 16
+        while step > 0:  # every lane ends with the same bits: no operation here tells its operands apart
+            s, error = two_sum(s, cuda.shfl_xor_sync(WARP, s, step))
+            se = (se + cuda.shfl_xor_sync(WARP, se, step)) + error
+            q, error = two_sum(q, cuda.shfl_xor_sync(WARP, q, step))
+            qe = (qe + cuda.shfl_xor_sync(WARP, qe, step)) + error
+            step >>= 1
+        return s, se, q, qe
+
+    @device
+    def gang_sum(partial, gangs, gang, blocks, part, turn, s, q):
+        if blocks == 1:
+            return s, A(0), q, A(0)
+        first = int64(gangs) * PAD + (int64(gang) * 2 + (turn & 1)) * 2 * blocks
+        if cuda.threadIdx.x == 0:
+            partial[first + 2 * part] = s
+            partial[first + 2 * part + 1] = q
+            counter = int64(gang) * PAD
+            arrive(partial, counter)
+            while seen(partial, counter) < (turn + 1) * blocks:
+                pass
+        cuda.syncthreads()
+        return add_up(partial, first, blocks)
+
+    return gang_sum
+
+
+@functools.cache
+def clear(kind: str, threads: int):
+    """Kernel that sets the counters of a launch to 0."""
+    A = ARITHMETIC[kind]
+
+    @kernel("Ai", kind, threads)
+    def gang_clear(partial, count):
+        i = cuda.blockIdx.x * threads + cuda.threadIdx.x
+        if i < count:
+            partial[i] = A(0)
+
+    return gang_clear
