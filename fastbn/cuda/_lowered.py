@@ -245,6 +245,7 @@ def access(kind, W):
     from fastbn.cuda.simd import Access
 
     return Access(
-        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _encode_raw(kind, W), _store(kind, W),
-        _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall, _valid(W),
+        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W),
+        _encode_raw(kind, W), _store(kind, W), _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall,
+        _valid(W),
     )  # fmt: skip

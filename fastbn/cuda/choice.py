@@ -6,7 +6,19 @@ import functools
 import warnings
 from typing import Any, NamedTuple
 
-from fastbn.cuda import gang, gang_sums, persistent, plan, plan_gang, plan_sets, sets_kept, slab, tuning
+from fastbn.cuda import (
+    gang,
+    gang_rows,
+    gang_rows_backward,
+    gang_sums,
+    persistent,
+    plan,
+    plan_gang,
+    plan_sets,
+    sets_kept,
+    slab,
+    tuning,
+)
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.cuda.driver import SIMULATED, Kernel, Limits, current_device, run
 from fastbn.cuda.plan import Dims

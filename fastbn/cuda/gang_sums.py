@@ -18,9 +18,35 @@ int64 = types.int64
 PAD = 16  # numbers from one counter to the next: lines of their own
 
 
+@device
+def wait_for(partial, counter, count):
+    """Wait until a counter has got so far: the first thread of a block looks, the others wait for it."""
+    if cuda.threadIdx.x == 0:
+        while seen(partial, counter) < count:
+            pass
+    cuda.syncthreads()
+
+
 def scratch_size(gangs: int, blocks: int) -> tuple[int, int]:
     """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0."""
     return gangs * (PAD + 4 * blocks), gangs * PAD
+
+
+def make_warp_sum(kind: str):
+    """Sum two pairs over a warp: no operation here tells its operands apart, so every lane ends with the same bits."""
+
+    @device
+    def warp_sum(s, se, q, qe):
+        step = 16
+        while step > 0:
+            s, error = two_sum(s, cuda.shfl_xor_sync(WARP, s, step))
+            se = (se + cuda.shfl_xor_sync(WARP, se, step)) + error
+            q, error = two_sum(q, cuda.shfl_xor_sync(WARP, q, step))
+            qe = (qe + cuda.shfl_xor_sync(WARP, qe, step)) + error
+            step >>= 1
+        return s, se, q, qe
+
+    return warp_sum
 
 
 def make_gang_sum(kind: str):
@@ -28,7 +54,7 @@ def make_gang_sum(kind: str):
 
     ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0.
     """
-    A = ARITHMETIC[kind]
+    A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
 
     @device
     def add_up(partial, first, blocks):
@@ -38,28 +64,19 @@ def make_gang_sum(kind: str):
             s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
             q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
             i += 32
-        step = 16
-        while step > 0:  # every lane ends with the same bits: no operation here tells its operands apart
-            s, error = two_sum(s, cuda.shfl_xor_sync(WARP, s, step))
-            se = (se + cuda.shfl_xor_sync(WARP, se, step)) + error
-            q, error = two_sum(q, cuda.shfl_xor_sync(WARP, q, step))
-            qe = (qe + cuda.shfl_xor_sync(WARP, qe, step)) + error
-            step >>= 1
-        return s, se, q, qe
+        return warp_sum(s, se, q, qe)
 
     @device
     def gang_sum(partial, gangs, gang, blocks, part, turn, s, q):
         if blocks == 1:
             return s, A(0), q, A(0)
         first = int64(gangs) * PAD + (int64(gang) * 2 + (turn & 1)) * 2 * blocks
+        counter = int64(gang) * PAD
         if cuda.threadIdx.x == 0:
             partial[first + 2 * part] = s
             partial[first + 2 * part + 1] = q
-            counter = int64(gang) * PAD
             arrive(partial, counter)
-            while seen(partial, counter) < (turn + 1) * blocks:
-                pass
-        cuda.syncthreads()
+        wait_for(partial, counter, (turn + 1) * blocks)
         return add_up(partial, first, blocks)
 
     return gang_sum

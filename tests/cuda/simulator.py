@@ -90,7 +90,7 @@ class Block:
     def __init__(self, index: tuple[int, ...], threads: int, shared_bytes: int):
         self.index, self.threads, self.barrier = kernelapi.Dim3(*index), threads, Barrier(threads)
         self.warps = [Warp(min(32, threads - first)) for first in range(0, threads, 32)]
-        self.lock = threading.Lock()
+        self.lock, self.votes = threading.Lock(), list[bool]()
         self.arrays: dict[Any, Any] = {}
         memory = np.full(shared_bytes + 16, 0xFF, np.uint8)
         start = -memory.ctypes.data % 16
@@ -190,6 +190,15 @@ class Cuda:
 
     def syncthreads(self) -> None:
         current().block.barrier.wait()
+
+    def syncthreads_or(self, value: Any) -> bool:
+        block = current().block
+        with block.lock:
+            block.votes.append(bool(value))
+        block.barrier.wait()
+        found = any(block.votes[-block.barrier.members :])
+        block.barrier.wait()
+        return found
 
     def shfl_xor_sync(self, mask: int, value: Any, step: int) -> Any:
         thread = current()
