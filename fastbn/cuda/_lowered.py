@@ -16,7 +16,7 @@ except ImportError:  # older numba-cuda shares these with Numba
 
 from fastbn.cuda.driver import ARITHMETIC, types
 
-I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 LOAD = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
 LOAD_LAST = "ld.global.cs.v4.b32"  # not .nc: an in-place kernel writes what it has read

@@ -170,3 +170,36 @@ def seen(array: Any, index: Any) -> int:
 def fresh(array: Any, index: Any) -> Any:
     """One number that another block has written."""
     return _place(array, index, 1, False)[0]
+
+
+class _Copies(threading.local):
+    """Copies that a thread has begun: groups, the last one open."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[tuple[Any, ...]]] = [[]]
+
+
+_copies = _Copies()
+
+
+def fetch(shared: Array, index: Any, tensor: Any, place: Any) -> None:
+    """Begin to copy 16 bytes: they arrive when they are waited for."""
+    count = 16 // tensor.array.itemsize
+    _copies.groups[-1].append((_place(shared, index, 4, True), _place(tensor, place, count, True)))
+
+
+def close() -> None:
+    """What has been begun since the last time is a group."""
+    _copies.groups.append([])
+
+
+@functools.cache
+def make_await(groups: int) -> Any:
+    """Wait until all but the last groups have arrived."""
+
+    def arrived() -> None:
+        while len(_copies.groups) > groups + 1:
+            for to, source in _copies.groups.pop(0):
+                to[:] = source.view(np.int32)
+
+    return arrived

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import (
     gang,
-    gang_rows,
-    gang_rows_backward,
+    gang_backward,
     gang_sums,
     persistent,
     plan,
@@ -98,7 +97,7 @@ def one_launch(
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     if not masked and batches == 1:
-        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]), limits.multiprocessors)
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]))
         if together is not None:
             return together
     most = tuning.MASKED_THREADS if masked else 1024
@@ -118,14 +117,14 @@ def _slab(what: Variant) -> Kernel:
     return found
 
 
-def _gang(what: Variant, dims: Dims, p: plan_gang.Gang, multiprocessors: int) -> One | None:
+def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
     if not p.blocks:
         return None
     what = what._replace(threads=p.threads, layers=p.layers)
-    kernel, blocks = gang.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
+    kernel, blocks = gang_backward.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
     if (kernel, current_device()) in _refused or not fits(kernel, blocks, p.shared):
         return None
-    cut = (*dims, p.blocks, p.gangs, p.chunk, tuning.GANG_WAIT, multiprocessors)
+    cut = (*dims, p.blocks, p.gangs, p.chunk)
     size, cleared = gang_sums.scratch_size(p.gangs, p.blocks)
     return One("gang", kernel, (blocks,), p.shared, size, cut, cleared if p.blocks > 1 else 0, masks=False)
 

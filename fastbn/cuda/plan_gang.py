@@ -23,9 +23,14 @@ class Gang(NamedTuple):
     shared: int = 0  # bytes of it
 
 
-def room(tensors: int, limit: int) -> int:
+def layers_of(kind: str) -> int:
+    """Return how many blocks a multiprocessor has: fewer where numbers take two registers."""
+    return min(2, tuning.GANG_LAYERS) if kind == "f64" else tuning.GANG_LAYERS
+
+
+def room(tensors: int, limit: int, layers: int) -> int:
     """Return how many vectors of each tensor a block may keep; ``limit``: shared memory that one block may have."""
-    layers, threads = tuning.GANG_LAYERS, tuning.GANG_THREADS
+    threads = tuning.GANG_THREADS
     own = (limit + 1024) // layers - 1024 - tuning.GANG_RESERVE  # the system takes 1 KB a block
     return own // (16 * tensors * threads) * threads
 
@@ -34,14 +39,14 @@ def room(tensors: int, limit: int) -> int:
 def gang(dims: Dims, kind: str, aligned: bool, tensors: int, multiprocessors: int, limit: int) -> Gang:
     """Share channels among all blocks that fit on the GPU: the fewest rounds, weighed with the work of a round."""
     N, C, S = dims
-    lanes, threads = 16 // ITEMSIZE[kind], tuning.GANG_THREADS
-    none = Gang(threads, tuning.GANG_LAYERS)
+    lanes, threads, layers = 16 // ITEMSIZE[kind], tuning.GANG_THREADS, layers_of(kind)
+    none = Gang(threads, layers)
     if not tuning.GANG or not aligned or S % lanes or S * ITEMSIZE[kind] < tuning.GANG_RUN:
         return none
     if N * C * S * ITEMSIZE[kind] <= tuning.SMALL:
         return none
-    vectors, most = N * S // lanes, room(tensors, limit)
-    there = multiprocessors * tuning.GANG_LAYERS
+    vectors, most = N * S // lanes, room(tensors, limit, layers)
+    there = multiprocessors * layers
     least = -(-vectors // most) if most else there + 1
     if least > there:
         return none
@@ -55,4 +60,4 @@ def gang(dims: Dims, kind: str, aligned: bool, tensors: int, multiprocessors: in
     chunk = -(-vectors // blocks)
     if TURNS * (there // blocks) < C:
         return none
-    return Gang(threads, tuning.GANG_LAYERS, -(-vectors // chunk), min(C, there // blocks), chunk, chunk * 16 * tensors)
+    return Gang(threads, layers, -(-vectors // chunk), min(C, there // blocks), chunk, chunk * 16 * tensors)

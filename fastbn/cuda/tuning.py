@@ -24,7 +24,6 @@ GANG_LAYERS = 3  # blocks of theirs on a multiprocessor
 GANG_RESERVE = 1536  # bytes of shared memory that a block leaves to the kernel's own arrays
 GANG_RUN = 128  # bytes of a channel's run from which they win
 GANG_MEETING = 500  # vectors that a block could read while a gang meets
-GANG_WAIT = 0  # nanoseconds from the start of a multiprocessor's blocks to the start of the next
 PERSISTENT_THREADS = 512  # threads of a block, one a multiprocessor, that works on rows in one launch
 PERSISTENT = True  # rows in one cooperative launch; False: always in three
 WARP_VECTORS = 256  # vectors of a set up to which a warp has it to itself
