@@ -10,6 +10,7 @@ from fastbn.cuda import (
     gang,
     gang_backward,
     gang_sums,
+    meeting,
     persistent,
     plan,
     plan_gang,
@@ -135,7 +136,8 @@ def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
     name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
-    return One(name, kernel, (p.across, p.parts), p.shared, 2 * p.parts * C, cut)
+    size, cleared = (0, 0) if p.alone else meeting.scratch_size(p.across, p.tx * what.W, p.parts)
+    return One(name, kernel, (p.across, p.parts), p.shared, size, cut, cleared)
 
 
 def set_variant(p: plan_sets.SetPlan, kind: str) -> SetVariant:

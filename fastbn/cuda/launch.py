@@ -169,17 +169,17 @@ def train(
         if stats is None:
             stats = x.owner.vector(4 * dims[1])
         flags = flags_of(weight, bias) | _moving_flags(moved, numbers)
-        args = (*tensors, stats, *params, *moved, *_scratch(x, one, stream), *one.cut, *numbers, flags)
+        args = (*tensors, stats, *params, *moved, *meeting_place(x, one, stream), *one.cut, *numbers, flags)
         if attempt(one, stream, (*args, *mask) if one.masks else args):
             return stats
     what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
     return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
 
 
-def _scratch(x: Flat, one: One, stream: int) -> tuple[Flat, ...]:
+def meeting_place(x: Flat, one: One, stream: int) -> tuple[Flat | None, ...]:
     """Where the blocks of one launch meet, with counters at 0; nothing where they do not."""
     if not one.scratch:
-        return ()
+        return (None,) if one.name == "alone" else ()
     found = x.owner.scratch(one.scratch)
     if one.cleared:
         run(clear(WIDE[x.kind], tuning.THREADS), (-(-one.cleared // tuning.THREADS),), stream, (found, one.cleared))
@@ -249,7 +249,7 @@ def backward(
     limits, counted = device_properties(), mask.valid is not None
     one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, limits, counted)
     if one is not None:
-        args = (*tensors, stats, *params, *grads, *_scratch(x, one, stream), *one.cut, flags)
+        args = (*tensors, stats, *params, *grads, *meeting_place(x, one, stream), *one.cut, flags)
         if attempt(one, stream, (*args, *mask) if one.masks else args):
             return grads
     what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)

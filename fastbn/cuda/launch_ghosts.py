@@ -11,7 +11,7 @@ from typing import Any
 from fastbn.cuda.arrays import Flat
 from fastbn.cuda.choice import One, attempt, one_launch
 from fastbn.cuda.driver import check, device_properties
-from fastbn.cuda.launch import ALL, aligned, flags_of, moving
+from fastbn.cuda.launch import ALL, aligned, flags_of, meeting_place, moving
 from fastbn.cuda.plan import LARGEST, MOST, Dims
 
 Tensors = tuple[Flat | None, ...]
@@ -26,14 +26,7 @@ def _find(x: Flat, tensors: Tensors, dims: Dims, ghosts: int, relu: bool, residu
     one = one_launch(x.kind, dims, aligned(*tensors), relu, residual, backward, False, limits, False, ghosts)
     if one is None or one.name == "persistent":
         return None
-    cut = one.cut
-    if one.name == "alone":
-        cut = (*cut[:2], ghosts, *cut[3:])
-    return one._replace(grid=(one.grid[0], ghosts), scratch=one.scratch * ghosts, cut=cut)
-
-
-def _scratch(x: Flat, one: One) -> tuple[Flat, ...]:
-    return (x.owner.scratch(one.scratch),) if one.scratch else ()
+    return one._replace(grid=(one.grid[0], ghosts))
 
 
 def train(
@@ -45,8 +38,10 @@ def train(
     one = _find(x, tensors, dims, ghosts, bool(relu), residual is not None, False)
     if one is None:
         return False
-    args: Any = (*tensors, stats, *params, None, None, *_scratch(x, one), *one.cut, *moving(dims, eps, 0.0))
-    return attempt(one, x.owner.stream(), (*args, flags_of(*params), *ALL))
+    stream = x.owner.stream()
+    room = meeting_place(x, one, stream)
+    args: Any = (*tensors, stats, *params, None, None, *room, *one.cut, *moving(dims, eps, 0.0))
+    return attempt(one, stream, (*args, flags_of(*params), *ALL))
 
 
 def backward(
@@ -59,5 +54,6 @@ def backward(
     one = _find(x, tensors, dims, ghosts, bool(relu), tensors[2] is not None, True)
     if one is None:
         return False
-    args: Any = (*tensors, stats, *params, *grads, *_scratch(x, one), *one.cut, flags_of(*params), *ALL)
-    return attempt(one, x.owner.stream(), args)
+    stream = x.owner.stream()
+    room = meeting_place(x, one, stream)
+    return attempt(one, stream, (*tensors, stats, *params, *grads, *room, *one.cut, flags_of(*params), *ALL))

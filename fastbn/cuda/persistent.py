@@ -14,12 +14,11 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_row_only, make_write_back
-from fastbn.cuda.channel import make_combine, make_keep, make_slopes
+from fastbn.cuda.channel import make_combine
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.finalize import make_again, make_resolve
-from fastbn.cuda.meeting import make_collect, make_publish
 from fastbn.cuda.rows import TX, place
+from fastbn.cuda.settle import make_settle, make_settle_gradients
 from fastbn.cuda.simd import access
 from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
 
@@ -27,64 +26,21 @@ int32, int64 = types.int32, types.int64
 
 
 def make_share(what: Variant):
-    """(P, R, C) -> which part of the rows a block has, the parts that it collects, and of which batch.
+    """(R, C) -> which part of the rows a block has, of which batch, and the place in memory where that begins.
 
-    The batch is said by its number and by the channel that its first one would be if all were one tensor's first.
+    The latter as the channel that its first one would be if all batches were one tensor's.
     """
     alone = what.alone
 
     @device
-    def share(P, R, C):
+    def share(R, C):
         if alone:
             own = cuda.blockIdx.y
-            return int32(0), int32(own), int32(own + 1), int32(own), int32(own * R * C)
+            return int32(0), int32(own), int32(own * R * C)
         else:
-            return int32(cuda.blockIdx.y), int32(0), int32(P), int32(0), int32(0)
+            return int32(cuda.blockIdx.y), int32(0), int32(0)
 
     return share
-
-
-def make_settle(what: Variant):
-    """From the collected sums to the constants (m, k, b) of the tile's columns; the first part writes statistics."""
-    kind, W, threads = what.kind, what.W, what.threads
-    A, wide, resolve, alone = ARITHMETIC[kind], TX * W, make_resolve(kind, what.masked), what.alone
-    again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
-    (_, values, moves_by) = make_counted(kind, what.masked)
-    _, column = make_collect(kind, W, threads)
-
-    @device
-    def put(constants, j, c, C, batch, found, outputs, moving, flags, tally):
-        stats, weight, bias, running_mean, running_var = outputs
-        mean, rest, _, invstd = found
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        constants[j], constants[wide + j], constants[2 * wide + j] = mean, k, b
-        if alone or cuda.blockIdx.y == 0:
-            keep, momentum, unbias = moving
-            moves, unbias = moves_by(unbias, flags, tally)
-            at = int64(batch) * 4 * C + c  # running statistics move where there is one batch
-            keep_statistics(stats, running_mean, running_var, at, C, found, keep, momentum, unbias, moves)
-
-    @device
-    def settle(x, constants, red, bad, C, R, batch, width, slots, eps, outputs, moving, flags, mask, tally):
-        first, n = cuda.blockIdx.x * width, A(values(R, 1, tally))
-        some = int32(0)
-        for j in range(cuda.threadIdx.x, width, threads):
-            bad[j] = 0
-            if first + j < C:
-                sd, se, qd, qe = column(red, j, width, slots)
-                good, mean, rest, var, invstd = resolve(constants[j], sd, se, qd, qe, n, eps)
-                if good:
-                    put(constants, j, first + j, C, batch, (mean, rest, var, invstd), outputs, moving, flags, tally)
-                else:
-                    bad[j] = some = int32(1)
-        for j in range(width if cuda.syncthreads_or(some) else 0):  # looking at them all takes 20 ns each
-            if bad[j] != 0:
-                found = again(x, mask, n, int32(batch * R * C + first + j), R, C, 1, eps, red)
-                if cuda.threadIdx.x == 0:
-                    put(constants, j, first + j, C, batch, found, outputs, moving, flags, tally)
-        cuda.syncthreads()
-
-    return settle
 
 
 @functools.cache
@@ -94,10 +50,9 @@ def train(what: Variant):
     A, io, output, only = ARITHMETIC[kind], access(kind, W), make_output(what), make_row_only(what)
     load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
     absorb, settle, pivot = make_absorb(what), make_settle(what), make_counted(kind, what.masked).pivot
-    publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, three, both, share = TX * W, 3 * TX * W, 2 * threads * W, make_share(what)
 
-    @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1)
+    @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1, together=not what.alone)
     def rows_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, C, R, P, chunk, tx_count, kept, eps, keep,
         momentum, unbias, flags, mask, tally,
@@ -106,7 +61,7 @@ def train(what: Variant):
         red = cuda.shared.array(both, A)
         bad = cuda.shared.array(wide, int32)
         tile, width, tid = cuda.blockIdx.x, tx_count * W, cuda.threadIdx.x
-        part, low, high, batch, channel = share(P, R, C)
+        part, batch, channel = share(R, C)
         for j in range(tid, width, threads):
             if tile * width + j < C:
                 constants[j] = pivot(x, int32(channel + tile * width + j), R, C, 1, tally)
@@ -118,10 +73,11 @@ def train(what: Variant):
         count = int32(0)
         if active:
             s, q, count, at = absorb(x, slab, gather(constants, tx * W), at, step, r, end, height, kept, mask)
-        publish(s, q, red, partial, part + low, P, C, tile, width, tx, ty, height)
-        slots = collect(red, partial, P, low, high, C, tile, width)
-        outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        settle(x, constants, red, bad, C, R, batch, width, slots, eps, outputs, moving, flags, mask, tally)
+        sizes, where, own = (C, R, P, width), (tx, ty, height), (part, batch, tile)
+        outputs, params, moving = (stats, running_mean, running_var), (weight, bias), (keep, momentum, unbias)
+        settle(
+            x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, params, moving, flags, mask, tally
+        )
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
             r, back, rows_back = int32(r + count * height), -step, int32(-height)
@@ -151,32 +107,6 @@ def train(what: Variant):
     return rows_train
 
 
-def make_settle_gradients(what: Variant):
-    """From the collected sums to the slopes (c1, c0) of the tile's columns; the first part writes their gradients."""
-    kind, W, threads = what.kind, what.W, what.threads
-    wide, slopes, alone = TX * W, make_slopes(kind), what.alone
-    _, column = make_collect(kind, W, threads)
-
-    @device
-    def settle(constants, red, C, n, batch, width, slots, stats, dweight, dbias):
-        for j in range(cuda.threadIdx.x, width, threads):
-            c = cuda.blockIdx.x * width + j
-            if c < C:
-                sd, se, qd, qe = column(red, j, width, slots)
-                rest = stats[int64(batch) * 4 * C + 3 * C + c]
-                invstd, k = constants[wide + j], constants[2 * wide + j]
-                db = sd + se
-                dw = (qd + qe) - rest * invstd * db
-                c1, c0 = slopes(dw, db, invstd, k, rest, n)
-                constants[4 * wide + j], constants[5 * wide + j] = c1, c0
-                if alone or cuda.blockIdx.y == 0:
-                    at = int64(batch) * C + c
-                    dweight[at], dbias[at] = dw, db
-        cuda.syncthreads()
-
-    return settle
-
-
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
@@ -188,10 +118,9 @@ def backward(what: Variant):
     kept_terms = make_terms(what._replace(relu=False, residual=False))
     combine, settle, only = make_combine(kind), make_settle_gradients(what), make_row_only(what)
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
-    publish, (collect, _) = make_publish(kind, W, threads, what.alone), make_collect(kind, W, threads)
     wide, six, both, share = TX * W, 6 * TX * W, 2 * threads * W, make_share(what)
 
-    @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1)
+    @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1, together=not what.alone)
     def rows_backward(
         x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, C, R, P, chunk, tx_count, kept, flags, mask,
         tally,
@@ -199,7 +128,7 @@ def backward(what: Variant):
         slab, constants = cuda.shared.array(0, int32), cuda.shared.array(six, A)
         red = cuda.shared.array(both, A)
         tile, width, tid = cuda.blockIdx.x, tx_count * W, cuda.threadIdx.x
-        part, low, high, batch, channel = share(P, R, C)
+        part, batch, channel = share(R, C)
         for j in range(tid, width, threads):
             if tile * width + j < C:
                 own = int64(batch) * 4 * C + tile * width + j
@@ -216,9 +145,8 @@ def backward(what: Variant):
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)
             s, q, count, at = absorb(x, g, y, dr, slab, (m, invstd, k, b), at, step, r, end, height, kept, mask)
-        publish(s, q, red, partial, part + low, P, C, tile, width, tx, ty, height)
-        slots = collect(red, partial, P, low, high, C, tile, width)
-        settle(constants, red, C, values(R, 1, tally), batch, width, slots, stats, dweight, dbias)
+        sizes, where, own, n = (C, P, width), (tx, ty, height), (part, batch, tile), values(R, 1, tally)
+        settle(constants, red, s, q, partial, sizes, where, own, n, stats, dweight, dbias)
         if active:
             m, invstd = gather(constants, tx * W), gather(constants, wide + tx * W)
             k, b = gather(constants, 2 * wide + tx * W), gather(constants, 3 * wide + tx * W)

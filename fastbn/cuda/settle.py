@@ -1,0 +1,175 @@
+"""From the sums of a block's threads to the constants of a tile's columns, in the one-launch kernel for rows.
+
+A tile that is one block's (``alone``) is settled by it, a thread a column; else its blocks meet (``meeting``), and the
+``duty`` of each is some columns, a warp each. Statistics, and the gradients of weight and bias, are written on the way.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from fastbn.cuda.channel import make_combine, make_keep, make_slopes
+from fastbn.cuda.counted import make_counted
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
+from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.meeting import (
+    make_column,
+    make_down,
+    make_lay_out,
+    make_publish,
+    places,
+    say_done,
+    wait_for_columns,
+    wait_for_sums,
+)
+from fastbn.cuda.rows import TX
+from fastbn.cuda.signals import fresh
+from fastbn.cuda.sweep import Variant
+
+int32, int64 = types.int32, types.int64
+
+
+def make_statistics(what: Variant):
+    """(constants, ..., j, sums) -> True where they are good: then the statistics of column j are written."""
+    kind, keep_statistics = what.kind, make_keep(what.kind)
+    resolve, moves_by = make_resolve(kind, what.masked), make_counted(kind, what.masked).moving
+
+    @device
+    def put(found, c, C, batch, outputs, moving, flags, tally):
+        stats, running_mean, running_var = outputs
+        keep, momentum, unbias = moving
+        moves, unbias = moves_by(unbias, flags, tally)
+        at = int64(batch) * 4 * C + c  # running statistics move where there is one batch
+        keep_statistics(stats, running_mean, running_var, at, C, found, keep, momentum, unbias, moves)
+
+    @device
+    def statistics(pivot, c, C, batch, n, eps, sums, first, outputs, moving, flags, tally):
+        s, se, q, qe = sums
+        good, mean, rest, var, invstd = resolve(pivot, s, se, q, qe, n, eps)
+        if good and first:
+            put((mean, rest, var, invstd), c, C, batch, outputs, moving, flags, tally)
+        return good
+
+    return put, statistics
+
+
+def make_settle(what: Variant):
+    """From the threads' sums to the constants (m, k, b) of the tile's columns."""
+    kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
+    A, wide, warps = ARITHMETIC[kind], TX * W, what.threads // 32
+    lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
+    publish, combine, values = (
+        make_publish(kind, W, threads),
+        make_combine(kind),
+        make_counted(kind, what.masked).values,
+    )
+    again, (put, statistics) = make_again(kind, threads, 0, what.masked), make_statistics(what)
+
+    @device
+    def look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally):
+        """Write the statistics of this block's columns; whether some of this thread's were no good."""
+        C, R, P, width = sizes
+        tx, ty, height = where
+        part, batch, tile = own
+        n, some, tid = A(values(R, 1, tally)), int32(0), cuda.threadIdx.x
+        if alone:
+            lay_out(s, q, red, width, tx, ty, height)
+            for j in range(tid, width, threads):
+                bad[j] = 0
+                c = tile * width + j
+                if c < C:
+                    a, b = down(red, j, width, height)
+                    sums = (a, A(0), b, A(0))
+                    if not statistics(constants[j], c, C, batch, n, eps, sums, True, outputs, moving, flags, tally):
+                        bad[j] = some = int32(1)
+        else:
+            first, counter = places(cuda.gridDim.x, tile, width, P)
+            publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
+            if part < width:
+                wait_for_sums(partial, counter, P)
+            for j in range(part + P * (tid >> 5), width, P * warps):
+                bad[j] = 0
+                c, lead = tile * width + j, tid & 31 == 0
+                if c < C:
+                    sums = column(partial, first, j, P, width)
+                    if not statistics(constants[j], c, C, batch, n, eps, sums, lead, outputs, moving, flags, tally):
+                        bad[j] = some = int32(1)
+        return some
+
+    @device
+    def settle(
+        x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, params, moving, flags, mask, tally
+    ):
+        C, R, P, width = sizes
+        part, batch, tile = own
+        some = look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally)
+        if cuda.syncthreads_or(some):
+            for j in range(part, width, P):
+                if bad[j] != 0:
+                    n, c = A(values(R, 1, tally)), tile * width + j
+                    found = again(x, mask, n, int32(batch * R * C + c), R, C, 1, eps, red)
+                    if cuda.threadIdx.x == 0:
+                        put(found, c, C, batch, outputs, moving, flags, tally)
+        if alone:
+            cuda.syncthreads()
+        else:
+            _, counter = places(cuda.gridDim.x, tile, width, P)
+            if part < width:
+                say_done(partial, counter)
+            wait_for_columns(partial, counter, P, width)
+        stats, weight, bias = outputs[0], params[0], params[1]
+        for j in range(cuda.threadIdx.x, width, threads):
+            c = tile * width + j
+            if c < C:
+                at = int64(batch) * 4 * C + c
+                constants[j] = fresh(stats, at)
+                invstd, rest = fresh(stats, at + C), fresh(stats, at + 3 * C)
+                constants[wide + j], constants[2 * wide + j] = combine(invstd, rest, weight, bias, c, flags)
+        cuda.syncthreads()
+
+    return settle
+
+
+def make_settle_gradients(what: Variant):
+    """From the threads' sums to the slopes (c1, c0) of the tile's columns; writes gradients of weight and bias."""
+    kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
+    wide, warps, slopes = TX * W, what.threads // 32, make_slopes(kind)
+    lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
+    publish = make_publish(kind, W, threads)
+
+    @device
+    def settle(constants, red, s, q, partial, sizes, where, own, n, stats, dweight, dbias):
+        C, P, width = sizes
+        tx, ty, height = where
+        part, batch, tile = own
+        tid, start, base = cuda.threadIdx.x, int64(batch) * C, int64(batch) * 4 * C
+        if alone:
+            lay_out(s, q, red, width, tx, ty, height)
+            for j in range(tid, width, threads):
+                c = tile * width + j
+                if c < C:
+                    db, dw = down(red, j, width, height)
+                    dbias[start + c], dweight[start + c] = db, dw - stats[base + 3 * C + c] * constants[wide + j] * db
+            cuda.syncthreads()
+        else:
+            first, counter = places(cuda.gridDim.x, tile, width, P)
+            publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
+            if part < width:
+                wait_for_sums(partial, counter, P)
+                for j in range(part + P * (tid >> 5), width, P * warps):
+                    c = tile * width + j
+                    if c < C:
+                        sd, se, qd, qe = column(partial, first, j, P, width)
+                        if tid & 31 == 0:
+                            db = sd + se
+                            dbias[c], dweight[c] = db, (qd + qe) - stats[3 * C + c] * constants[wide + j] * db
+                say_done(partial, counter)
+            wait_for_columns(partial, counter, P, width)
+        for j in range(tid, width, threads):
+            c = tile * width + j
+            if c < C:
+                dw, db, rest = fresh(dweight, start + c), fresh(dbias, start + c), stats[base + 3 * C + c]
+                c1, c0 = slopes(dw, db, constants[wide + j], constants[2 * wide + j], rest, n)
+                constants[4 * wide + j], constants[5 * wide + j] = c1, c0
+        cuda.syncthreads()
+
+    return settle
