@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_row_only, make_write_back
+from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_row_only, make_write, make_write_back
 from fastbn.cuda.channel import make_combine
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.rows import TX, place
 from fastbn.cuda.settle import make_settle, make_settle_gradients
 from fastbn.cuda.simd import access
-from fastbn.cuda.sweep import Variant, make_gradient, make_output, make_terms
+from fastbn.cuda.sweep import Variant, make_gradient, make_terms
 
 int32, int64 = types.int32, types.int64
 
@@ -46,9 +46,8 @@ def make_share(what: Variant):
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4."""
-    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    A, io, output, only = ARITHMETIC[kind], access(kind, W), make_output(what), make_row_only(what)
-    load_last, store, splat, gather, recall = io.load_last, io.store, io.splat, io.gather, io.recall
+    kind, W, threads, write = what.kind, what.W, what.threads, make_write(what)
+    A, splat, gather = ARITHMETIC[kind], access(kind, W).splat, access(kind, W).gather
     absorb, settle, pivot = make_absorb(what), make_settle(what), make_counted(kind, what.masked).pivot
     wide, three, both, share = TX * W, 3 * TX * W, 2 * threads * W, make_share(what)
 
@@ -80,29 +79,8 @@ def train(what: Variant):
         )
         if active:
             m, k, b = gather(constants, tx * W), gather(constants, wide + tx * W), gather(constants, 2 * wide + tx * W)
-            r, back, rows_back = int32(r + count * height), -step, int32(-height)
-            while count - 4 >= kept:  # four rows at once, as in absorb
-                at += back
-                x0, x1 = load_last(x, at), load_last(x, at + back)
-                x2, x3 = load_last(x, at + 2 * back), load_last(x, at + 3 * back)
-                r0, r1, r2, r3 = x0, x1, x2, x3
-                if residual:
-                    r0, r1 = load_last(res, at), load_last(res, at + back)
-                    r2, r3 = load_last(res, at + 2 * back), load_last(res, at + 3 * back)
-                for raw, other in ((x0, r0), (x1, r1), (x2, r2), (x3, r3)):
-                    r = int32(r + rows_back)
-                    store(y, at, only(mask, r, output(raw, other, m, k, b)))
-                    at += back
-                at -= back
-                count = int32(count - 4)
-            while count > 0:
-                count, r = int32(count - 1), int32(r + rows_back)
-                at += back
-                x0 = recall(slab, 4 * (count * threads + tid)) if count < kept else load_last(x, at)
-                r0 = x0
-                if residual:
-                    r0 = load_last(res, at)
-                store(y, at, only(mask, r, output(x0, r0, m, k, b)))
+            r = int32(r + count * height)
+            write(x, res, y, slab, (m, k, b), at, -step, r, int32(-height), count, kept, mask)
 
     return rows_train
 
