@@ -203,3 +203,45 @@ def make_await(groups: int) -> Any:
                 to[:] = source.view(np.int32)
 
     return arrived
+
+
+def begin(barrier: Array) -> None:
+    """Make a barrier ready; here it counts the bytes that have arrived."""
+    barrier[0] = 0
+
+
+def expect(barrier: Array, size: Any) -> None:
+    """Say how many bytes will arrive: nothing to be done."""
+
+
+def arrived(barrier: Array, turn: Any, size: Any) -> bool:
+    """Tell whether all bytes of the turn (counted from 0) have arrived."""
+    alive()
+    found = int(barrier[0]) >= (turn + 1) * size
+    if not found:
+        time.sleep(1e-4)
+    return found
+
+
+def bring(shared: Array, index: Any, tensor: Any, place: Any, size: Any, barrier: Array) -> None:
+    """Copy bytes of a tensor into shared memory."""
+    assert size > 0 and size % 16 == 0, size
+    to = _place(shared, index, int(size) // 4, True)
+    to[:] = _place(tensor, place, int(size) // tensor.array.itemsize, True).view(np.int32)
+    with _counting:
+        barrier[0] += size
+
+
+def send(tensor: Any, place: Any, shared: Array, index: Any, size: Any) -> None:
+    """Copy bytes of shared memory into a tensor."""
+    assert size > 0 and size % 16 == 0, size
+    to = _place(tensor, place, int(size) // tensor.array.itemsize, True)
+    to[:] = _place(shared, index, int(size) // 4, True).view(to.dtype)
+
+
+def sent() -> None:
+    """What was sent has been read."""
+
+
+def show() -> None:
+    """What was written can be sent."""

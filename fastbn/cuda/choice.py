@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from fastbn.cuda import (
     gang,
     gang_backward,
+    gang_bulk,
+    gang_bulk_backward,
     gang_sums,
     meeting,
     persistent,
@@ -98,7 +100,7 @@ def one_launch(
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     if not masked and batches == 1:
-        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]))
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]), limits)
         if together is not None:
             return together
     most = tuning.MASKED_THREADS if masked else 1024
@@ -118,11 +120,15 @@ def _slab(what: Variant) -> Kernel:
     return found
 
 
-def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
+def _gang(what: Variant, dims: Dims, p: plan_gang.Gang, limits: Limits) -> One | None:
     if not p.blocks:
         return None
     what = what._replace(threads=p.threads, layers=p.layers)
-    kernel, blocks = gang_backward.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
+    if tuning.BULK and (SIMULATED or limits.capability >= (9, 0)):
+        kernel = gang_bulk_backward.backward(what) if what.backward else gang_bulk.train(what)
+    else:
+        kernel = gang_backward.backward(what) if what.backward else gang.train(what)
+    blocks = p.gangs * p.blocks
     if (kernel, current_device()) in _refused or not fits(kernel, blocks, p.shared):
         return None
     cut = (*dims, p.blocks, p.gangs, p.chunk)

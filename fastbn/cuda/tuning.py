@@ -19,6 +19,7 @@ SCATTERED = 1 << 17  # bytes of a tensor of rows up to which that pays: a channe
 TALLY = 1 << 13  # places of a mask up to which one block counts them
 RESERVE = 4096  # bytes of shared memory that a slab leaves to the kernel's own arrays
 GANG = True  # channels-first arrays by gangs of blocks
+BULK = True  # gangs copy whole runs where the GPU can (sm_90)
 GANG_THREADS = 256
 GANG_LAYERS = 3  # blocks of theirs on a multiprocessor
 GANG_RESERVE = 1536  # bytes of shared memory that a block leaves to the kernel's own arrays
