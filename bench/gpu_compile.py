@@ -94,15 +94,14 @@ def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
 
 
 def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import gang, gang_backward, gang_bulk, gang_bulk_backward, persistent, slab, tuning
-    from fastbn.cuda.plan_gang import layers_of
+    from fastbn.cuda import gang, gang_backward, persistent, slab, tuning
     from fastbn.cuda.sweep import Variant
 
-    what = Variant(kind, W, tuning.GANG_THREADS, relu=relu, residual=residual, layers=layers_of(kind))
-    yield f"gang {suffix} {what.threads}: train", gang.train(what)
-    yield f"gang {suffix} {what.threads}: backward", gang_backward.backward(what._replace(backward=True))
-    yield f"bulk {suffix} {what.threads}: train", gang_bulk.train(what)
-    yield f"bulk {suffix} {what.threads}: backward", gang_bulk_backward.backward(what._replace(backward=True))
+    for layers, alone in itertools.product((2,) if kind == "f64" else tuning.GANG_LAYERS, (False, True)):
+        what = Variant(kind, W, tuning.GANG_THREADS, relu=relu, residual=residual, layers=layers, alone=alone)
+        name = f"gang {suffix} {what.threads}x{layers}{' alone' * alone}"
+        yield f"{name}: train", gang.train(what)
+        yield f"{name}: backward", gang_backward.backward(what._replace(backward=True))
     sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [tuning.PERSISTENT_THREADS]}
     for stage, name in ((slab, "slab"), (persistent, "persistent")):
         for threads in sizes[stage]:

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from fastbn.cuda import (
     gang,
     gang_backward,
-    gang_bulk,
-    gang_bulk_backward,
     gang_sums,
     meeting,
     persistent,
@@ -37,7 +35,6 @@ class One(NamedTuple):
     shared: int
     scratch: int  # elements that blocks meet in; 0 for none
     cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
-    cleared: int = 0  # elements of scratch that must be 0
     masks: bool = True  # takes a mask
 
 
@@ -100,7 +97,7 @@ def one_launch(
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     if not masked and batches == 1:
-        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]), limits)
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]))
         if together is not None:
             return together
     most = tuning.MASKED_THREADS if masked else 1024
@@ -120,20 +117,16 @@ def _slab(what: Variant) -> Kernel:
     return found
 
 
-def _gang(what: Variant, dims: Dims, p: plan_gang.Gang, limits: Limits) -> One | None:
+def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
     if not p.blocks:
         return None
-    what = what._replace(threads=p.threads, layers=p.layers)
-    if tuning.BULK and (SIMULATED or limits.capability >= (9, 0)):
-        kernel = gang_bulk_backward.backward(what) if what.backward else gang_bulk.train(what)
-    else:
-        kernel = gang_backward.backward(what) if what.backward else gang.train(what)
-    blocks = p.gangs * p.blocks
-    if (kernel, current_device()) in _refused or not fits(kernel, blocks, p.shared):
+    alone = p.blocks == 1
+    what = what._replace(threads=p.threads, layers=p.layers, alone=alone)
+    kernel, blocks = gang_backward.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
+    if (kernel, current_device()) in _refused or not fits(kernel, 0 if alone else blocks, p.shared):
         return None
-    cut = (*dims, p.blocks, p.gangs, p.chunk)
-    size, cleared = gang_sums.scratch_size(p.gangs, p.blocks)
-    return One("gang", kernel, (blocks,), p.shared, size, cut, cleared if p.blocks > 1 else 0, masks=False)
+    size = 0 if alone else gang_sums.scratch_size(p.gangs, p.blocks)
+    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk), masks=False)
 
 
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
@@ -142,8 +135,8 @@ def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
     name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
-    size, cleared = (0, 0) if p.alone else meeting.scratch_size(p.across, p.tx * what.W, p.parts)
-    return One(name, kernel, (p.across, p.parts), p.shared, size, cut, cleared)
+    size = 0 if p.alone else meeting.scratch_size(p.across, p.tx * what.W, p.parts)
+    return One(name, kernel, (p.across, p.parts), p.shared, size, cut)
 
 
 def set_variant(p: plan_sets.SetPlan, kind: str) -> SetVariant:

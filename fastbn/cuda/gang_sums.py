@@ -1,21 +1,21 @@
-"""A gang of blocks adds up its sums: each writes its own, waits for the others', and adds all in the same order.
+"""A gang of blocks adds up its sums: each writes its own, goes on, and adds all up when it needs them.
 
-The scratch of a launch begins with one counter a gang, ``PAD`` numbers apart, all 0; behind them lie the sums, of two
-turns by turns: a block that is a turn ahead does not write what another still reads, and no block can be two ahead.
+The scratch of a launch begins with one counter a gang, ``PAD`` numbers apart; behind them lie the sums, in ``SLOTS``
+places by turns. A block may be two turns ahead of one that still reads: with three places it would write there.
+A block that is a gang by itself keeps its sums in shared memory and meets nobody (``alone``).
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-import functools
-
 from fastbn.cuda.channel import WARP
-from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.finalize import add_pair, two_sum
 from fastbn.cuda.signals import arrive, fresh, seen
 
 int64 = types.int64
 PAD = 16  # numbers from one counter to the next: lines of their own
+SLOTS = 4
 
 
 @device
@@ -27,9 +27,23 @@ def wait_for(partial, counter, count):
     cuda.syncthreads()
 
 
-def scratch_size(gangs: int, blocks: int) -> tuple[int, int]:
-    """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0."""
-    return gangs * (PAD + 4 * blocks), gangs * PAD
+def scratch_size(gangs: int, blocks: int) -> int:
+    """Numbers of scratch that so many gangs of so many blocks need."""
+    return gangs * (PAD + 2 * SLOTS * blocks)
+
+
+def make_ready(kind: str, alone: bool):
+    """Set the counter of a gang to 0 before anybody of the grid counts."""
+    zero = ARITHMETIC[kind](0)
+
+    @device
+    def ready(partial, gang, part):
+        if not alone:
+            if part == 0 and cuda.threadIdx.x == 0:
+                partial[int64(gang) * PAD] = zero
+            cuda.cg.this_grid().sync()
+
+    return ready
 
 
 def make_warp_sum(kind: str):
@@ -49,48 +63,59 @@ def make_warp_sum(kind: str):
     return warp_sum
 
 
-def make_gang_sum(kind: str):
-    """(partial, gangs, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
+def make_publish(kind: str, threads: int, alone: bool):
+    """(..., turn, s, q) of every thread -> the block's sums where the gang finds them; nobody waits for anybody else's.
 
-    ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0.
+    ``scratch``: two numbers a warp for every second turn, ``own``: two.
     """
+    A, warps = ARITHMETIC[kind], threads // 32
+
+    @device
+    def publish(partial, gangs, gang, G, part, turn, s, q, scratch, own):
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        step = 16
+        while step > 0:
+            s += cuda.shfl_xor_sync(WARP, s, step)
+            q += cuda.shfl_xor_sync(WARP, q, step)
+            step >>= 1
+        mine = (turn & 1) * 2 * warps
+        if lane == 0:
+            scratch[mine + 2 * warp], scratch[mine + 2 * warp + 1] = s, q
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0:
+            s = q = A(0)
+            for w in range(warps):
+                s += scratch[mine + 2 * w]
+                q += scratch[mine + 2 * w + 1]
+            if alone:
+                own[2 * (turn & 1)], own[2 * (turn & 1) + 1] = s, q
+            else:
+                at = int64(gangs) * PAD + ((int64(gang) * SLOTS + turn % SLOTS) * G + part) * 2
+                partial[at], partial[at + 1] = s, q
+                arrive(partial, int64(gang) * PAD)
+
+    return publish
+
+
+def make_gather(kind: str, alone: bool):
+    """Sums of the gang as pairs, in the first warp, once all blocks have published them; the others have nothing."""
     A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
 
     @device
-    def add_up(partial, first, blocks):
+    def gather(partial, gangs, gang, G, turn, own):
         s = se = q = qe = A(0)
-        i = cuda.threadIdx.x & 31
-        while i < blocks:
-            s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
-            q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
-            i += 32
-        return warp_sum(s, se, q, qe)
+        lane = cuda.threadIdx.x
+        if lane < 32:
+            if alone:
+                s, q = own[2 * (turn & 1)], own[2 * (turn & 1) + 1]
+            else:
+                while seen(partial, int64(gang) * PAD) < (turn + 1) * G:
+                    pass
+                first = int64(gangs) * PAD + (int64(gang) * SLOTS + turn % SLOTS) * G * 2
+                for i in range(lane, G, 32):
+                    s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
+                    q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
+                s, se, q, qe = warp_sum(s, se, q, qe)
+        return s, se, q, qe
 
-    @device
-    def gang_sum(partial, gangs, gang, blocks, part, turn, s, q):
-        if blocks == 1:
-            return s, A(0), q, A(0)
-        first = int64(gangs) * PAD + (int64(gang) * 2 + (turn & 1)) * 2 * blocks
-        counter = int64(gang) * PAD
-        if cuda.threadIdx.x == 0:
-            partial[first + 2 * part] = s
-            partial[first + 2 * part + 1] = q
-            arrive(partial, counter)
-        wait_for(partial, counter, (turn + 1) * blocks)
-        return add_up(partial, first, blocks)
-
-    return gang_sum
-
-
-@functools.cache
-def clear(kind: str, threads: int):
-    """Kernel that sets the counters of a launch to 0."""
-    A = ARITHMETIC[kind]
-
-    @kernel("Ai", kind, threads)
-    def gang_clear(partial, count):
-        i = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        if i < count:
-            partial[i] = A(0)
-
-    return gang_clear
+    return gather

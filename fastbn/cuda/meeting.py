@@ -2,10 +2,11 @@
 
 They meet twice: each writes its sums by column, the blocks of the first columns add one up each (a warp a column) and
 write what comes of it, and all read that. Were every block to add up all columns, 132 blocks would read 36 MB for a
-tile of 256: 6 us.
+tile of 256: 6 us. The first meeting is the whole grid's (``cuda.cg``), behind which the counters of the second are 0:
+a launch of its own to set them would cost 5 us.
 
-The scratch of a launch begins with two counters a tile, all 0 (``gang_sums.PAD`` apart); behind them lie the sums of
-each tile, (2, width, P).
+The scratch of a launch begins with a counter a tile (``gang_sums.PAD`` apart); behind them lie the sums of each tile,
+(2, width, P).
 """
 
 # mypy: ignore-errors
@@ -20,15 +21,15 @@ from fastbn.cuda.simd import access
 int64 = types.int64
 
 
-def scratch_size(across: int, width: int, parts: int) -> tuple[int, int]:
-    """Numbers of scratch that so many tiles need, and how many of them must be 0."""
-    return across * (2 * PAD + 2 * width * parts), across * 2 * PAD
+def scratch_size(across: int, width: int, parts: int) -> int:
+    """Numbers of scratch that so many tiles need."""
+    return across * (PAD + 2 * width * parts)
 
 
 @device
 def places(across, tile, width, P):
-    """Where the sums of a tile begin, and its first counter."""
-    return int64(across) * 2 * PAD + int64(tile) * 2 * width * P, int64(tile) * 2 * PAD
+    """Where the sums of a tile begin, and its counter."""
+    return int64(across) * PAD + int64(tile) * 2 * width * P, int64(tile) * PAD
 
 
 def make_lay_out(kind: str, W: int, threads: int):
@@ -61,8 +62,8 @@ def make_down(kind: str, W: int, threads: int):
 
 
 def make_publish(kind: str, W: int, threads: int):
-    """Add up the sums of a block's rows, column by column, write them as this part's, and say so."""
-    lay_out, down = make_lay_out(kind, W, threads), make_down(kind, W, threads)
+    """Add up the sums of a block's rows, column by column, write them as this part's, and wait for all others'."""
+    lay_out, down, zero = make_lay_out(kind, W, threads), make_down(kind, W, threads), ARITHMETIC[kind](0)
 
     @device
     def publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height):
@@ -71,9 +72,9 @@ def make_publish(kind: str, W: int, threads: int):
             a, b = down(red, j, width, height)
             partial[first + int64(j) * P + part] = a
             partial[first + int64(width + j) * P + part] = b
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 0:
-            arrive(partial, counter)
+        if part == 0 and cuda.threadIdx.x == 0:
+            partial[counter] = zero
+        cuda.cg.this_grid().sync()
 
     return publish
 
@@ -96,20 +97,14 @@ def make_column(kind: str):
 
 
 @device
-def wait_for_sums(partial, counter, P):
-    """Wait until all parts have written theirs."""
-    wait_for(partial, counter, P)
-
-
-@device
 def say_done(partial, counter):
     """Say that this block's columns are done, once all its threads have written them."""
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
-        arrive(partial, counter + PAD)
+        arrive(partial, counter)
 
 
 @device
 def wait_for_columns(partial, counter, P, width):
     """Wait until all columns are done."""
-    wait_for(partial, counter + PAD, min(P, width))
+    wait_for(partial, counter, min(P, width))

@@ -51,7 +51,7 @@ def train(what: Variant):
     absorb, settle, pivot = make_absorb(what), make_settle(what), make_counted(kind, what.masked).pivot
     wide, three, both, share = TX * W, 3 * TX * W, 2 * threads * W, make_share(what)
 
-    @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1, together=not what.alone)
+    @kernel("TTTAAAAAAiiiiiiaaaaiMI", kind, threads, 1)
     def rows_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, C, R, P, chunk, tx_count, kept, eps, keep,
         momentum, unbias, flags, mask, tally,
@@ -98,7 +98,7 @@ def backward(what: Variant):
     values = make_counted(kind, what.masked and not what.frozen).values  # nobody counts where statistics were given
     wide, six, both, share = TX * W, 6 * TX * W, 2 * threads * W, make_share(what)
 
-    @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1, together=not what.alone)
+    @kernel("TTTTTAAAAAAiiiiiiiMI", kind, threads, 1)
     def rows_backward(
         x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, C, R, P, chunk, tx_count, kept, flags, mask,
         tally,

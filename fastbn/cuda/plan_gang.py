@@ -16,48 +16,52 @@ class Gang(NamedTuple):
     """``gangs`` of ``blocks`` each; ``blocks`` is 0 where the chip cannot hold a channel or its runs are too short."""
 
     threads: int
-    layers: int
+    layers: int = 1  # blocks of a multiprocessor
     blocks: int = 0
     gangs: int = 0
     chunk: int = 0  # vectors of a channel that a block keeps
-    shared: int = 0  # bytes of it
-
-
-def layers_of(kind: str) -> int:
-    """Return how many blocks a multiprocessor has: fewer where numbers take two registers."""
-    return min(2, tuning.GANG_LAYERS) if kind == "f64" else tuning.GANG_LAYERS
+    shared: int = 0  # bytes of shared memory
 
 
 def room(tensors: int, limit: int, layers: int) -> int:
-    """Return how many vectors of each tensor a block may keep; ``limit``: shared memory that one block may have."""
-    threads = tuning.GANG_THREADS
+    """Return how many vectors of so many tensors a block may keep; ``limit``: what one block may have of a GPU."""
     own = (limit + 1024) // layers - 1024 - tuning.GANG_RESERVE  # the system takes 1 KB a block
-    return own // (16 * tensors * threads) * threads
+    return own // (16 * tensors)
 
 
 @functools.lru_cache(maxsize=1024)
 def gang(dims: Dims, kind: str, aligned: bool, tensors: int, multiprocessors: int, limit: int) -> Gang:
-    """Share channels among all blocks that fit on the GPU: the fewest rounds, weighed with the work of a round."""
+    """Share channels among all blocks that fit on the GPU: least work in all rounds, with what a round costs anyway."""
     N, C, S = dims
-    lanes, threads, layers = 16 // ITEMSIZE[kind], tuning.GANG_THREADS, layers_of(kind)
-    none = Gang(threads, layers)
+    lanes, threads = 16 // ITEMSIZE[kind], tuning.GANG_THREADS
+    none = Gang(threads)
     if not tuning.GANG or not aligned or S % lanes or S * ITEMSIZE[kind] < tuning.GANG_RUN:
         return none
     if N * C * S * ITEMSIZE[kind] <= tuning.SMALL:
         return none
-    vectors, most = N * S // lanes, room(tensors, limit, layers)
-    there = multiprocessors * layers
+    found = []
+    for layers in (2,) if kind == "f64" else tuning.GANG_LAYERS:
+        there = multiprocessors * layers
+        for held in (1, 2):  # channels that a block has in hand: one is enough where there are no more
+            found += _shares(N * S // lanes, C, threads, layers, there, room(tensors * held, limit, layers), held)
+    if not found:
+        return none
+    _, blocks, layers, gangs, chunk, held = min(found)
+    return Gang(threads, layers, blocks, gangs, chunk, chunk * 16 * tensors * held)
+
+
+def _shares(
+    vectors: int, C: int, threads: int, layers: int, there: int, most: int, held: int
+) -> list[tuple[int, int, int, int, int, int]]:
+    """Return (cost, blocks, layers, gangs, chunk, held) for every number of blocks that a gang may have."""
+    found = []
     least = -(-vectors // most) if most else there + 1
-    if least > there:
-        return none
-
-    def cost(blocks: int) -> tuple[int, int]:
-        rounds = -(-C // (there // blocks))
-        return rounds * (-(-vectors // blocks) + tuning.GANG_MEETING), blocks
-
-    widest = min(there, max(4 * least, there // C), max(1, vectors // threads))
-    blocks = min(range(least, max(least, widest) + 1), key=cost)
-    chunk = -(-vectors // blocks)
-    if TURNS * (there // blocks) < C:
-        return none
-    return Gang(threads, layers, -(-vectors // chunk), min(C, there // blocks), chunk, chunk * 16 * tensors)
+    for wanted in range(least, min(there, max(4 * least, there // C), max(1, vectors // threads)) + 1):
+        chunk = -(-vectors // wanted)
+        blocks = -(-vectors // chunk)
+        gangs = min(C, there // wanted)
+        rounds = -(-C // gangs)
+        if rounds <= TURNS and (rounds == 1 or held == 2):
+            cost = rounds * (chunk * layers + tuning.GANG_MEETING)
+            found.append((cost, blocks, layers, gangs, chunk, held))
+    return found

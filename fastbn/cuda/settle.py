@@ -19,7 +19,6 @@ from fastbn.cuda.meeting import (
     places,
     say_done,
     wait_for_columns,
-    wait_for_sums,
 )
 from fastbn.cuda.rows import TX
 from fastbn.cuda.signals import fresh
@@ -84,8 +83,6 @@ def make_settle(what: Variant):
         else:
             first, counter = places(cuda.gridDim.x, tile, width, P)
             publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
-            if part < width:
-                wait_for_sums(partial, counter, P)
             for j in range(part + P * (tid >> 5), width, P * warps):
                 bad[j] = 0
                 c, lead = tile * width + j, tid & 31 == 0
@@ -154,7 +151,6 @@ def make_settle_gradients(what: Variant):
             first, counter = places(cuda.gridDim.x, tile, width, P)
             publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
             if part < width:
-                wait_for_sums(partial, counter, P)
                 for j in range(part + P * (tid >> 5), width, P * warps):
                     c = tile * width + j
                     if c < C:

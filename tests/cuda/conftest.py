@@ -26,7 +26,7 @@ else:
 NUMBERS = {
     "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
     "PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": 10**9,
-    "GANG": False, "GANG_THREADS": 32, "GANG_LAYERS": 2, "GANG_RUN": 16, "GANG_MEETING": 20,
+    "GANG": False, "GANG_THREADS": 32, "GANG_LAYERS": (2,), "GANG_RUN": 16, "GANG_MEETING": 20,
 }  # fmt: skip
 
 
