@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib
 import math
+import operator
 import struct
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -70,33 +71,53 @@ class Launcher:
         self.pool: list[tuple[Any, Any, int]] = []
         _stream(0)
 
-    def _slot(self) -> tuple[Any, Any, int]:
+    def slot(self) -> tuple[Any, Any, int]:
+        """Return memory for arguments, that for their addresses, and the address of the latter."""
         values = ctypes.create_string_buffer(self.packing.size)
         start = ctypes.addressof(values)
         pointers = (ctypes.c_void_p * len(self.offsets))(*[start + offset for offset in self.offsets])
         return values, pointers, ctypes.addressof(pointers)
+
+    def pack(self, slot: tuple[Any, Any, int], numbers: list[Any]) -> None:
+        """Put arguments into a slot."""
+        try:
+            self.packing.pack_into(slot[0], 0, *numbers)
+        except OverflowError:
+            self.packing.pack_into(slot[0], 0, *map(as_float32, numbers))
 
     def __call__(self, stream: int, numbers: list[Any]) -> None:
         """Launch; the driver copies the arguments before it returns."""
         try:
             slot = self.pool.pop()
         except IndexError:
-            slot = self._slot()
+            slot = self.slot()
+        self.pack(slot, numbers)
         try:
-            self.packing.pack_into(slot[0], 0, *numbers)
-        except OverflowError:
-            self.packing.pack_into(slot[0], 0, *map(as_float32, numbers))
+            self.launch(stream, slot)
+        finally:
+            self.pool.append(slot)
+
+    def launch(self, stream: int, slot: tuple[Any, Any, int]) -> None:
+        """Launch with the arguments that are in a slot."""
         (code,) = self.call(*self.place, _stream(stream), slot[2], *self.extra)
         if code == NO_CONTEXT:
             cuda.current_context()
             (code,) = self.call(*self.place, _stream(stream), slot[2], *self.extra)
-        self.pool.append(slot)
         if code == 0:
             self.proven = True
         elif self.proven:
             raise DeviceError(f"{self.name}: the driver refused the launch: {code!r}")
         else:
-            self._instead(code, stream, numbers)
+            self._instead(code, stream, list(self.packing.unpack_from(slot[0])))
+
+    def bind(self, numbers: list[Any], fills: list[tuple[int, int]]) -> Any:
+        """Return a launch in which all but some addresses are fixed: ``(stream handle, addresses) -> None``.
+
+        ``fills``: which argument is which of the addresses, the last of which is that of no array.
+        """
+        count = 1 + max((place for place, _ in fills), default=0)
+        pointers = all(self.what.letters[place] in "TAIM" for place in range(count))
+        return Bound(self, numbers, dict(fills), count) if pointers and count > 1 else bind(self, numbers, fills)
 
     def _instead(self, code: Any, stream: int, numbers: list[Any]) -> None:
         """Launch by Numba, now and from now on: what the driver says of a first launch may be about how it was made."""
@@ -107,6 +128,45 @@ class Launcher:
             raise DeviceError(f"{self.name}: the driver refused the launch: {code!r}; by Numba: {error}") from error
         self.what.replace(self, plain)
         warnings.warn(f"{self.name}: Numba launches it, the driver said {code!r}", RuntimeWarning, stacklevel=2)
+
+
+class Bound:
+    """Launches with arguments that were packed before; only the addresses, which are the first ones, are put in."""
+
+    def __init__(self, launcher: Launcher, numbers: list[Any], fills: dict[int, int], count: int):
+        self.launcher, self.launch, self.numbers = launcher, launcher.launch, numbers
+        self.pick = operator.itemgetter(*(fills.get(place, -1) for place in range(count)))
+        self.pack = struct.Struct(f"@{count}Q").pack_into
+        self.pool: list[tuple[Any, Any, int]] = []
+
+    def _slot(self) -> tuple[Any, Any, int]:
+        slot = self.launcher.slot()
+        self.launcher.pack(slot, self.numbers)
+        return slot
+
+    def __call__(self, stream: int, at: list[int]) -> None:
+        """Launch."""
+        try:
+            slot = self.pool.pop()
+        except IndexError:
+            slot = self._slot()
+        self.pack(slot[0], 0, *self.pick(at))
+        try:
+            self.launch(stream, slot)
+        finally:
+            self.pool.append(slot)
+
+
+def bind(launcher: Any, numbers: list[Any], fills: list[tuple[int, int]]) -> Any:
+    """As ``Launcher.bind``, for every launcher."""
+
+    def launch(stream: int, at: list[int]) -> None:
+        args = numbers.copy()
+        for place, slot in fills:
+            args[place] = at[slot]
+        launcher(stream, args)
+
+    return launch
 
 
 class Plain:
@@ -125,6 +185,10 @@ class Plain:
     def __call__(self, stream: int, numbers: list[Any]) -> None:
         """Launch."""
         self.configured(stream)(*numbers)
+
+    def bind(self, numbers: list[Any], fills: list[tuple[int, int]]) -> Any:
+        """Return a launch in which all but some addresses are fixed; see ``Launcher.bind``."""
+        return bind(self, numbers, fills)
 
 
 def make(what: Kernel, grid: tuple[int, ...], shared: int) -> Any:
