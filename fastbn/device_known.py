@@ -227,7 +227,10 @@ def train(
             x.shape, x.dtype, weight is None, bias is None, mean is None, var is None, out is None, momentum, eps,
             axis, activation, update, unbiased, *moment(),
         )  # fmt: skip
-        known = _find(key)
+        try:
+            known = _calls.get(key)
+        except TypeError:  # an option that cannot be one
+            known = None
         if known is not None and known.same(*given):
             ats, y = library.addresses(given), out
             if out is None:
@@ -259,7 +262,10 @@ def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: A
             x.shape, x.dtype, mean is None or var is None, weight is None, bias is None, out is None, out is x, eps,
             axis, activation, *moment(),
         )  # fmt: skip
-        known = _find(key)
+        try:
+            known = _calls.get(key)
+        except TypeError:  # an option that cannot be one
+            known = None
         if known is not None and known.same(*given):
             ats, y = library.addresses(given), out
             if out is None:
@@ -273,10 +279,3 @@ def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: A
     if library is not None:
         _learn(key, given, library, x, vectors, axis, activation, out)
     return y
-
-
-def _find(key: Any) -> KnownBatch | None:
-    try:
-        return _calls.get(key)
-    except TypeError:  # an option that cannot be one
-        return None

@@ -117,7 +117,7 @@ class Launcher:
         """
         count = 1 + max((place for place, _ in fills), default=0)
         pointers = all(self.what.letters[place] in "TAIM" for place in range(count))
-        return Bound(self, numbers, dict(fills), count) if pointers and count > 1 else bind(self, numbers, fills)
+        return bound(self, numbers, dict(fills), count) if pointers and count > 1 else bind(self, numbers, fills)
 
     def _instead(self, code: Any, stream: int, numbers: list[Any]) -> None:
         """Launch by Numba, now and from now on: what the driver says of a first launch may be about how it was made."""
@@ -130,31 +130,33 @@ class Launcher:
         warnings.warn(f"{self.name}: Numba launches it, the driver said {code!r}", RuntimeWarning, stacklevel=2)
 
 
-class Bound:
-    """Launches with arguments that were packed before; only the addresses, which are the first ones, are put in."""
+def bound(launcher: Launcher, numbers: list[Any], fills: dict[int, int], count: int) -> Any:
+    """Return a launch whose arguments were packed before: only the addresses, ``count`` arguments from the first on.
 
-    def __init__(self, launcher: Launcher, numbers: list[Any], fills: dict[int, int], count: int):
-        self.launcher, self.launch, self.numbers = launcher, launcher.launch, numbers
-        self.pick = operator.itemgetter(*(fills.get(place, -1) for place in range(count)))
-        self.pack = struct.Struct(f"@{count}Q").pack_into
-        self.pool: list[tuple[Any, Any, int]] = []
+    A function with everything at hand: attributes and a call more take a tenth of a launch each.
+    """
+    pick = operator.itemgetter(*(fills.get(place, -1) for place in range(count)))
+    pool: list[tuple[Any, Any, int]] = []
+    pack, together = struct.Struct(f"@{count}Q").pack_into, not launcher.extra
+    run, again, take, give = functools.partial(launcher.call, *launcher.place), launcher.launch, pool.pop, pool.append
 
-    def _slot(self) -> tuple[Any, Any, int]:
-        slot = self.launcher.slot()
-        self.launcher.pack(slot, self.numbers)
+    def make() -> tuple[Any, Any, int]:
+        slot = launcher.slot()
+        launcher.pack(slot, numbers)
         return slot
 
-    def __call__(self, stream: int, at: list[int]) -> None:
-        """Launch."""
+    def launch(stream: int, at: list[int]) -> None:
         try:
-            slot = self.pool.pop()
+            slot = take()
         except IndexError:
-            slot = self._slot()
-        self.pack(slot[0], 0, *self.pick(at))
-        try:
-            self.launch(stream, slot)
-        finally:
-            self.pool.append(slot)
+            slot = make()
+        pack(slot[0], 0, *pick(at))
+        (code,) = run(_stream(stream), slot[2]) if together else run(_stream(stream), slot[2], 0)
+        if code:
+            again(stream, slot)  # this thread may not have used the GPU yet
+        give(slot)
+
+    return launch
 
 
 def bind(launcher: Any, numbers: list[Any], fills: list[tuple[int, int]]) -> Any:

@@ -92,6 +92,9 @@ class Torch(Library):
         wanted = self.types[dtype]  # new_empty takes half the time of empty, and a number half that of a tuple
         return like.new_empty(size) if like.dtype is wanted else like.new_empty(size, dtype=wanted)
 
+    def cut(self, value: Any, sizes: list[int]) -> Any:  # noqa: D102
+        return value.unsafe_split_with_sizes(sizes)  # not views of each other to autograd, who may write into them
+
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:  # noqa: D102
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
@@ -118,7 +121,7 @@ class Torch(Library):
 
     def stream(self, value: Any) -> int:  # noqa: D102
         if self._raw_stream is not None:
-            return int(self._raw_stream(value.get_device()))
+            return self._raw_stream(value.get_device())  # type: ignore[no-any-return]
         return int(self.torch.cuda.current_stream(value.device).cuda_stream)
 
 

@@ -60,6 +60,11 @@ class Library:
         """Return an uninitialised array as this library has it; ``size``: of a vector, or a shape."""
         return self.empty(size if type(size) is tuple else (size,), dtype, like)
 
+    def cut(self, value: Any, sizes: list[int]) -> Any:
+        """Return the parts of a vector, of these sizes."""
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        return [value[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Return an array of zeros on the device of ``like``."""
         raise NotImplementedError

@@ -16,7 +16,8 @@ from fastbn.cuda.arrays import ITEMSIZE, WIDE, Flat, Library
 __all__ = ["Replay", "record"]
 
 TAIL = 1 << 14  # elements of scratch up to which it lies behind the first result instead of alone
-UNIT = 64  # elements from which each vector begins at a multiple of: 128-bit accesses, whole lines
+ALIGNED = 4  # elements from which a result begins at a multiple of: 128-bit accesses
+UNIT = 64  # the same of scratch: whole lines
 
 
 class Step:
@@ -45,32 +46,48 @@ class Step:
 
 
 class Made(NamedTuple):
-    """What is allocated: ``sizes``, and where each vector lies in it (which of it, bytes into it)."""
+    """What is allocated: ``sizes``, and where each vector lies in it (which of it, bytes into it).
+
+    ``split``: the sizes of the parts that the only one is cut into, and which of these are the results.
+    """
 
     sizes: list[Any]
     offsets: list[tuple[int, int]]
+    split: tuple[list[int], list[int]] | None = None
 
 
 class Replay:
     """What is launched, and what is allocated for it."""
 
-    __slots__ = ("dtype", "offsets", "parts", "sizes", "slots", "steps")
+    __slots__ = ("dtype", "inside", "made", "parts", "slots", "steps")
 
     def __init__(self, steps: list[Step], slots: list[tuple[int, str]], made: Made, parts: list[tuple[int, int]]):
         self.steps, self.slots = steps, slots  # slots: size and kind of each array; inputs, results, scratch, parts
-        self.sizes, self.offsets = made
+        self.made, self.inside = made, [offset for _, offset in made.offsets]
         self.parts = parts  # of others: (slot, bytes into it)
         self.dtype = "float64" if any(kind == "f64" for _, kind in slots) else "float32"
 
     def __call__(self, library: Library, like: Any, addresses: list[int]) -> tuple[list[Any], list[int]]:
         """Launch; returns the arrays that were allocated, results first, and their addresses."""
-        stream, dtype, room = library.stream(like), self.dtype, library.room
-        made = [room(size, dtype, like) for size in self.sizes]
-        bases = library.addresses(made)
-        at = addresses + [bases[k] + offset for k, offset in self.offsets]
+        sizes, offsets, split = self.made
+        if len(sizes) == 1:
+            value = library.room(sizes[0], self.dtype, like)
+            base = library.address(value)
+            made, at = [value], addresses + [base + offset for offset in self.inside]
+            bases = [base]
+            if split is not None:
+                cut = library.cut(value, split[0])
+                made = [cut[k] for k in split[1]]
+        elif not sizes or not sizes:
+            made, bases, at = [], [], addresses.copy()
+        else:
+            made = [library.room(size, self.dtype, like) for size in sizes]
+            bases = library.addresses(made)
+            at = addresses + [bases[k] + offset for k, offset in offsets]
         if self.parts:
             at += [at[slot] + offset for slot, offset in self.parts]
         at.append(0)  # the last one is where there is no array
+        stream = library.stream(like)
         for step in self.steps:
             if driver.SIMULATED:
                 step.simulate(stream, at, self.slots)
@@ -139,15 +156,33 @@ def _allocations(results: Sequence[Flat], scratch: list[Flat], tail: bool) -> Ma
     """Say what is allocated: each result by itself, all scratch together, behind the first result if it is small."""
     sizes: list[Any] = [_shape(flat) for flat in results]
     offsets = [(k, 0) for k in range(len(results))]
-    behind = tail and bool(results) and sum(flat.size + UNIT for flat in scratch) <= TAIL
-    if scratch and not behind:
+    small = bool(results) and sum(flat.size + UNIT for flat in (*results[1:], *scratch)) <= TAIL
+    if small and scratch and len(results) > 1 and all(type(size) is int for size in sizes):
+        return _together(results, scratch)
+    if scratch and not (small and tail):
         sizes.append(0)
-    where = 0 if behind else len(sizes) - 1
+    where = 0 if small and tail else len(sizes) - 1
     for flat in scratch:
         start = -(-sizes[where] // UNIT) * UNIT
         offsets.append((where, start * ITEMSIZE[flat.kind]))
         sizes[where] = start + flat.size
     return Made(sizes, offsets)
+
+
+def _together(results: Sequence[Flat], scratch: list[Flat]) -> Made:
+    """Put all into one allocation, which is cut: quicker than three on a GPU."""
+    end, lengths, places, offsets = 0, [], [], []
+    for k, flat in enumerate((*results, *scratch)):
+        unit = ALIGNED if k < len(results) else UNIT
+        start = -(-end // unit) * unit
+        offsets.append((0, start * ITEMSIZE[flat.kind]))
+        if k < len(results):
+            lengths += [start - end] * (start > end)
+            places.append(len(lengths))
+            lengths.append(flat.size)
+            cut = start + flat.size
+        end = start + flat.size
+    return Made([end], offsets, ([*lengths, end - cut], places))
 
 
 def _shape(flat: Flat) -> Any:
