@@ -60,7 +60,8 @@ class KnownSetsSaved(RememberedSaved, DeviceSetsSaved):  # type: ignore[override
     @property
     def weight(self) -> Flat | None:  # type: ignore[override]
         """The scale."""
-        return self.known.vector(self.params[0])  # type: ignore[no-any-return]
+        known, value = self.known, self.params[0]
+        return None if value is None else Flat(self.ats[2], known.d.C, known.kind, value)
 
     @property
     def affine(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:  # type: ignore[override]

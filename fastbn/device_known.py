@@ -56,12 +56,16 @@ class KnownSaved(RememberedSaved, device.DeviceSaved):  # type: ignore[override]
     @property
     def weight(self) -> Flat | None:  # type: ignore[override]
         """The scale."""
-        return self.known.vector(self.params[0])  # type: ignore[no-any-return]
+        return self._parameter(0, 2)
 
     @property
     def bias(self) -> Flat | None:  # type: ignore[override]
         """The shift."""
-        return self.known.vector(self.params[1])  # type: ignore[no-any-return]
+        return self._parameter(1, -1)
+
+    def _parameter(self, i: int, at: int) -> Flat | None:
+        known, value = self.known, self.params[i]
+        return None if value is None else Flat(self.ats[at], known.channels, known.kind, value)
 
     @property
     def affine(self) -> tuple[bool, bool]:
