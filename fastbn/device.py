@@ -86,7 +86,7 @@ class Call:
             )
         else:
             saved = into
-        saved.mask, saved.known = mask, None
+        saved.mask = mask
         saved.x, saved.axis, saved.layout, saved.vectors = self.x, self.axis, self.layout, stats
         saved.weight, saved.bias, saved.relu, saved.frozen = self.weight, self.bias, self.relu, frozen
         saved.residual = self.residual is not None
@@ -102,11 +102,10 @@ class Call:
 class DeviceSaved(Saved):
     """What a forward pass on the GPU saves: as ``BatchSaved``, with arrays of the library that x comes from."""
 
-    __slots__ = ("axis", "bias", "frozen", "known", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
+    __slots__ = ("axis", "bias", "frozen", "layout", "mask", "relu", "residual", "vectors", "weight", "x", "y")
 
     x: DeviceArray
     mask: Any  # launch.Mask, or None
-    known: Any  # device_known.Known, or None
     y: DeviceArray | None
     axis: int
     layout: layout.Layout
@@ -141,13 +140,7 @@ class DeviceSaved(Saved):
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
-        if self.known is None:
-            return self._gradients(grad_output, out)
-        found = self.known.gradients(self, grad_output, out)
-        if found is None:
-            found = self._gradients(grad_output, out)
-            self.known.learn(self, grad_output, out)
-        return found  # type: ignore[no-any-return]
+        return self._gradients(grad_output, out)
 
     def _run(self, grad: Flat, y: Flat | None, target: Flat, dr: Flat | None) -> tuple[Flat, Flat]:
         """Launch, once all is checked; returns the gradients of weight and bias."""

@@ -1,193 +1,193 @@
-"""Layer, instance and group norm for arrays on a GPU: check, allocate, launch. The twin of ``family``.
+"""Layer, instance and group norm for arrays on a GPU; those seen before as ``device_remembered`` describes.
 
-Sets of values that share statistics must be contiguous: an array whose channels are not right behind its samples in
-memory is copied there and back by its library (Numba's arrays are refused, since Numba cannot).
+What is checked, and how a call is done in full, is in ``device_sets``.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from fastbn import arguments, device, layout
-from fastbn import device_arguments as checks
-from fastbn.cuda.arrays import DeviceArray, Flat
+from fastbn import device_sets
+from fastbn.cuda import launch_sets
+from fastbn.cuda.arrays import DeviceArray, Flat, Library
+from fastbn.cuda.libraries import quick
 from fastbn.cuda.plan_sets import Sizes
-from fastbn.errors import ArgumentTypeError, ArgumentValueError
-from fastbn.moments import Moments
-from fastbn.saved import Gradients, Saved
+from fastbn.cuda.recorded import Replay, record
+from fastbn.device_remembered import Known, RememberedSaved, keep, moment
+from fastbn.device_sets import DeviceSetsSaved, move
+from fastbn.saved import Gradients
 
 __all__ = ["DeviceSetsSaved", "group_norm", "instance_norm", "layer_norm", "move"]
 
+_calls: dict[Any, KnownSets] = {}
 
-class _Ordered:
-    """An array's elements in C order with axis 1 where ``axis`` was (None: as they are)."""
 
-    def __init__(self, array: DeviceArray, axis: int | None, fresh: bool = False):
-        order = list(range(array.ndim))
-        if axis is not None:
-            order.insert(1, order.pop(axis))
-        moved = array.transpose(order) if array.size else array
-        self.copied = not moved.c_contiguous
-        self.array = moved.empty(moved.shape) if self.copied and fresh else moved.contiguous()
-        self._moved = moved
+class KnownSetsSaved(RememberedSaved, DeviceSetsSaved):  # type: ignore[override]
+    """What backward needs after a known call."""
+
+    __slots__ = RememberedSaved.remembered
+
+    axis = None
+    updated = 0
 
     @property
-    def flat(self) -> Flat:
-        """What kernels take."""
-        return self.array.flat()
-
-    def give_back(self) -> None:
-        """Write the elements to where the caller has them."""
-        if self.copied:
-            self._moved.library.assign(self._moved.owner, self.array.owner)
-
-
-def _output(out: Any, x: DeviceArray) -> DeviceArray:
-    target, _ = checks.output(out, x, 0)
-    checks.apart("x", target, x, exact_allowed=False)
-    return target
-
-
-class DeviceSetsSaved(Saved):
-    """What a forward pass over sets saves; mean, invstd and variance have the shape of the sets."""
-
-    __slots__ = ("affine", "axis", "keep", "shape", "sizes", "vectors", "weight", "x")
-
-    x: DeviceArray  # as the caller's
-    keep: Flat  # in the order that kernels read
-    axis: int | None
-    sizes: Sizes
-    shape: tuple[int, ...]  # of the statistics
-    vectors: Flat  # mean, invstd, variance, rounding remainder of the mean, by set
-    weight: Flat | None
-    affine: tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # shapes of weight and bias
-
-    def _row(self, i: int) -> Any:
-        sets = self.sizes.sets
-        return self.x.library.reshape(self.vectors.array_owner[i * sets : (i + 1) * sets], self.shape)
+    def keep(self) -> Flat:  # type: ignore[override]
+        """The input as kernels take it."""
+        return self.x.flat()
 
     @property
-    def moments(self) -> Moments:
-        """The statistics as a mergeable value by set, on the host: waits for the GPU."""
-        return device.to_moments(self.vectors, self.count)
+    def sizes(self) -> Sizes:  # type: ignore[override]
+        """What the sets are."""
+        return self.known.d  # type: ignore[no-any-return]
 
-    def gradients(self, grad_output: Any, out: Any) -> Gradients:
-        """See ``fastbn.backward``."""
-        x = self.x
-        grad = checks.like("grad_output", grad_output, x)
-        if out is None:
-            target = x.empty(x.shape)
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The shape of the statistics."""
+        return self.known.shape  # type: ignore[no-any-return]
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Values per set."""
+        return self.known.d.n  # type: ignore[no-any-return]
+
+    @property
+    def vectors(self) -> Flat:  # type: ignore[override]
+        """The statistics; behind them may be scratch."""
+        return Flat(self.ats[1], 4 * self.known.d.sets, self.known.kind, self.stored)
+
+    @property
+    def weight(self) -> Flat | None:  # type: ignore[override]
+        """The scale."""
+        known, value = self.known, self.params[0]
+        return None if value is None else Flat(self.ats[2], known.d.C, known.kind, value)
+
+    @property
+    def affine(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:  # type: ignore[override]
+        """The shapes of weight and bias."""
+        return self.known.affine  # type: ignore[no-any-return]
+
+
+class KnownSets(Known):
+    """What all calls with the same key share."""
+
+    __slots__ = ("affine", "d", "replay", "shape")
+
+    def __init__(self, library: Library, saved: DeviceSetsSaved, given: Sequence[Any]):
+        super().__init__(library, saved.x, given)
+        self.d, self.shape, self.affine = saved.sizes, saved.shape, saved.affine
+        self.replay: Replay | None = None
+
+    def vector(self, value: Any) -> Flat | None:
+        """See a parameter as kernels do."""
+        return None if value is None else Flat(self.library.address(value), self.d.C, self.kind, value)
+
+    def fits(self, value: DeviceArray) -> bool:
+        """Tell whether an array like x lies in memory as x does."""
+        return value.c_contiguous
+
+    def train(self, x: Any, ats: list[int], y: Any, params: tuple[Any, Any], eps: Any) -> KnownSetsSaved:
+        """``launch_sets.train``, recorded, with what backward needs; ``ats``: where x, the params and y lie."""
+        low = 0
+        for at in ats:
+            low |= at
+        aligned = not low & 15
+        if self.replay is not None and aligned:
+            made, bases = self.replay(self.library, x, ats)
+            stored, at = made[0], bases[0]
         else:
-            target = _output(out, x)
-            checks.apart("grad_output", target, grad, exact_allowed=True)
-        dweight, dbias = (None if s is None else self._parameter_gradient(s) for s in self.affine)
-        if x.size:
-            from fastbn.cuda import launch_sets
+            source, target = self.array(x, ats[0]).flat(), self.flat(y, ats[-1])
+            weight, bias = vectors = self.vector(params[0]), self.vector(params[1])
+            call = functools.partial(launch_sets.train, source, target, weight, bias, self.d, float(eps))
+            inputs = [source, *(flat for flat in vectors if flat is not None), target]
+            stats, replay = record(call, inputs, lambda stats: (stats,), tail=True)
+            stored, at = stats.array_owner, stats.address
+            if aligned:
+                self.replay = replay
+        return self.saved(x, [ats[0], at] if params[0] is None else [ats[0], at, ats[1]], stored, params)
 
-            into = _Ordered(target, self.axis, fresh=True)
-            launch_sets.backward(
-                self.keep, _Ordered(grad, self.axis).flat, into.flat, self.weight, self.vectors,
-                None if dweight is None else dweight.flat(), None if dbias is None else dbias.flat(), self.sizes,
-            )  # fmt: skip
-            into.give_back()
-        return Gradients(
-            target.owner if out is None else out,
-            None if dweight is None else dweight.owner,
-            None if dbias is None else dbias.owner,
-            None,
-        )
+    def saved(self, x: Any, ats: list[int], stored: Any, params: tuple[Any, Any]) -> KnownSetsSaved:
+        """Return what backward needs."""
+        saved = KnownSetsSaved()
+        saved.known, saved.source, saved.ats, saved.stored, saved.params = self, x, ats, stored, params
+        saved.low = ats[0] | ats[-1]
+        return saved
 
-    def _parameter_gradient(self, shape: tuple[int, ...]) -> DeviceArray:
-        x = self.x
-        if x.size:
-            return x.empty(shape, x.arithmetic)
-        return x.library.wrap(x.library.zeros(shape, x.arithmetic, x.owner))
+    def backward(self, saved: Any, grad: Flat, target: Flat) -> tuple[list[Any], Replay | None]:
+        """Launch a gradient; returns those of parameters and the recorded launches."""
+        x, stats, weight = saved.keep, saved.vectors, saved.weight
+
+        def call() -> list[Flat]:
+            dweight, dbias = (None if s is None else saved.parameter_gradient(s).flat() for s in self.affine)
+            launch_sets.backward(x, grad, target, weight, stats, dweight, dbias, self.d)
+            return [flat for flat in (dweight, dbias) if flat is not None]
+
+        inputs = [x, stats, *(() if weight is None else (weight,)), grad]
+        inputs += [] if target.address == grad.address else [target]
+        grads, replay = record(call, inputs, lambda grads: grads)
+        return [flat.array_owner for flat in grads], replay
+
+    def results(self, saved: Any, target: Any, made: list[Any]) -> Gradients:
+        """Return what ``fastbn.backward`` does."""
+        weight, bias = self.affine
+        dweight = None if weight is None else made[0]
+        return Gradients(target, dweight, None if bias is None else made[0 if weight is None else 1], None)
+
+
+def _learn(
+    key: Any, given: Sequence[Any], library: Library, x: Any, params: tuple[Any, Any], saved: DeviceSetsSaved, y: Any
+) -> DeviceSetsSaved:
+    """Remember a call that went through, if nothing in it was copied; returns what it saved."""
+    try:
+        hash(key)
+        arrays = (saved.x, *(library.wrap(v) for v in (*params, y) if v is not None))
+        if saved.axis not in (None, 1) or not saved.x.size or not all(array.c_contiguous for array in arrays):
+            return saved
+        known = KnownSets(library, saved, given)
+    except (AttributeError, TypeError):  # another library's
+        return saved
+    keep(_calls, key, known)
+    ats = [flat.address for flat in (saved.x, saved.vectors, saved.weight) if flat is not None]
+    return known.saved(x, ats, saved.vectors.array_owner, params)
 
 
 def _normalise(
-    x: DeviceArray, weight: Any, bias: Any, param: tuple[int, ...], d: Sizes, shape: tuple[int, ...], axis: int | None,
+    full: Callable[..., tuple[Any, DeviceSetsSaved]], x: Any, weight: Any, bias: Any, options: tuple[Any, ...],
     eps: Any, out: Any,
 ) -> tuple[Any, DeviceSetsSaved]:  # fmt: skip
-    """Normalise sets of values; ``param`` is the shape of weight and bias, ``shape`` that of the statistics."""
-    eps = arguments.epsilon(eps, positive=True)
-    w = None if weight is None else checks.parameter("weight", weight, x, param).contiguous().flat()
-    b = None if bias is None else checks.parameter("bias", bias, x, param).contiguous().flat()
-    target = x.empty(x.shape) if out is None else _output(out, x)
-    result = DeviceSetsSaved()
-    result.x, result.axis, result.sizes, result.shape, result.count = x, axis, d, shape, d.n
-    result.affine, result.weight = (None if w is None else param, None if b is None else param), w
-    result.updated = 0
-    if x.size == 0:
-        result.vectors = x.zeros(4 * d.sets)
-        return (target.owner if out is None else out), result
-    from fastbn.cuda import launch_sets
-
-    source, into = _Ordered(x, axis), _Ordered(target, axis, fresh=True)
-    result.keep = source.flat
-    result.vectors = launch_sets.train(source.flat, into.flat, w, b, d, eps)
-    into.give_back()
-    return (target.owner if out is None else out), result
-
-
-def _samples(x: Any, axis: Any) -> tuple[DeviceArray, int]:
-    array = checks.tensor("x", x)
-    axis = layout.normalise_axis(axis, array.ndim)
-    if axis == 0:
-        raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
-    return array, axis
-
-
-def _sizes(x: DeviceArray, axis: int, groups: int) -> Sizes:
-    N, C = x.shape[0], x.shape[axis]
-    return Sizes(N, groups, C, x.size // (N * C) if x.size else 0)
+    """Do a call as an earlier one if there was one, else in full."""
+    library = quick(type(x))
+    if library is not None:
+        given = [v for v in (x, weight, bias, out) if v is not None]
+        key = full, x.shape, x.dtype, weight is None, bias is None, out is None, eps, options, *moment()
+        try:
+            known = _calls.get(key)
+        except TypeError:  # an option that cannot be one
+            known = None
+        if known is not None and known.same(*given):
+            ats, y = library.addresses(given), out
+            if out is None:
+                y = library.like(x)
+                ats.append(library.address(y))
+            if abs(ats[0] - ats[-1]) >= known.nbytes:
+                return y, known.train(x, ats, y, (weight, bias), eps)
+    y, saved = full(x, weight, bias, *options, eps, out)
+    return y, saved if library is None else _learn(key, given, library, x, (weight, bias), saved, y)
 
 
 def instance_norm(x: Any, weight: Any, bias: Any, axis: Any, eps: Any, out: Any) -> tuple[Any, DeviceSetsSaved]:
     """See ``fastbn.instance_norm``."""
-    array, axis = _samples(x, axis)
-    C = array.shape[axis]
-    d = _sizes(array, axis, C)
-    if d.n == 1:
-        raise ArgumentValueError("x", "more than 1 value per channel and sample", f"shape {array.shape}")
-    return _normalise(array, weight, bias, (C,), d, (array.shape[0], C), axis, eps, out)
+    return _normalise(device_sets.instance_norm, x, weight, bias, (axis,), eps, out)
 
 
 def group_norm(
     x: Any, num_groups: Any, weight: Any, bias: Any, axis: Any, eps: Any, out: Any
 ) -> tuple[Any, DeviceSetsSaved]:
     """See ``fastbn.group_norm``."""
-    array, axis = _samples(x, axis)
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
-        raise ArgumentTypeError("num_groups", "an integer", type(num_groups).__name__)
-    C, num_groups = array.shape[axis], int(num_groups)  # NumPy's may be too small for C
-    if num_groups < 1 or C % num_groups:
-        raise ArgumentValueError("num_groups", f"a divisor of the {C} channels", num_groups)
-    d = _sizes(array, axis, num_groups)
-    if array.shape[0] * d.n == 1:
-        raise ArgumentValueError("x", "more than 1 value per group when training", f"shape {array.shape}")
-    return _normalise(array, weight, bias, (C,), d, (array.shape[0], d.G), axis, eps, out)
+    return _normalise(device_sets.group_norm, x, weight, bias, (num_groups, axis), eps, out)
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, axis: Any, eps: Any, out: Any) -> tuple[Any, DeviceSetsSaved]:
     """See ``fastbn.layer_norm``."""
-    array = checks.tensor("x", x)
-    axis = layout.normalise_axis(axis, array.ndim)
-    rows, normalised = array.shape[:axis], array.shape[axis:]
-    d = Sizes(math.prod(rows), 1, math.prod(normalised), 1)
-    return _normalise(array, weight, bias, normalised, d, rows, None, eps, out)
-
-
-def move(saved: DeviceSetsSaved, running_mean: Any, running_var: Any, momentum: float) -> None:
-    """Move the running statistics of an instance norm layer, on the GPU: by the means over samples."""
-    if saved.x.size == 0:
-        return
-    from fastbn.cuda import launch_sets
-
-    C = saved.sizes.C
-    named = ("running_mean", running_mean), ("running_var", running_var)
-    flats = [checks.running(name, value, saved.x, C) for name, value in named]
-    unbias = saved.count / (saved.count - 1)
-    launch_sets.move(saved.vectors, flats[0], flats[1], saved.sizes.B, momentum, unbias)
+    return _normalise(device_sets.layer_norm, x, weight, bias, (axis,), eps, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,17 +20,29 @@ class Library:
         raise NotImplementedError
 
     def signatures(self, values: Any) -> list[Any]:
-        """Return what tells arrays (or None) of this library apart but their memory; TypeError where it cannot tell."""
+        """Return what tells arrays of this library apart but their memory; TypeError where it cannot tell."""
         raise TypeError(self.name)
+
+    def guard(self, values: Any) -> Callable[..., bool]:
+        """Return what tells whether arrays are as these are in everything but their memory."""
+        wanted = self.signatures(values)
+
+        def same(*others: Any) -> bool:
+            try:
+                return self.signatures(others) == wanted
+            except (AttributeError, TypeError):  # not of this library
+                return False
+
+        return same
 
     def address(self, value: Any) -> int:
         """Return where the memory begins."""
         return self.wrap(value).address
 
     def addresses(self, values: Any) -> list[int]:
-        """Return where the memory of each begins; 0 for None."""
+        """Return where the memory of each begins."""
         address = self.address
-        return [0 if v is None else address(v) for v in values]
+        return [address(v) for v in values]
 
     def like(self, value: Any) -> Any:
         """Return an uninitialised array with the shape, dtype and (dense) memory order of another."""
@@ -42,6 +55,15 @@ class Library:
     def vector(self, size: int, dtype: str, like: Any) -> Flat:
         """Return an uninitialised vector as kernels take it."""
         return self.wrap(self.empty((size,), dtype, like)).flat()
+
+    def room(self, size: Any, dtype: str, like: Any) -> Any:
+        """Return an uninitialised array as this library has it; ``size``: of a vector, or a shape."""
+        return self.empty(size if type(size) is tuple else (size,), dtype, like)
+
+    def cut(self, value: Any, sizes: list[int]) -> Any:
+        """Return the parts of a vector, of these sizes."""
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        return [value[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def zeros(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Return an array of zeros on the device of ``like``."""

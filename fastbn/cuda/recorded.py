@@ -8,15 +8,16 @@ that could mean two arrays (one array given twice) makes a call that is not reco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastbn.cuda import driver
-from fastbn.cuda.arrays import WIDE, Flat, Library
+from fastbn.cuda.arrays import ITEMSIZE, WIDE, Flat, Library
 
 __all__ = ["Replay", "record"]
 
 TAIL = 1 << 14  # elements of scratch up to which it lies behind the first result instead of alone
-UNIT = 64  # elements from which each vector begins at a multiple of: 128-bit accesses, whole lines
+ALIGNED = 4  # elements from which a result begins at a multiple of: 128-bit accesses
+UNIT = 64  # the same of scratch: whole lines
 
 
 class Step:
@@ -30,40 +31,73 @@ class Step:
         self.fills: list[tuple[int, int]] = []  # (argument, slot of its address)
         self.launch: Any = None
 
+    def prepare(self) -> Any:
+        """Return what launches it; not before the first replay: the first launch may choose another way to launch."""
+        self.launch = self.what.launcher(self.grid, self.shared).bind(self.numbers, self.fills)
+        return self.launch
+
+    def simulate(self, stream: int, at: list[int], slots: list[tuple[int, str]]) -> None:
+        """Launch in the simulator."""
+        args = [*self.numbers]
+        for place, slot in self.fills:
+            args[place] = Flat(at[slot], *slots[slot])
+        absent = [None if c in "TAIM" and a == 0 else a for c, a in zip(self.what.letters, args, strict=True)]
+        driver.run(self.what, self.grid, stream, tuple(absent), self.shared)
+
+
+class Made(NamedTuple):
+    """What is allocated: ``sizes``, and where each vector lies in it (which of it, bytes into it).
+
+    ``split``: the sizes of the parts that the only one is cut into, and which of these are the results.
+    """
+
+    sizes: list[Any]
+    offsets: list[tuple[int, int]]
+    split: tuple[list[int], list[int]] | None = None
+
 
 class Replay:
     """What is launched, and what is allocated for it."""
 
-    __slots__ = ("dtype", "offsets", "sizes", "slots", "steps")
+    __slots__ = ("dtype", "inside", "made", "parts", "slots", "steps")
 
-    def __init__(self, steps: Sequence[Step], slots: list[tuple[int, str]], sizes: list[int], offsets: list[Any]):
-        self.steps, self.slots = steps, slots  # slots: size and kind of each array, inputs first
-        self.sizes, self.offsets = sizes, offsets  # of what is allocated; (which of it, bytes into it) for each slot
+    def __init__(self, steps: list[Step], slots: list[tuple[int, str]], made: Made, parts: list[tuple[int, int]]):
+        self.steps, self.slots = steps, slots  # slots: size and kind of each array; inputs, results, scratch, parts
+        self.made, self.inside = made, [offset for _, offset in made.offsets]
+        self.parts = parts  # of others: (slot, bytes into it)
         self.dtype = "float64" if any(kind == "f64" for _, kind in slots) else "float32"
 
-    def __call__(self, library: Library, like: Any, stream: int, addresses: list[int]) -> list[Flat]:
-        """Launch; returns the vectors that were allocated, results first."""
-        made = [library.vector(size, self.dtype, like) for size in self.sizes]
-        at = addresses + [made[k].address + offset for k, offset in self.offsets]
+    def __call__(self, library: Library, like: Any, addresses: list[int]) -> tuple[list[Any], list[int]]:
+        """Launch; returns the arrays that were allocated, results first, and their addresses."""
+        sizes, offsets, split = self.made
+        if len(sizes) == 1:
+            value = library.room(sizes[0], self.dtype, like)
+            base = library.address(value)
+            made, at = [value], addresses + [base + offset for offset in self.inside]
+            bases = [base]
+            if split is not None:
+                cut = library.cut(value, split[0])
+                made = [cut[k] for k in split[1]]
+        elif not sizes or not sizes:
+            made, bases, at = [], [], addresses.copy()
+        else:
+            made = [library.room(size, self.dtype, like) for size in sizes]
+            bases = library.addresses(made)
+            at = addresses + [bases[k] + offset for k, offset in offsets]
+        if self.parts:
+            at += [at[slot] + offset for slot, offset in self.parts]
+        at.append(0)  # the last one is where there is no array
+        stream = library.stream(like)
         for step in self.steps:
             if driver.SIMULATED:
-                args = [*step.numbers]
-                for place, slot in step.fills:
-                    args[place] = Flat(at[slot], *self.slots[slot])
-                absent = [None if c in "TAIM" and a == 0 else a for c, a in zip(step.what.letters, args, strict=True)]
-                driver.run(step.what, step.grid, stream, tuple(absent), step.shared)
-                continue
-            numbers = step.numbers.copy()
-            for place, slot in step.fills:
-                numbers[place] = at[slot]
-            if step.launch is None:  # not before: the first launch may choose another way to launch
-                step.launch = step.what.launcher(step.grid, step.shared)
-            step.launch(stream, numbers)
-        return made
+                step.simulate(stream, at, self.slots)
+            else:
+                (step.launch or step.prepare())(stream, at)
+        return made, bases
 
 
 def record(
-    call: Callable[[], Any], inputs: Sequence[Flat | None], results: Callable[[Any], Sequence[Flat]], tail: bool = False
+    call: Callable[[], Any], inputs: Sequence[Flat], results: Callable[[Any], Sequence[Flat]], tail: bool = False
 ) -> Any:
     """Do a call that launches; returns what it returned and its ``Replay``, None where it cannot be replayed.
 
@@ -79,44 +113,79 @@ def record(
     return value, _replay(steps, inputs, results(value), tail)
 
 
-def _replay(steps: list[Any], inputs: Sequence[Flat | None], results: Sequence[Flat], tail: bool) -> Replay | None:
-    given = [flat.address for flat in inputs if flat is not None]
-    if len(set(given)) < len(given):
+def _replay(steps: list[Any], inputs: Sequence[Flat], results: Sequence[Flat], tail: bool) -> Replay | None:
+    if len({flat.address for flat in inputs}) < len(inputs):
         return None
-    slots = [(0, "") if flat is None else (flat.size, flat.kind) for flat in inputs]
-    where = {flat.address: k for k, flat in enumerate(inputs) if flat is not None}
-    made: list[Flat] = []
-    for flat in [*results, *(a for _, _, args, _ in steps for a in args if type(a) is Flat)]:
-        if flat.address in where:
-            slot = slots[where[flat.address]]
-            if slot != (flat.size, flat.kind):
-                return None
+    known = [*inputs, *results]
+    used = [a for _, _, args, _ in steps for a in args if type(a) is Flat]
+    scratch: list[Flat] = []
+    for flat in sorted(used, key=lambda flat: -flat.size):  # parts after what they are parts of
+        if any(flat.shares(other) for other in (*known, *scratch)):
             continue
         if flat.kind not in WIDE or WIDE[flat.kind] != flat.kind:
             return None
-        where[flat.address] = len(slots)
-        slots.append((flat.size, flat.kind))
-        made.append(flat)
-    found = []
+        scratch.append(flat)
+    slots = [*known, *scratch]
+    parts: dict[tuple[int, int], int] = {}
+    places = [_place(flat, slots, parts) for flat in used]
+    if any(place is None for place in places):
+        return None
+    shapes = [(flat.size, flat.kind) for flat in slots] + [(0, "")] * len(parts)
+    found, rest = [], iter(places)
     for what, grid, args, shared in steps:
         step = Step(what, grid, args, shared)
-        step.fills = [(i, where[a.address]) for i, a in enumerate(args) if type(a) is Flat]
+        step.fills = [(i, next(rest)) for i, a in enumerate(args) if type(a) is Flat]  # type: ignore[misc]
+        for (_, slot), flat in zip(step.fills, (a for a in args if type(a) is Flat), strict=True):
+            shapes[slot] = max(shapes[slot], (flat.size, flat.kind))
         found.append(step)
-    return Replay(found, slots, *_allocations(made, len(results), tail))
+    return Replay(found, shapes, _allocations(results, scratch, tail), list(parts))
 
 
-def _allocations(made: list[Flat], results: int, tail: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    """Sizes of what is allocated, and where each vector lies in it; small scratch behind the first result."""
-    sizes, offsets = [flat.size for flat in made[:results]], [(k, 0) for k in range(results)]
-    scratch = made[results:]
-    behind = tail and bool(results) and sum(flat.size + UNIT for flat in scratch) <= TAIL
-    itemsize = 8 if made and made[0].kind == "f64" else 4
+def _place(flat: Flat, slots: list[Flat], parts: dict[tuple[int, int], int]) -> int | None:
+    """Return the slot of an array, a new one for a part of another; None where it reaches beyond that."""
+    found = [k for k, whole in enumerate(slots) if whole.address == flat.address]
+    found = found or [k for k, whole in enumerate(slots) if whole.shares(flat)]
+    whole = slots[found[0]]
+    offset, itemsize = flat.address - whole.address, ITEMSIZE[whole.kind]
+    if flat.kind != whole.kind or offset < 0 or offset + flat.size * itemsize > whole.size * itemsize:
+        return None
+    return found[0] if not offset else parts.setdefault((found[0], offset), len(slots) + len(parts))
+
+
+def _allocations(results: Sequence[Flat], scratch: list[Flat], tail: bool) -> Made:
+    """Say what is allocated: each result by itself, all scratch together, behind the first result if it is small."""
+    sizes: list[Any] = [_shape(flat) for flat in results]
+    offsets = [(k, 0) for k in range(len(results))]
+    small = bool(results) and sum(flat.size + UNIT for flat in (*results[1:], *scratch)) <= TAIL
+    if small and scratch and len(results) > 1 and all(type(size) is int for size in sizes):
+        return _together(results, scratch)
+    if scratch and not (small and tail):
+        sizes.append(0)
+    where = 0 if small and tail else len(sizes) - 1
     for flat in scratch:
-        if behind:
-            start = -(-sizes[0] // UNIT) * UNIT
-            offsets.append((0, start * itemsize))
-            sizes[0] = start + flat.size
-        else:
-            offsets.append((len(sizes), 0))
-            sizes.append(flat.size)
-    return sizes, offsets
+        start = -(-sizes[where] // UNIT) * UNIT
+        offsets.append((where, start * ITEMSIZE[flat.kind]))
+        sizes[where] = start + flat.size
+    return Made(sizes, offsets)
+
+
+def _together(results: Sequence[Flat], scratch: list[Flat]) -> Made:
+    """Put all into one allocation, which is cut: quicker than three on a GPU."""
+    end, lengths, places, offsets = 0, [], [], []
+    for k, flat in enumerate((*results, *scratch)):
+        unit = ALIGNED if k < len(results) else UNIT
+        start = -(-end // unit) * unit
+        offsets.append((0, start * ITEMSIZE[flat.kind]))
+        if k < len(results):
+            lengths += [start - end] * (start > end)
+            places.append(len(lengths))
+            lengths.append(flat.size)
+            cut = start + flat.size
+        end = start + flat.size
+    return Made([end], offsets, ([*lengths, end - cut], places))
+
+
+def _shape(flat: Flat) -> Any:
+    """Return what a result is made with: a number is quicker than the shape of a vector."""
+    shape = getattr(flat.owner, "shape", None)
+    return flat.size if shape is None or len(shape) == 1 else tuple(shape)

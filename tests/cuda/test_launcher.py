@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,27 @@ def test_a_thread_without_a_context_gets_one_and_errors_are_raised(kernel, monke
     with pytest.raises(DeviceError, match="refused the launch: 719"):
         launch(0, NUMBERS)
     assert len(launch.pool) == 1
+
+
+@pytest.mark.parametrize("cooperative", [False, True])
+@pytest.mark.parametrize("letters", ["TATial", "TATiaTl"])  # addresses in front, and among numbers
+def test_bound_launches_take_addresses_alone(letters, cooperative, kernel, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LETTERS", letters)
+    what, pretended = kernel(cooperative, codes=[0, 0, 0, launcher.NO_CONTEXT, 0, 719, 719])
+    woken = []
+    monkeypatch.setattr(launcher, "cuda", SimpleNamespace(current_context=lambda: woken.append(1)))
+    fixed = [0, 0, 0, 5, 0.5, *([0] if len(letters) > 6 else []), 1 << 40]
+    fills = [(0, 1), (2, 0)] + [(5, 2)] * (len(letters) > 6)
+    what.launcher((3,), 0)(0, fixed)
+    launch = what.launcher((3,), 0).bind(fixed, fills)
+    for stream, at in ((7, [16, 32, 48, 0]), (0, [64, 80, 96, 0]), (0, [16, 32, 48, 0])):
+        launch(stream, at)
+        place, numbers, extra = pretended.launched[-1]
+        assert numbers == [at[1], 0, at[0], 5, 0.5, *([at[2]] if len(letters) > 6 else []), 1 << 40]
+        assert place[1:3] == (3, 1) and place[8] == ("stream", stream) and extra == (() if cooperative else (0,))
+    assert len(woken) <= 1 and len(pretended.launched) >= 5
+    with pytest.raises(DeviceError, match="refused the launch: 719"):
+        launch(0, [16, 32, 48, 0])
 
 
 def test_a_first_launch_that_the_driver_refuses_is_numbas(kernel):

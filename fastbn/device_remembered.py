@@ -1,0 +1,156 @@
+"""Calls whose arrays were seen before: what was checked of them then is not checked again, only where they lie.
+
+Checks and plans of a small call take longer than its kernel. A call is known by its options and the shape of x, and by
+the types, shapes, strides, dtypes and devices of all its arrays; it is remembered after it went through in full without
+a copy. The next such call records its launches, those after it only put other addresses into them. What depends on
+addresses (overlaps, alignment) is looked at every time, and whatever is doubtful is left to the full way, errors
+included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from fastbn.cuda import choice
+from fastbn.cuda.arrays import DeviceArray, Flat, Library
+from fastbn.cuda.driver import current_device
+from fastbn.cuda.recorded import Replay
+from fastbn.saved import Gradients
+
+__all__ = ["Back", "Known", "RememberedSaved", "keep", "moment"]
+
+MOST = 4096  # calls that are remembered; then all are forgotten
+PROVEN = 256  # sets of parameters that were found apart from each other, of one kind of call
+
+
+def moment() -> tuple[int, int]:
+    """Return what else a call is known by: where kernels are launched, and how often they were chosen anew."""
+    return current_device(), choice.chosen.times
+
+
+def keep(calls: dict[Any, Any], key: Any, known: Known | None) -> None:
+    """Remember a call."""
+    if known is not None:
+        if len(calls) >= MOST:
+            calls.clear()
+        calls[key] = known
+
+
+class Back:
+    """Gradients that went through: what their arrays are like, and their launches, into other memory or in place."""
+
+    __slots__ = ("apart", "inplace", "same")
+
+    def __init__(self, same: Callable[..., bool]):
+        self.same = same
+        self.apart: Replay | None = None
+        self.inplace: Replay | None = None
+
+
+class Known:
+    """What all calls with the same key share: x without its memory, and how kernels see it."""
+
+    __slots__ = ("backs", "device", "geometry", "kind", "library", "moment", "nbytes", "proven", "same", "size")
+
+    def __init__(self, library: Library, x: DeviceArray, given: Sequence[Any]):
+        self.library, self.geometry, self.device, self.size = library, x.geometry, x.device, x.size
+        self.kind, self.nbytes = "f64" if x.kind == "f64" else "f32", x.size * x.itemsize
+        self.same, self.moment = library.guard(given), moment()
+        self.proven: set[tuple[int, ...]] = set()
+        self.backs: list[Back | None] = [None, None, None]  # without out, with out the gradient itself, with another
+
+    def array(self, value: Any, address: int) -> DeviceArray:
+        """See an array with the geometry of x."""
+        return DeviceArray(self.library, value, address, self.geometry, self.device)
+
+    def flat(self, value: Any, address: int) -> Flat:
+        """See an array with the size of x as kernels do."""
+        return Flat(address, self.size, self.geometry.kind, value)
+
+    def gradients(self, saved: Any, grad: Any, out: Any) -> Gradients | None:
+        """Gradients, if such a gradient was seen before; else None."""
+        case = 0 if out is None else 1 if out is grad else 2
+        back, library, source = self.backs[case], self.library, saved.source
+        if back is None or not (back.same(grad, out) if case == 2 else back.same(grad)) or self.moment != moment():
+            return None
+        target = out if case else library.like(source)
+        at, to = library.addresses((grad, target))
+        ats, apart = saved.ats, abs(at - to)
+        if abs(ats[0] - to) < self.nbytes or 0 < apart < self.nbytes:
+            return None
+        aligned = not (saved.low | at | to) & 15
+        replay = back.apart if apart else back.inplace
+        if replay is not None and aligned:
+            return self.results(saved, target, replay(library, source, [*ats, at, to] if apart else [*ats, at])[0])
+        made, replay = self.backward(saved, self.array(grad, at).flat(), self.flat(target, to))
+        if aligned and apart:
+            back.apart = replay
+        elif aligned:
+            back.inplace = replay
+        return self.results(saved, target, made)
+
+    def backward(self, saved: Any, grad: Flat, target: Flat) -> tuple[list[Any], Replay | None]:
+        """Launch a gradient; returns those of parameters and the recorded launches.
+
+        The arrays of these are in the order of ``ats``, with grad behind, and target unless it is grad.
+        """
+        raise NotImplementedError
+
+    def results(self, saved: Any, target: Any, made: list[Any]) -> Gradients:
+        """Return what ``fastbn.backward`` does, of what was allocated for it."""
+        raise NotImplementedError
+
+    def fits(self, value: DeviceArray) -> bool:
+        """Tell whether an array like x lies in memory as x does."""
+        raise NotImplementedError
+
+    def learn(self, grad: Any, out: Any) -> None:
+        """Remember a gradient that went through, if it lies in memory as x does."""
+        given = (grad,) if out is None or out is grad else (grad, out)
+        with contextlib.suppress(AttributeError, TypeError):  # another library's
+            if all(self.fits(self.library.wrap(value)) for value in given):
+                self.backs[0 if out is None else len(given)] = Back(self.library.guard(given))
+
+
+class RememberedSaved:
+    """What a known call saves, beside a ``Saved``: arrays as the caller has them; what else there is, when asked for.
+
+    ``ats``: the addresses of x, of the statistics and of the parameters that backward reads.
+    """
+
+    __slots__ = ()
+
+    remembered: ClassVar[tuple[str, ...]] = ("ats", "known", "low", "params", "source", "stored")
+
+    source: Any  # x; None once it was let go
+    known: Any
+    ats: list[int]
+    low: int  # the addresses that must be aligned, or'ed
+    stored: Any  # the statistics
+    params: tuple[Any, Any]  # weight and bias
+
+    @property
+    def x(self) -> DeviceArray:
+        """The input."""
+        if self.source is None:
+            raise AttributeError("x")
+        found: DeviceArray = self.known.array(self.source, self.ats[0])
+        return found
+
+    def release(self) -> None:
+        """Let go of x; see ``Saved.release``."""
+        self.source = None
+
+    def gradients(self, grad_output: Any, out: Any) -> Gradients:
+        """See ``fastbn.backward``."""
+        if self.source is None:
+            raise AttributeError("x")
+        found: Gradients | None = self.known.gradients(self, grad_output, out)
+        if found is None:
+            of: Any = self
+            found = of._gradients(grad_output, out)
+            self.known.learn(grad_output, out)
+        assert found is not None
+        return found

@@ -1,0 +1,132 @@
+"""Calls that were seen before: what is the same about them, what is still refused, what they leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastbn import device_family, device_sets
+from fastbn.cuda import libraries
+from tests.cuda.test_torch import _arrays, cpu_tensors, slow, step
+
+torch = pytest.importorskip("torch")
+
+__all__ = ["cpu_tensors", "slow"]  # fixtures
+
+
+NORMS = {
+    "layer": (lambda x, w, b, out: device_family.layer_norm(x, w, b, -1, 1e-5, out), (6, 8), 8),
+    "planes": (lambda x, w, b, out: device_family.layer_norm(x, w, b, 1, 1e-5, out), (3, 4, 8), (4, 8)),
+    "group": (lambda x, w, b, out: device_family.group_norm(x, 2, w, b, 1, 1e-5, out), (3, 4, 2, 4), 4),
+    "instance": (lambda x, w, b, out: device_family.instance_norm(x, w, b, 1, 1e-5, out), (3, 4, 2, 4), 4),
+}
+
+
+@pytest.fixture
+def slow_sets(monkeypatch):
+    """Count the calls of layer, group and instance norm that are checked in full, and their gradients."""
+    calls, back = [], device_sets.DeviceSetsSaved._gradients
+    genuine = device_sets._normalise
+    monkeypatch.setattr(device_sets, "_normalise", lambda *a: (calls.append("forward"), genuine(*a))[1])
+    monkeypatch.setattr(device_sets.DeviceSetsSaved, "_gradients", lambda *a: (calls.append("backward"), back(*a))[1])
+    device_family._calls.clear()
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("given", ["both", "weight", "bias", "neither"])
+def test_known_sets_compute_the_same(name, given, dtype, slow_sets):
+    norm, shape, parameters = NORMS[name]
+    x, grad = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
+    kind = torch.float64 if dtype == "float64" else torch.float32
+    weight, bias = (torch.rand(parameters, dtype=kind) + 0.5 for _ in range(2))
+    weight, bias = (weight if given in ("both", "weight") else None), (bias if given in ("both", "bias") else None)
+    results = []
+    for turn in range(6):
+        out = torch.empty_like(x) if turn % 2 else None
+        y, saved = norm(x.clone(), weight, bias, out)
+        assert out is None or y is out
+        dx = grad.clone() if turn in (3, 5) else None
+        grads = saved.gradients(grad if dx is None else dx, dx)
+        assert dx is None or grads.input is dx
+        assert (grads.weight is None, grads.bias is None) == (weight is None, bias is None)
+        assert grads.weight is None or grads.weight.shape == weight.shape
+        found = [y, saved.mean, saved.variance, grads.input, grads.weight, grads.bias]
+        results.append([t.clone() for t in found if t is not None])
+        assert saved.moments.count == saved.count == x.numel() // saved.mean.numel() and saved.updated == 0
+    assert slow_sets.count("forward") == 2 and slow_sets.count("backward") == 3
+    for later in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], later, strict=True))
+
+
+def test_known_sets_still_refuse_what_does_not_fit(slow_sets):
+    norm, shape, parameters = NORMS["layer"]
+    x, grad, w = torch.randn(shape), torch.randn(shape), torch.rand(parameters)
+    for _ in range(3):
+        _, saved = norm(x, w, None, torch.empty_like(x))
+        saved.gradients(grad, torch.empty_like(x))
+    both = torch.empty(7, 8)
+    both[:6] = x
+    for message, call in {
+        "out: expected memory apart from x, got the same": lambda: norm(x, w, None, x),
+        "out: expected memory apart from x, got overlapping": lambda: norm(both[:6], w, None, both[1:]),
+        "weight: expected one number per channel": lambda: norm(x, w[:4], None, torch.empty_like(x)),
+        "weight: expected float32": lambda: norm(x, w.double(), None, torch.empty_like(x)),
+        "out: expected the dtype": lambda: norm(x, w, None, torch.empty_like(x).double()),
+        "grad_output: expected the shape": lambda: saved.gradients(grad[:5], torch.empty_like(x)),
+        "out: expected memory apart from x": lambda: saved.gradients(grad, x),
+        "out: expected memory apart from grad": lambda: saved.gradients(both[:6], both[1:]),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    turned = x.t().contiguous().t()
+    for _ in range(3):  # copied each time
+        assert torch.equal(norm(turned, w, None, None)[0], norm(x, w, None, None)[0])
+    skewed, target = torch.empty(49)[1:].view(6, 8).copy_(x), torch.empty(49)[1:].view(6, 8)
+    for _ in range(3):
+        torch.testing.assert_close(norm(skewed, w, None, target)[0], norm(x, w, None, None)[0])
+
+
+def test_running_statistics_that_share_memory_are_refused_in_a_known_call(slow):
+    x, grad, vectors = _arrays((6, 4))
+    for _ in range(3):
+        step(x, grad, vectors)
+    one = torch.rand(6)
+    with pytest.raises(ValueError, match="running_var: expected memory apart from running_mean"):
+        step(x, grad, [*vectors[:2], one[:4], one[2:]])
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_guards_tell_tensors_apart(guards, monkeypatch):
+    library = libraries.Torch(torch)
+    assert library._guards is not None
+    if not guards:
+        monkeypatch.setattr(library, "_guards", None)
+    a, b = torch.empty(4, 6), torch.empty(6)
+    same = library.guard((a, b))
+    assert same(torch.ones(4, 6), torch.ones(6))
+    others = a[:2], a.double(), torch.empty(6, 4).t(), torch.nn.Parameter(a), a[0], a.numpy(), None
+    assert not any(same(other, b) for other in others)
+    watched = torch.empty(4, 6, requires_grad=True)
+    same = library.guard((watched, b))
+    assert same(watched, b)
+    with torch.enable_grad():
+        assert not same(watched, b)
+
+
+def test_what_a_known_call_saves_can_be_released_and_restored(slow):
+    x, grad, vectors = _arrays((6, 4))
+    for _ in range(3):
+        _, saved, want = step(x, grad, vectors)
+    with pytest.raises(ValueError, match="grad_output"):
+        saved.gradients(grad[:3], None)
+    saved.release()
+    for attempt in (lambda: saved.x, lambda: saved.gradients(grad, None)):
+        with pytest.raises(AttributeError):
+            attempt()
+    for other in (x.clone(), x.t().contiguous().t()):
+        again = saved.restored(other, None)
+        assert (again.count, again.updated, again.affine, again.frozen) == (6, 1, (True, True), False)
+        assert torch.equal(again.mean, saved.mean) and again.moments.count == 6
+        if other.is_contiguous():
+            assert torch.equal(again.gradients(grad, None).input, want.input)
