@@ -97,7 +97,7 @@ def one_launch(
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     if not masked and batches == 1:
-        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]))
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2], residual and not backward))
         if together is not None:
             return together
     most = tuning.MASKED_THREADS if masked else 1024
@@ -126,7 +126,7 @@ def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if alone else blocks, p.shared):
         return None
     size = 0 if alone else gang_sums.scratch_size(p.gangs, p.blocks)
-    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk), masks=False)
+    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk, p.lag), masks=False)
 
 
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:

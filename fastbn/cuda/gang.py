@@ -5,10 +5,11 @@ chip can hold (14 MB on an H200). ``gangs`` of ``G`` blocks are on the GPU at on
 gang works off channel after channel, each block ``chunk`` vectors of it, and its blocks meet once a channel
 (``gang_sums``); a block that holds a whole channel meets nobody (``alone``).
 
-A block has two channels in hand: it sums one, says so, writes the one before, whose sums have come together meanwhile,
-and begins to read the next but one where it has written. A block's share is read by copies that need no registers
-(``fetch``), in ``PARTS`` groups that are summed as they arrive. So reads and writes mix, and nobody waits for a
-meeting. What was tried on an H200, (64, 256, 56, 56) in float32, floor 96 us:
+A block's share is read by copies that need no registers (``fetch``), in ``PARTS`` groups that are summed as they
+arrive; where it has written, it begins to read the next channel. So reads and writes mix. With a ``lag`` of 1 it has
+two channels in hand: it sums one, says so, and writes the one before, whose sums have come together meanwhile.
+
+What was tried on an H200, (64, 256, 56, 56) in float32, floor 96 us:
 
 - one channel in hand, loads into registers, four a thread: 138 us with 2, 3 or 4 blocks a multiprocessor, begun
   together or one after another; a quarter of the time a block waited for its gang;
@@ -197,9 +198,9 @@ def train(what: Variant):
     publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
     pivot, settle, sizes, words = make_pivot(kind), make_settle(what), 4 * (threads // 32), TURNS // 32
 
-    @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, what.layers, together=not alone)
+    @kernel("TTTAAAAAAiiiiiiiaaaai", kind, threads, what.layers, together=not alone)
     def gang_train(
-        x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, G, gangs, chunk, eps, keep,
+        x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, G, gangs, chunk, lag, eps, keep,
         momentum, unbias, flags,
     ):  # fmt: skip
         slab = cuda.shared.array(0, int32)
@@ -209,33 +210,33 @@ def train(what: Variant):
         bad = cuda.shared.array(words, int32)
         tid, n, S4, half = int32(cuda.threadIdx.x), A(int64(N) * S), int32(S // W), int32(4 * chunk)
         gang, part, low, end, step = share(G, chunk, N, S4, threads)
-        v, ahead = int32(low + tid), int64(2 * gangs) * S
+        v, on = int32(low + tid), int32((lag + 1) * gangs)
         for i in range(tid, words, threads):
             bad[i] = 0
         begin(x, slab, int32(0), v, low, end, step, S4, C, S, gang)
-        if gang + gangs < C:
+        if lag > 0 and gang + gangs < C:
             begin(x, slab, half, v, low, end, step, S4, C, S, int32(gang + gangs))
         ready(partial, gang, part)
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
         c, turn, fine, m, before = gang, int32(0), True, A(0), A(0)
-        while c < C + gangs:
+        while c < C + lag * gangs:
             if c < C:
                 m = pivot(x, c, N, C, S)
-                s, q = sums(slab, (turn & 1) * half, m, v, low, end, step)
+                s, q = sums(slab, (turn & lag) * half, m, v, low, end, step)
                 publish(partial, gangs, gang, G, part, turn, total(s), total(q), scratch, own)
-            if turn > 0:
-                last = int32(c - gangs)
-                told = gather(partial, gangs, gang, G, int32(turn - 1), own)
+            if turn >= lag:
+                last, done = int32(c - lag * gangs), int32(turn - lag)
+                told = gather(partial, gangs, gang, G, done, own)
                 if tid == 0:
-                    settle(before, told, found, n, eps, last, C, outputs, moving, flags, part == 0)
+                    settle(before if lag > 0 else m, told, found, n, eps, last, C, outputs, moving, flags, part == 0)
                 cuda.syncthreads()
                 mean, k, b = found[0], found[1], found[2]
                 if found[3] == A(0):
                     fine = False
                     if tid == 0:
-                        bad[(turn - 1) >> 5] |= 1 << ((turn - 1) & 31)
-                base, more = ((turn - 1) & 1) * half, last + 2 * gangs < C
-                write(x, res, y, slab, base, mean, k, b, v, low, end, step, S4, C, S, last, ahead, more)
+                        bad[done >> 5] |= 1 << (done & 31)
+                base, more = (done & lag) * half, last + on < C
+                write(x, res, y, slab, base, mean, k, b, v, low, end, step, S4, C, S, last, int64(on) * S, more)
             c, turn, before = int32(c + gangs), int32(turn + 1), m
         if not fine:
             over(x, res, y, scratch, bad, outputs, moving, gang, gangs, part, n, eps, flags, v, end, N, S4, C, S)

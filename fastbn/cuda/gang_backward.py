@@ -134,29 +134,31 @@ def backward(what: Variant):
     publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
     slopes, sizes = make_slopes(kind), 4 * (threads // 32)
 
-    @kernel("TTTTTAAAAAAiiiiiii", kind, threads, what.layers, together=not alone)
-    def gang_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, flags):
+    @kernel("TTTTTAAAAAAiiiiiiii", kind, threads, what.layers, together=not alone)
+    def gang_backward(
+        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, lag, flags
+    ):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
         own = cuda.shared.array(4, A)
         found = cuda.shared.array(2, A)
         tid, n, S4, half = int32(cuda.threadIdx.x), int64(N) * S, int32(S // W), int32(8 * chunk)
         gang, part, low, end, step = share(G, chunk, N, S4, threads)
-        v, ahead, second = int32(low + tid), int64(2 * gangs) * S, int32(4 * chunk)
+        v, on, second = int32(low + tid), int32((lag + 1) * gangs), int32(4 * chunk)
         begin(x, g, slab, int32(0), second, v, low, end, step, S4, C, S, gang)
-        if gang + gangs < C:
+        if lag > 0 and gang + gangs < C:
             begin(x, g, slab, half, half + second, v, low, end, step, S4, C, S, int32(gang + gangs))
         ready(partial, gang, part)
         c, turn = gang, int32(0)
-        while c < C + gangs:
+        while c < C + lag * gangs:
             if c < C:
                 m, invstd, k, b, _ = given(stats, weight, bias, c, C, flags)
-                base, constants = (turn & 1) * half, (m, invstd, k, b)
+                base, constants = (turn & lag) * half, (m, invstd, k, b)
                 s, q = sums(y, dr, slab, base, base + second, constants, v, low, end, step, S4, C, S, c)
                 publish(partial, gangs, gang, G, part, turn, total(s), total(q), scratch, own)
-            if turn > 0:
-                last = int32(c - gangs)
-                s, se, q, qe = gather(partial, gangs, gang, G, int32(turn - 1), own)
+            if turn >= lag:
+                last, done = int32(c - lag * gangs), int32(turn - lag)
+                s, se, q, qe = gather(partial, gangs, gang, G, done, own)
                 m, invstd, k, b, rest = given(stats, weight, bias, last, C, flags)
                 if tid == 0:
                     db = s + se
@@ -165,8 +167,8 @@ def backward(what: Variant):
                         dweight[last], dbias[last] = dw, db
                     found[0], found[1] = slopes(dw, db, invstd, k, rest, n)
                 cuda.syncthreads()
-                base, constants = ((turn - 1) & 1) * half, (m, invstd, k, found[0], found[1])
-                more = last + 2 * gangs < C
+                base, constants = (done & lag) * half, (m, invstd, k, found[0], found[1])
+                ahead, more = int64(on) * S, last + on < C
                 write(x, g, dx, slab, base, base + second, constants, v, low, end, step, S4, C, S, last, ahead, more)
             c, turn = int32(c + gangs), int32(turn + 1)
 

@@ -1,8 +1,9 @@
 """A gang of blocks adds up its sums: each writes its own, goes on, and adds all up when it needs them.
 
-The scratch of a launch begins with one counter a gang, ``PAD`` numbers apart; behind them lie the sums, in ``SLOTS``
-places by turns. A block may be two turns ahead of one that still reads: with three places it would write there.
-A block that is a gang by itself keeps its sums in shared memory and meets nobody (``alone``).
+The scratch of a launch begins with two counters a gang, ``PAD`` numbers apart; behind them lie the sums, in ``SLOTS``
+places by turns. A block may be a turn ahead when it counts, so that odd turns and even ones have counters of their own:
+with one, its two counts would stand for one of each of two blocks. It may be two ahead of one that still reads: with
+three places it would write there. A block that is a gang by itself keeps its sums in shared memory (``alone``).
 """
 
 # mypy: ignore-errors
@@ -29,18 +30,30 @@ def wait_for(partial, counter, count):
 
 def scratch_size(gangs: int, blocks: int) -> int:
     """Numbers of scratch that so many gangs of so many blocks need."""
-    return gangs * (PAD + 2 * SLOTS * blocks)
+    return gangs * (2 * PAD + 2 * SLOTS * blocks)
+
+
+@device
+def place(gangs, gang, G, turn):
+    """Where the sums of a turn lie."""
+    return int64(gangs) * 2 * PAD + (int64(gang) * SLOTS + turn % SLOTS) * G * 2
+
+
+@device
+def counter(gang, turn):
+    """The counter of a turn."""
+    return (int64(gang) * 2 + (turn & 1)) * PAD
 
 
 def make_ready(kind: str, alone: bool):
-    """Set the counter of a gang to 0 before anybody of the grid counts."""
+    """Set the counters of a gang to 0 before anybody of the grid counts."""
     zero = ARITHMETIC[kind](0)
 
     @device
     def ready(partial, gang, part):
         if not alone:
             if part == 0 and cuda.threadIdx.x == 0:
-                partial[int64(gang) * PAD] = zero
+                partial[counter(gang, 0)] = partial[counter(gang, 1)] = zero
             cuda.cg.this_grid().sync()
 
     return ready
@@ -90,9 +103,9 @@ def make_publish(kind: str, threads: int, alone: bool):
             if alone:
                 own[2 * (turn & 1)], own[2 * (turn & 1) + 1] = s, q
             else:
-                at = int64(gangs) * PAD + ((int64(gang) * SLOTS + turn % SLOTS) * G + part) * 2
+                at = place(gangs, gang, G, turn) + 2 * part
                 partial[at], partial[at + 1] = s, q
-                arrive(partial, int64(gang) * PAD)
+                arrive(partial, counter(gang, turn))
 
     return publish
 
@@ -109,9 +122,9 @@ def make_gather(kind: str, alone: bool):
             if alone:
                 s, q = own[2 * (turn & 1)], own[2 * (turn & 1) + 1]
             else:
-                while seen(partial, int64(gang) * PAD) < (turn + 1) * G:
+                while seen(partial, counter(gang, turn)) < (turn // 2 + 1) * G:
                     pass
-                first = int64(gangs) * PAD + (int64(gang) * SLOTS + turn % SLOTS) * G * 2
+                first = place(gangs, gang, G, turn)
                 for i in range(lane, G, 32):
                     s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
                     q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))

@@ -20,6 +20,7 @@ TALLY = 1 << 13  # places of a mask up to which one block counts them
 RESERVE = 4096  # bytes of shared memory that a slab leaves to the kernel's own arrays
 GANG = True  # channels-first arrays by gangs of blocks
 GANG_THREADS = 256
+GANG_LAG = (0, 1)  # channels between the one that a block sums and the one that it writes
 GANG_LAYERS = (2, 3)  # blocks of theirs on a multiprocessor
 GANG_RESERVE = 1536  # bytes of shared memory that a block leaves to the kernel's own arrays
 GANG_RUN = 128  # bytes of a channel's run from which they win
