@@ -94,7 +94,17 @@ def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
 
 
 def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import gang, gang_backward, gang_bulk, gang_bulk_backward, persistent, slab, tuning
+    from fastbn.cuda import (
+        bundle,
+        bundle_backward,
+        gang,
+        gang_backward,
+        gang_bulk,
+        gang_bulk_backward,
+        persistent,
+        slab,
+        tuning,
+    )
     from fastbn.cuda.plan_gang import layers_of
     from fastbn.cuda.sweep import Variant
 
@@ -103,6 +113,9 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
     yield f"gang {suffix} {what.threads}: backward", gang_backward.backward(what._replace(backward=True))
     yield f"bulk {suffix} {what.threads}: train", gang_bulk.train(what)
     yield f"bulk {suffix} {what.threads}: backward", gang_bulk_backward.backward(what._replace(backward=True))
+    what = what._replace(threads=tuning.BUNDLE_THREADS, layers=tuning.GANG_LAYERS)
+    yield f"bundle {suffix} {what.threads}: train", bundle.train(what)
+    yield f"bundle {suffix} {what.threads}: backward", bundle_backward.backward(what._replace(backward=True))
     sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [tuning.PERSISTENT_THREADS]}
     for stage, name in ((slab, "slab"), (persistent, "persistent")):
         for threads in sizes[stage]:

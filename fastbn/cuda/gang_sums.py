@@ -27,9 +27,12 @@ def wait_for(partial, counter, count):
     cuda.syncthreads()
 
 
-def scratch_size(gangs: int, blocks: int) -> tuple[int, int]:
-    """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0."""
-    return gangs * (PAD + 4 * blocks), gangs * PAD
+def scratch_size(gangs: int, blocks: int, channels: int = 1) -> tuple[int, int]:
+    """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0.
+
+    ``channels``: those that a gang adds up at one meeting.
+    """
+    return gangs * (PAD + 4 * blocks * channels), gangs * PAD
 
 
 def make_warp_sum(kind: str):
@@ -49,11 +52,8 @@ def make_warp_sum(kind: str):
     return warp_sum
 
 
-def make_gang_sum(kind: str):
-    """(partial, gangs, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
-
-    ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0.
-    """
+def make_add_up(kind: str):
+    """(partial, first, blocks) -> the blocks' sums from ``first`` on, as pairs, added by a warp."""
     A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
 
     @device
@@ -65,6 +65,16 @@ def make_gang_sum(kind: str):
             q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
             i += 32
         return warp_sum(s, se, q, qe)
+
+    return add_up
+
+
+def make_gang_sum(kind: str):
+    """(partial, gangs, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
+
+    ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0.
+    """
+    A, add_up = ARITHMETIC[kind], make_add_up(kind)
 
     @device
     def gang_sum(partial, gangs, gang, blocks, part, turn, s, q):
