@@ -94,7 +94,7 @@ def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
 
 
 def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import gang, gang_backward, persistent, slab, tuning
+    from fastbn.cuda import bundle, bundle_backward, gang, gang_backward, persistent, slab, tuning
     from fastbn.cuda.sweep import Variant
 
     for layers, alone in itertools.product((2,) if kind == "f64" else tuning.GANG_LAYERS, (False, True)):
@@ -104,6 +104,9 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
         if not crowded:
             yield f"{name}: train", gang.train(what)
         yield f"{name}: backward", gang_backward.backward(what._replace(backward=True))
+    what = Variant(kind, W, tuning.BUNDLE_THREADS, relu=relu, residual=residual, layers=tuning.BUNDLE_LAYERS)
+    yield f"bundle {suffix} {what.threads}: train", bundle.train(what)
+    yield f"bundle {suffix} {what.threads}: backward", bundle_backward.backward(what._replace(backward=True))
     sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [tuning.PERSISTENT_THREADS]}
     for stage, name in ((slab, "slab"), (persistent, "persistent")):
         for threads in sizes[stage]:

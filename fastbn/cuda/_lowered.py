@@ -165,6 +165,21 @@ def _splat(kind, W):
     return splat
 
 
+def _step(kind, W):
+    A = ARITHMETIC[kind]
+
+    @intrinsic
+    def step(typingctx, number, other, count):
+        def emit(context, builder, sig, args):
+            first, second, lanes = args
+            each = [builder.select(builder.icmp_signed(">", lanes, I32(k)), first, second) for k in range(W)]
+            return context.make_tuple(builder, sig.return_type, each)
+
+        return types.UniTuple(A, W)(A, A, types.int32), emit
+
+    return step
+
+
 def _gather(kind, W):
     A = ARITHMETIC[kind]
 
@@ -245,7 +260,6 @@ def access(kind, W):
     from fastbn.cuda.simd import Access
 
     return Access(
-        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W),
-        _encode_raw(kind, W), _store(kind, W), _splat(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall,
-        _valid(W),
+        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _encode_raw(kind, W), _store(kind, W),
+        _splat(kind, W), _step(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall, _valid(W),
     )  # fmt: skip

@@ -109,6 +109,35 @@ def total(typingctx, a):
     return a.dtype(a), emit
 
 
+@intrinsic
+def split_total(typingctx, a, count):
+    """Sums of the first ``count`` lanes and of the others."""
+
+    def emit(context, builder, sig, args):
+        lanes = cgutils.unpack_tuple(builder, args[0])
+        zero, sums = ir.Constant(lanes[0].type, 0.0), []
+        inside = [builder.icmp_signed(">", args[1], ir.Constant(args[1].type, k)) for k in range(len(lanes))]
+        for first in (True, False):
+            own = [builder.select(i, *((v, zero) if first else (zero, v))) for i, v in zip(inside, lanes, strict=True)]
+            while len(own) > 1:
+                own = [builder.fadd(x, y) for x, y in zip(own[::2], own[1::2], strict=True)]
+            sums += own
+        return context.make_tuple(builder, sig.return_type, sums)
+
+    return types.UniTuple(a.dtype, 2)(a, types.int32), emit
+
+
+@intrinsic
+def anew(typingctx, number):
+    """The same int32, but nothing that follows from it is worked out ahead of a loop, where it would take registers."""
+
+    def emit(context, builder, sig, args):
+        asm = ir.InlineAsm(ir.FunctionType(args[0].type, [args[0].type]), "mov.b32 $0, $1;", "=r,r", side_effect=True)
+        return builder.call(asm, args)
+
+    return types.int32(types.int32), emit
+
+
 def _sqrt(builder, x):
     root = builder.module.declare_intrinsic("llvm.sqrt", [x.type])
     return builder.call(root, [x])

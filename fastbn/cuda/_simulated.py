@@ -62,6 +62,10 @@ def access(kind: str, W: int) -> Any:
     def splat(value: Any) -> Array:
         return np.full(W, value, number)
 
+    def step(value: Any, other: Any, count: Any) -> Array:
+        vector: Array = np.where(np.arange(W) < count, value, other).astype(number)
+        return vector
+
     def gather(array: Any, index: Any) -> Array:
         found = _place(array, index, W, False)
         assert found.dtype == number
@@ -86,7 +90,7 @@ def access(kind: str, W: int) -> Any:
         return found.copy()
 
     memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]
-    return Access(load, load, decode, encode, store, splat, gather, scatter, keep, recall, valid)
+    return Access(load, load, decode, encode, store, splat, step, gather, scatter, keep, recall, valid)
 
 
 def add(a: Any, b: Any) -> Any:
@@ -130,6 +134,17 @@ def total(a: Array) -> Any:
     while a.size > 1:
         a = a[::2] + a[1::2]
     return a[0]
+
+
+def anew(number: Any) -> Any:
+    """The same number."""
+    return number
+
+
+def split_total(a: Array, count: Any) -> Any:
+    """Sums of the first ``count`` lanes and of the others."""
+    first = np.arange(a.size) < count
+    return total(np.where(first, a, np.zeros_like(a))), total(np.where(first, np.zeros_like(a), a))
 
 
 def sqrt(x: Any) -> Any:

@@ -7,12 +7,16 @@ import warnings
 from typing import Any, NamedTuple
 
 from fastbn.cuda import (
+    bundle,
+    bundle_backward,
+    bundle_sums,
     gang,
     gang_backward,
     gang_sums,
     meeting,
     persistent,
     plan,
+    plan_bundle,
     plan_gang,
     plan_sets,
     sets_kept,
@@ -75,7 +79,7 @@ def attempt(one: One, stream: int, args: tuple[Any, ...]) -> bool:
     try:
         run(one.kernel, one.grid, stream, args, one.shared)
     except Exception as error:
-        if SIMULATED or one.name not in ("persistent", "gang"):
+        if SIMULATED or one.name not in ("persistent", "gang", "bundle"):
             raise
         _split_instead(one.kernel, error)
         _refused.add((one.kernel, current_device()))
@@ -109,6 +113,8 @@ def one_launch(
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
         return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)
+    if dims[2] > 1 and not masked and batches == 1:
+        return _bundle(what, dims, plan_bundle.bundle(dims, kind, whole, tensors, *limits[:2]))
     return _rows(what, dims, p) if p.threads else None
 
 
@@ -127,6 +133,18 @@ def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
         return None
     size = 0 if alone else gang_sums.scratch_size(p.gangs, p.blocks)
     return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk, p.lag), masks=False)
+
+
+def _bundle(what: Variant, dims: Dims, p: plan_bundle.Bundle) -> One | None:
+    if not p.channels:
+        return None
+    what = what._replace(threads=p.threads, layers=p.layers)
+    kernel, blocks = bundle_backward.backward(what) if what.backward else bundle.train(what), p.gangs * p.blocks
+    if (kernel, current_device()) in _refused or not fits(kernel, blocks, p.shared):
+        return None
+    cut = (*dims, p.channels, p.vectors, p.threads // p.vectors, p.blocks, p.gangs, p.chunk)
+    size = bundle_sums.scratch_size(p.gangs, p.blocks, p.channels)
+    return One("bundle", kernel, (blocks,), p.shared, size, cut, masks=False)
 
 
 def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
@@ -179,6 +197,7 @@ def forget() -> None:
         plan.again,
         plan.persistent,
         plan_gang.gang,
+        plan_bundle.bundle,
         plan_sets.sets,
         plan_sets.columns,
     ):

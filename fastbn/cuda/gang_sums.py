@@ -76,6 +76,21 @@ def make_warp_sum(kind: str):
     return warp_sum
 
 
+def make_add_up(kind: str):
+    """(partial, first, blocks) -> the blocks' sums from ``first`` on, as pairs, added by a warp."""
+    A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
+
+    @device
+    def add_up(partial, first, blocks):
+        s = se = q = qe = A(0)
+        for i in range(cuda.threadIdx.x & 31, blocks, 32):
+            s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
+            q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
+        return warp_sum(s, se, q, qe)
+
+    return add_up
+
+
 def make_publish(kind: str, threads: int, alone: bool):
     """(..., turn, s, q) of every thread -> the block's sums where the gang finds them; nobody waits for anybody else's.
 
@@ -112,7 +127,7 @@ def make_publish(kind: str, threads: int, alone: bool):
 
 def make_gather(kind: str, alone: bool):
     """Sums of the gang as pairs, in the first warp, once all blocks have published them; the others have nothing."""
-    A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
+    A, add_up = ARITHMETIC[kind], make_add_up(kind)
 
     @device
     def gather(partial, gangs, gang, G, turn, own):
@@ -124,11 +139,7 @@ def make_gather(kind: str, alone: bool):
             else:
                 while seen(partial, counter(gang, turn)) < (turn // 2 + 1) * G:
                     pass
-                first = place(gangs, gang, G, turn)
-                for i in range(lane, G, 32):
-                    s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
-                    q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
-                s, se, q, qe = warp_sum(s, se, q, qe)
+                s, se, q, qe = add_up(partial, place(gangs, gang, G, turn), G)
         return s, se, q, qe
 
     return gather

@@ -28,6 +28,7 @@ class Access(NamedTuple):
     encode: Any  # vector -> raw, to be kept
     store: Any  # (tensor, index, vector) -> None; past the caches
     splat: Any  # number -> vector
+    step: Any  # (number, other, count) -> vector of ``count`` times the number, then the other
     gather: Any  # (arithmetic array, index) -> vector of W consecutive numbers
     scatter: Any  # (arithmetic array, index, vector) -> None
     keep: Any  # (shared int32 array, index, raw) -> None
@@ -36,9 +37,41 @@ class Access(NamedTuple):
 
 
 if SIMULATED:
-    from fastbn.cuda._simulated import access, add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
+    from fastbn.cuda._simulated import (
+        access,
+        add,
+        anew,
+        finite,
+        fma,
+        gate,
+        invsqrt,
+        join,
+        mul,
+        pick,
+        split_total,
+        sqrt,
+        sub,
+        total,
+    )  # fmt: skip
 else:
     from fastbn.cuda._lowered import access
-    from fastbn.cuda._lowered_lanes import add, finite, fma, gate, invsqrt, join, mul, pick, sqrt, sub, total
+    from fastbn.cuda._lowered_lanes import (
+        add,
+        anew,
+        finite,
+        fma,
+        gate,
+        invsqrt,
+        join,
+        mul,
+        pick,
+        split_total,
+        sqrt,
+        sub,
+        total,
+    )  # fmt: skip
 
-__all__ = ["Access", "access", "add", "finite", "fma", "gate", "invsqrt", "join", "mul", "pick", "sqrt", "sub", "total"]
+__all__ = [
+    "Access", "access", "add", "anew", "finite", "fma", "gate", "invsqrt", "join", "mul", "pick", "split_total",
+    "sqrt", "sub", "total",
+]  # fmt: skip

@@ -26,6 +26,7 @@ SHAPES = {
     "persistent": [(337, 16), (131, 8), (3, 144), (2, 8)],
     "alone": [(120, 16), (31, 8), (3, 272), (2, 8)],
     "gang": [(8, 2, 136), (3, 5, 8, 8), (1, 3, 96), (8, 11, 128), (2, 1, 4096)],
+    "bundle": [(8, 4, 7, 7), (9, 12, 3, 3), (33, 24, 3, 3), (3, 8, 5, 5), (2, 4, 3), (70, 4, 7, 7), (3, 8, 2, 2)],
     "again": [(9, 3, 7, 7), (40, 6), (2, 1, 5), (3, 2, 67), (1, 3, 264)],
 }
 ALL = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shapes]
@@ -45,6 +46,7 @@ def use(monkeypatch):
         monkeypatch.setattr(tuning, "SMALL", 1 << 20 if kernel in ("slab", "alone", "again") else 0)
         monkeypatch.setattr(tuning, "AGAIN", 1 << 14 if kernel == "again" else 0)
         monkeypatch.setattr(tuning, "GANG", kernel == "gang")
+        monkeypatch.setattr(tuning, "BUNDLE", kernel == "bundle")
         choice.forget()
         if dims is None:
             return
@@ -86,6 +88,8 @@ def test_every_kernel_and_option(kernel, shape, use, rng):
         ("alone", (37, 24)),
         ("gang", (3, 3, 64)),
         ("gang", (5, 2, 192)),
+        ("bundle", (5, 8, 7, 7)),
+        ("bundle", (23, 16, 3, 3)),
         ("again", (5, 3, 7)),
     ],
     ids=str,
@@ -129,6 +133,7 @@ def test_memory_that_is_not_aligned_takes_the_scalar_kernels(skew, use, rng):
 SMALL = [
     ("planes", (4, 3, 72)), ("rows", (40, 6)), ("slab", (4, 3, 64)), ("persistent", (40, 8)), ("alone", (40, 8)),
     ("again", (4, 3, 49)), ("gang", (8, 3, 136)), ("gang", (4, 3, 544)),
+    ("bundle", (9, 8, 3, 3)), ("bundle", (4, 4, 7, 7)),
 ]  # fmt: skip
 
 

@@ -9,17 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbn import device_mask
-from fastbn.cuda import choice, driver, plan, tuning
+from fastbn.cuda import choice, driver, plan, plan_bundle, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
 TRUE_SLAB = tuning.SLAB  # before the fixtures change it
+TRUE_GANG = {n: getattr(tuning, n) for n in dir(tuning) if n.startswith(("GANG_", "BUNDLE"))}
 SIZE = st.one_of(st.integers(1, 70), st.integers(1, 3000))
 
 
 @pytest.fixture(autouse=True)
 def true_numbers(small, monkeypatch):
     for name, value in {"THREADS": 256, "BLOCKS": 1056, "DEPTH": 16, "APPLY_DEPTH": 8, "SLAB_CHANNELS": 96}.items():
+        monkeypatch.setattr(tuning, name, value)
+    for name, value in TRUE_GANG.items():
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(tuning, "PERSISTENT", True)
     monkeypatch.setattr(tuning, "PERSISTENT_THREADS", 512)
@@ -49,6 +52,34 @@ def test_one_launch_cuts_fit_on_the_gpu(N, C, kind, tensors):
     lanes, size = 16 // ITEMSIZE[kind], 8 if kind == "f64" else 4
     assert p.shared + 2 * p.threads * lanes * size + 7 * plan.TILE * lanes * size <= limit
     assert p.tx * p.across * lanes >= C
+
+
+@given(
+    N=SIZE, C=SIZE, S=st.integers(2, 300), kind=st.sampled_from(sorted(ITEMSIZE)), tensors=st.sampled_from([1, 2]),
+    limit=st.sampled_from([101376, 166912, 232448]),
+)  # fmt: skip
+def test_bundles_are_whole_vectors_and_fit_on_the_gpu(N, C, S, kind, tensors, limit):
+    p = plan_bundle.bundle.__wrapped__((N, C, S), kind, True, tensors, 132, limit)
+    if not p.channels:
+        return
+    assert C % p.channels == 0 and p.channels * S * ITEMSIZE[kind] == 16 * p.vectors <= 16 * p.threads
+    assert p.blocks * p.gangs <= 132 * p.layers and (p.blocks - 1) * p.chunk < N <= p.blocks * p.chunk
+    assert 16 // ITEMSIZE[kind] <= S + 1  # values of two channels at most in a vector
+    height = p.threads // p.vectors
+    assert p.shared == -(-p.chunk // height) * p.threads * 16 * tensors
+    assert (p.shared + plan_bundle.own(kind) + 1024) * p.layers <= limit + 1024
+    assert -(-C // p.channels // p.gangs) * p.channels <= plan_bundle.OWN
+
+
+def test_bundles_of_well_known_shapes():
+    def channels(C, S, kind):
+        return plan_bundle.channels(C, S, ITEMSIZE[kind])
+
+    assert channels(2048, 49, "f32") == 4 and channels(2048, 49, "bf16") == 8 and channels(1024, 196, "f16") == 2
+    assert channels(2049, 49, "f32") == 0 and channels(512, 9, "f32") == 8 and channels(512, 3, "bf16") == 0
+    p = plan_bundle.bundle((64, 2048, 49), "f32", True, 1, 132, 232448)
+    assert p.vectors == 49 and p.gangs * p.blocks > 350
+    assert not plan_bundle.bundle((64, 2048, 49), "f32", False, 1, 132, 232448).channels
 
 
 def test_slabs_leave_room_and_need_channels_enough():

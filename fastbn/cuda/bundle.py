@@ -1,0 +1,250 @@
+"""Batch norm on channels-first arrays of short or odd runs, several channels to a gang of blocks at once: read once.
+
+Training forward moves 2 bytes a byte of tensor, backward (``bundle_backward``) 3: the floor. A bundle is ``K``
+neighbouring channels whose run of K*S elements is a whole number ``V`` of vectors (7 x 7 in float32: 4 channels, 49
+vectors), so that N runs of a bundle are a matrix of vectors. As in ``gang``, gangs of ``G`` blocks are on the GPU at
+once, work off bundle after bundle, each block ``chunk`` rows of it, which it keeps in shared memory, and meet once a
+bundle, for all its channels.
+
+A thread stays in one column of vectors, ``threads // V`` rows from one of its rows to the next: its first ``count``
+lanes belong to channel ``first`` of the bundle, the others to the next one. It reads back only what it kept itself.
+Numbers of channels lie in shared memory: pivots of all turns from the beginning, in backward the statistics of the next
+bundle from this one's meeting on. Where a thread works is found out ``anew`` in every turn, which takes no registers.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import functools
+
+from fastbn.cuda.bundle_sums import make_bundle_sums
+from fastbn.cuda.channel import make_combine, make_keep, make_pivot
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.plan_bundle import MOST, OWN
+from fastbn.cuda.simd import access, add, anew, fma
+from fastbn.cuda.sweep import Variant, make_output, make_terms
+
+int32, int64, uint8 = types.int32, types.int64, types.uint8
+
+
+@device
+def place(part, chunk, bundle, N, C, S, K, V, height, W):
+    """Where a thread works: (first row, their end, its vector's offset there, channel of its first lanes, their count).
+
+    Threads that are left over have no rows.
+    """
+    tid = anew(int32(cuda.threadIdx.x))
+    ty = int32(tid // V)
+    column = int32((tid - ty * V) * W)
+    first = int32(column // S)
+    count = int32(min(W, (first + 1) * S - column))
+    part = anew(part)
+    end, r = min(N, int32((part + 1) * chunk)), int32(part * chunk + ty)
+    if ty >= height:
+        r = end
+    return r, end, (int64(r) * C + bundle * K) * S + column, first, count
+
+
+def make_spread(what: Variant):
+    """(table, at, first, count) -> a thread's vector of numbers that lie by channel from ``at`` on."""
+    W, step = what.W, access(what.kind, what.W).step
+
+    @device
+    def spread(table, at, first, count):
+        other = first + 1 if count < W else first
+        return step(table[at + first], table[at + other], count)
+
+    return spread
+
+
+def make_read(what: Variant):
+    """Read and keep a thread's rows of a bundle, four at once; returns their sums by lane."""
+    kind, W, threads = what.kind, what.W, what.threads
+    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
+    load, splat, keep_raw, encode = io.load, io.splat, io.keep, io.encode
+
+    @device
+    def read(x, slab, m, r, end, height, at, step):
+        s = q = splat(A(0))
+        nothing = encode(s)
+        k = int32(4 * cuda.threadIdx.x)
+        while r < end:
+            x0, x1, x2, x3 = load(x, at), nothing, nothing, nothing
+            if r + height < end:
+                x1 = load(x, at + step)
+            if r + 2 * height < end:
+                x2 = load(x, at + 2 * step)
+            if r + 3 * height < end:
+                x3 = load(x, at + 3 * step)
+            for raw in (x0, x1, x2, x3):
+                if r < end:
+                    keep_raw(slab, k, raw)
+                    u, t = terms(raw, raw, raw, m, m, m, m)
+                    s, q = add(s, u), fma(u, t, q)
+                r, k = int32(r + height), int32(k + 4 * threads)
+            at += 4 * step
+        return s, q
+
+    return read
+
+
+def make_write(what: Variant):
+    """Normalise a thread's rows of a bundle from what it kept, the residual's four at once (of eight lanes two)."""
+    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
+    A, io, output = ARITHMETIC[kind], access(kind, W), make_output(what)
+    load_last, store, recall, splat, encode = io.load_last, io.store, io.recall, io.splat, io.encode
+    four = residual and W < 8
+
+    @device
+    def put(y, slab, other, m, k, b, r, end, place, at):
+        if r < end:
+            store(y, at, output(recall(slab, place), other, m, k, b))
+
+    @device
+    def write(res, y, slab, m, k, b, r, end, height, at, step):
+        nothing, place = encode(splat(A(0))), int32(4 * cuda.threadIdx.x)
+        while r < end:
+            r0 = r1 = r2 = r3 = nothing
+            if residual:
+                r0 = load_last(res, at)
+                if r + height < end:
+                    r1 = load_last(res, at + step)
+            if four:
+                if r + 2 * height < end:
+                    r2 = load_last(res, at + 2 * step)
+                if r + 3 * height < end:
+                    r3 = load_last(res, at + 3 * step)
+            for other in (r0, r1):
+                put(y, slab, other, m, k, b, r, end, place, at)
+                r, place = int32(r + height), int32(place + 4 * threads)
+                at += step
+            if four:
+                for other in (r2, r3):
+                    put(y, slab, other, m, k, b, r, end, place, at)
+                    r, place = int32(r + height), int32(place + 4 * threads)
+                    at += step
+
+    return write
+
+
+def make_over(what: Variant):
+    """Do channels again whose sums were no good, one after another; ``bad`` says which."""
+    kind, threads, residual, A = what.kind, what.threads, what.residual, ARITHMETIC[what.kind]
+    one, output = access(kind, 1), make_output(what._replace(W=1))
+    load_last, store = one.load_last, one.store
+    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
+
+    @device
+    def write(x, res, y, m, k, b, part, chunk, c, N, C, S):
+        low = part * chunk
+        count = (min(N, low + chunk) - low) * S
+        for e in range(cuda.threadIdx.x, count, threads):
+            n = e // S
+            at = (int64(low + n) * C + c) * S + (e - n * S)
+            x0 = load_last(x, at)
+            r0 = x0
+            if residual:
+                r0 = load_last(res, at)
+            store(y, at, output(x0, r0, m, k, b))
+
+    @device
+    def over(x, res, y, red, bad, outputs, moving, gang, gangs, part, chunk, eps, flags, N, C, S, K):
+        stats, weight, bias, running_mean, running_var = outputs
+        keep, momentum, unbias = moving
+        bundle, turn = gang, int32(0)
+        while bundle * K < C:
+            for j in range(K):
+                if bad[turn * K + j] != 0:
+                    c = anew(int32(bundle * K + j))
+                    found = again(x, x, A(int64(anew(N)) * S), c, N, C, S, eps, red)
+                    mean, rest, _, invstd = found
+                    if cuda.threadIdx.x == 0 and part == 0:
+                        moves = flags & 4 != 0
+                        keep_statistics(
+                            stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves
+                        )
+                    k, b = combine(invstd, rest, weight, bias, c, flags)
+                    write(x, res, y, mean, k, b, anew(part), chunk, c, N, C, S)
+            bundle, turn = int32(bundle + gangs), int32(turn + 1)
+
+    return over
+
+
+def make_settle(what: Variant):
+    """From a gang's sums to the constants (m, k, b) of a bundle's channels; the first part writes statistics."""
+    kind, warps = what.kind, what.threads // 32
+    resolve, combine, keep_statistics = make_resolve(kind), make_combine(kind), make_keep(kind)
+    collect = make_bundle_sums(kind, what.W, what.threads).collect
+
+    @device
+    def settle(table, pivots, bad, own, partial, place, first, n, eps, outputs, moving, flags, C, K):
+        stats, weight, bias, running_mean, running_var = outputs
+        keep, momentum, unbias = moving
+        gangs, gang, G, part, turn = place
+        for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
+            s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
+            if cuda.threadIdx.x & 31 == 0:
+                good, mean, rest, var, invstd = resolve(pivots[turn * K + j], s, se, q, qe, n, eps)
+                if good and part == 0:
+                    found, moves = (mean, rest, var, invstd), flags & 4 != 0
+                    c = int64(first + j)
+                    keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
+                bad[turn * K + j] = 0 if good else 1
+                if not good:
+                    bad[OWN] = 1
+                k, b = combine(invstd, rest, weight, bias, first + j, flags)
+                table[j], table[MOST + j], table[2 * MOST + j] = mean, k, b
+
+    return settle
+
+
+@functools.cache
+def train(what: Variant):
+    """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
+    kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
+    read, write, over, spread = make_read(what), make_write(what), make_over(what), make_spread(what)
+    settle, pivot, sums = make_settle(what), make_pivot(kind), make_bundle_sums(kind, W, threads)
+    (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
+    flags_size = OWN + 16  # so that what lies behind is aligned
+
+    @kernel("TTTAAAAAAiiiiiiiiiaaaai", kind, threads, what.layers, together=True)
+    def bundle_train(
+        x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, K, V, height, G, gangs, chunk,
+        eps, keep, momentum, unbias, flags,
+    ):  # fmt: skip
+        slab = cuda.shared.array(0, int32)
+        red = cuda.shared.array(both, A)
+        own = cuda.shared.array(pair, A)
+        table = cuda.shared.array(size, A)  # m, k, b
+        pivots = cuda.shared.array(OWN, A)
+        bad = cuda.shared.array(flags_size, uint8)  # channels whose sums are no good; behind them, whether any
+        gang = int32(cuda.blockIdx.x // G)
+        part, n = int32(cuda.blockIdx.x - gang * G), A(int64(N) * S)
+        step = int64(height) * C * S
+        for i in range(cuda.threadIdx.x, OWN, threads):  # of all turns at once: in the loop it would cost registers
+            c = int32((gang + i // K * gangs) * K + i % K)
+            if c < C:
+                pivots[i] = pivot(x, c, N, C, S)
+        bad[OWN] = 0
+        outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
+        ready(partial, gang, G, part)
+        cuda.syncthreads()
+        bundle, turn = gang, int32(0)
+        while bundle * K < C:
+            r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
+            s, q = read(x, slab, spread(pivots, turn * K, first, count), r, end, height, at, step)
+            publish(red, own, partial, gangs, gang, G, part, turn, s, q, count, S, V, height, K)
+            sums_of = (gangs, gang, G, part, turn)
+            meet(partial, gang, G, turn)
+            settle(table, pivots, bad, own, partial, sums_of, bundle * K, n, eps, outputs, moving, flags, C, K)
+            cuda.syncthreads()
+            r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
+            m, k = spread(table, 0, first, count), spread(table, MOST, first, count)
+            write(res, y, slab, m, k, spread(table, 2 * MOST, first, count), r, end, height, at, step)
+            bundle, turn = int32(bundle + gangs), int32(turn + 1)
+        cuda.syncthreads()
+        if bad[OWN] != 0:
+            over(x, res, y, red, bad, outputs, moving, gang, gangs, part, chunk, eps, flags, N, C, S, K)
+
+    return bundle_train

@@ -1,0 +1,157 @@
+"""Gradients on bundles of channels whose runs are short or odd, by gangs of blocks that keep them: see ``bundle``.
+
+Two reads and one write a tensor, and y and the residual's gradient where they are. A block keeps x and the gradient
+in front of the ReLU. The first sums go without invstd, a constant of each channel, which would take a vector more.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import functools
+
+from fastbn.cuda.bundle import make_spread, place
+from fastbn.cuda.bundle_sums import make_bundle_sums
+from fastbn.cuda.channel import make_combine, make_slopes
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.plan_bundle import MOST
+from fastbn.cuda.simd import access, add, anew, fma
+from fastbn.cuda.sweep import Variant, make_gradient, make_terms
+
+int32, int64 = types.int32, types.int64
+
+
+def make_read_gradients(what: Variant):
+    """Read and keep a thread's rows of x and of the gradient, and write the residual's gradient.
+
+    Two rows at once, but one where eight lanes and a ReLU need the registers.
+    """
+    kind, W, threads, by_output = what.kind, what.W, what.threads, what.relu and what.residual
+    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
+    load, load_last, store, splat, keep_raw, encode = io.load, io.load_last, io.store, io.splat, io.keep, io.encode
+    two = not what.relu or W < 8
+
+    @device
+    def take(raw, own, its, slab, k, second, at, m, scale, b, dr):
+        u, t = terms(raw, own, its, m, A(1), scale, b)
+        if by_output:
+            store(dr, at, u)
+        keep_raw(slab, k, raw)
+        keep_raw(slab, second + k, encode(u))
+        return u, t
+
+    @device
+    def read(x, g, y, dr, slab, second, m, scale, b, r, end, height, at, step):
+        s = q = splat(A(0))
+        nothing = encode(s)
+        k = int32(4 * cuda.threadIdx.x)
+        while r < end:
+            x0, g0, x1, g1 = load(x, at), load_last(g, at), nothing, nothing
+            y0 = y1 = nothing
+            if by_output:
+                y0 = load(y, at)
+            if two and r + height < end:
+                x1, g1 = load(x, at + step), load_last(g, at + step)
+                if by_output:
+                    y1 = load(y, at + step)
+            u, t = take(x0, g0, y0, slab, k, second, at, m, scale, b, dr)
+            s, q = add(s, u), fma(u, t, q)
+            r, k = int32(r + height), int32(k + 4 * threads)
+            at += step
+            if two and r < end:
+                u, t = take(x1, g1, y1, slab, k, second, at, m, scale, b, dr)
+                s, q = add(s, u), fma(u, t, q)
+                r, k = int32(r + height), int32(k + 4 * threads)
+                at += step
+        return s, q
+
+    return read
+
+
+def make_settle_gradients(what: Variant):
+    """From a gang's sums to the slopes (c1, c0) of a bundle's channels; the first part writes their gradients."""
+    kind, warps, slopes = what.kind, what.threads // 32, make_slopes(what.kind)
+    collect = make_bundle_sums(kind, what.W, what.threads).collect
+
+    @device
+    def settle(table, here, own, partial, place, first, n, dweight, dbias, K):
+        gangs, gang, G, part, turn = place
+        for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
+            s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
+            if cuda.threadIdx.x & 31 == 0:
+                invstd, k, rest = table[here + MOST + j], table[here + 2 * MOST + j], table[here + 4 * MOST + j]
+                db = s + se
+                dw = invstd * ((q + qe) - rest * db)
+                if part == 0:
+                    dweight[first + j], dbias[first + j] = dw, db
+                c1, c0 = slopes(dw, db, invstd, k, rest, n)
+                table[10 * MOST + j], table[11 * MOST + j] = c1 * invstd, c0
+
+    return settle
+
+
+def make_known(kind: str):
+    """Put the constants (m, invstd, k, b, rest) of one channel into a table."""
+    combine = make_combine(kind)
+
+    @device
+    def known(table, at, stats, weight, bias, c, C, flags):
+        m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
+        k, b = combine(invstd, rest, weight, bias, c, flags)
+        table[at], table[at + MOST], table[at + 2 * MOST] = m, invstd, k
+        table[at + 3 * MOST], table[at + 4 * MOST] = b, rest
+
+    return known
+
+
+@functools.cache
+def backward(what: Variant):
+    """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
+    kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
+    io, slope, read, spread = access(kind, W), make_gradient(what), make_read_gradients(what), make_spread(what)
+    terms, store, recall = make_terms(what._replace(relu=False, residual=False)), io.store, io.recall
+    settle, known, sums = make_settle_gradients(what), make_known(kind), make_bundle_sums(kind, W, threads)
+    (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST
+
+    @kernel("TTTTTAAAAAAiiiiiiiiii", kind, threads, what.layers, together=True)
+    def bundle_backward(
+        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, K, V, height, G, gangs, chunk, flags
+    ):
+        slab = cuda.shared.array(0, int32)
+        red = cuda.shared.array(both, A)
+        own = cuda.shared.array(pair, A)
+        table = cuda.shared.array(size, A)  # m, invstd, k, b, rest of two turns, then c1, c0
+        gang, last = int32(cuda.blockIdx.x // G), int32(threads - 1 - cuda.threadIdx.x)
+        part, n = int32(cuda.blockIdx.x - gang * G), int64(N) * S
+        step, second = int64(height) * C * S, int32((chunk + height - 1) // height * 4 * threads)
+        if last < K:
+            known(table, last, stats, weight, bias, int32(gang * K + last), C, flags)
+        ready(partial, gang, G, part)
+        cuda.syncthreads()
+        bundle, turn = gang, int32(0)
+        while bundle * K < C:
+            r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
+            here, others = (turn & 1) * 5 * MOST, (turn + 1 & 1) * 5 * MOST
+            m, b = spread(table, here, first, count), spread(table, here + 3 * MOST, first, count)
+            k = spread(table, here + 2 * MOST, first, count)
+            s, q = read(x, g, y, dr, slab, second, m, k, b, r, end, height, at, step)
+            publish(red, own, partial, gangs, gang, G, part, turn, s, q, count, S, V, height, K)
+            c = int32((bundle + gangs) * K + last)
+            if last < K and c < C:
+                known(table, others + last, stats, weight, bias, c, C, flags)
+            meet(partial, gang, G, turn)
+            settle(table, here, own, partial, (gangs, gang, G, part, turn), bundle * K, n, dweight, dbias, K)
+            cuda.syncthreads()
+            r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
+            m = spread(table, here, first, count)
+            k, c1 = spread(table, here + 2 * MOST, first, count), spread(table, 10 * MOST, first, count)
+            c0 = spread(table, 11 * MOST, first, count)
+            kept = int32(4 * cuda.threadIdx.x)
+            while r < end:
+                x0 = recall(slab, kept)
+                u, t = terms(x0, recall(slab, second + kept), x0, m, A(1), k, k)
+                store(dx, at, slope(u, t, k, c1, c0))
+                at += step
+                r, kept = int32(r + height), int32(kept + 4 * threads)
+            bundle, turn = int32(bundle + gangs), int32(turn + 1)
+
+    return bundle_backward

@@ -1,0 +1,98 @@
+"""Sums of a bundle of channels (see ``bundle``): over the lanes, over the threads of a block, over a gang of blocks."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastbn.cuda.channel import WARP
+from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
+from fastbn.cuda.gang_sums import PAD, make_add_up, wait_for
+from fastbn.cuda.signals import arrive
+from fastbn.cuda.simd import anew, split_total
+
+int32, int64 = types.int32, types.int64
+
+
+def scratch_size(gangs: int, blocks: int, channels: int) -> int:
+    """Numbers of scratch that so many gangs of so many blocks need: a counter each, and the sums of two turns."""
+    return gangs * (PAD + 4 * blocks * channels)
+
+
+class BundleSums(NamedTuple):
+    """Three steps, between which a block may do something else."""
+
+    ready: Any  # set the counters of the grid to 0
+    publish: Any  # sum the block's threads, write the sums and say so
+    meet: Any  # wait for the gang
+    collect: Any  # (own, partial, gangs, gang, blocks, turn, channel, channels) -> its sums as pairs, by a warp
+
+
+def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
+    """Return the steps; a warp has every ``threads // 32``-th channel. Orders of addition are fixed by the shape."""
+    A, warps, add_up = ARITHMETIC[kind], threads // 32, make_add_up(kind)
+
+    @device
+    def channel_sum(red, j, S, V, height):
+        """Sum channel j over the threads that have some of it; a vector has values of two channels at most."""
+        s = q = A(0)
+        v, height = int32(j * S // W + (cuda.threadIdx.x & 31)), anew(height)
+        while v * W < (j + 1) * S:
+            at = v
+            if v * W < j * S:  # it begins in the channel before
+                at = int32(v + 2 * threads)
+            for _ in range(height):
+                s += red[at]
+                q += red[threads + at]
+                at = int32(at + V)
+            v = int32(v + 32)
+        step = 16
+        while step > 0:
+            s += cuda.shfl_xor_sync(WARP, s, step)
+            q += cuda.shfl_xor_sync(WARP, q, step)
+            step >>= 1
+        return s, q
+
+    @device
+    def ready(partial, gang, blocks, part):
+        if blocks > 1:
+            if part == 0 and cuda.threadIdx.x == 0:
+                partial[int64(gang) * PAD] = A(0)
+            cuda.cg.this_grid().sync()
+
+    @device
+    def first_of(gangs, gang, blocks, turn, j, channels):
+        return int64(gangs) * PAD + ((int64(anew(gang)) * 2 + (turn & 1)) * channels + j) * 2 * blocks
+
+    @device
+    def publish(red, own, partial, gangs, gang, blocks, part, turn, s, q, count, S, V, height, channels):
+        tid = anew(int32(cuda.threadIdx.x))
+        red[tid], red[2 * threads + tid] = split_total(s, count)
+        red[threads + tid], red[3 * threads + tid] = split_total(q, count)
+        cuda.syncthreads()
+        for j in range(tid >> 5, channels, warps):
+            s, q = channel_sum(red, j, S, V, height)
+            if tid & 31 == 0:
+                if blocks == 1:
+                    own[2 * j], own[2 * j + 1] = s, q
+                else:
+                    first = first_of(gangs, gang, blocks, turn, j, channels)
+                    partial[first + 2 * part], partial[first + 2 * part + 1] = s, q
+        cuda.syncthreads()
+        if blocks > 1 and tid == 0:
+            arrive(partial, int64(gang) * PAD)
+
+    @device
+    def meet(partial, gang, blocks, turn):
+        if blocks > 1:
+            wait_for(partial, int64(gang) * PAD, (turn + 1) * blocks)
+        else:
+            cuda.syncthreads()
+
+    @device
+    def collect(own, partial, gangs, gang, blocks, turn, j, channels):
+        if blocks == 1:
+            return own[2 * j], A(0), own[2 * j + 1], A(0)
+        return add_up(partial, first_of(gangs, gang, blocks, turn, j, channels), blocks)
+
+    return BundleSums(ready, publish, meet, collect)
