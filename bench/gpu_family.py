@@ -155,7 +155,7 @@ def _row(
         torch, sets[0]["out" if forward else "dx"], reference(torch, "layer", 1, sets[0])["y" if forward else "input"]
     )
     row: dict[str, Any] = {"op": op, "layout": "rows", "dtype": dtype, "shape": list(shape), "kernel": "sets", "us": us}
-    row |= {"moved": moved, "us_split": None, "max_err": error, "x_cudnn": None, "x_compile": None}
+    row |= {"moved": moved, "us_copy": None, "us_split": None, "max_err": error, "x_cudnn": None, "x_compile": None}
     if not error <= (1 if forward else 5) * peers.ALLOWED[dtype]:
         row |= {"error": f"wrong: error {error:.3g}", "us": None, "max_err": error if math.isfinite(error) else None}
 

@@ -18,20 +18,17 @@ from bench.gpu_cases import Case
 LARGE, HALF = (64, 256, 56, 56), (64, 512, 28, 28)
 MANY = 1 << 30  # channels: more than any tensor has
 Trial = tuple[Case, str, tuple[Any, ...]]
-# Most promising first. Threads of the one-launch kernel: more loads on their way, fewer registers; not for half types,
-# whose own arrays would be more than 48 KB. Blocks that share a multiprocessor. Channels just above the number of
-# multiprocessors: a second wave of 8 blocks, or three launches. Vectors a thread: fewer blocks, or shorter tails.
+# Most telling first: channels in hand and blocks a multiprocessor of gangs, gangs at all, bundles at all; threads and
+# vectors in flight of the rest.
 TRIALS: list[Trial] = [
-    (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),
-    (Case("backward", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (768,)),
-    (Case("train", "NCHW", "float32", (64, 1024, 14, 14)), "SLAB_TOGETHER", (1, 4)),
-    (Case("train", "NCHW", "bfloat16", HALF), "SLAB_TOGETHER", (1,)),
-    (Case("train", "NCHW", "float32", (64, 140, 28, 28)), "SLAB_CHANNELS", (MANY,)),
-    (Case("backward", "NCHW", "bfloat16", (64, 140, 28, 28)), "SLAB_CHANNELS", (MANY,)),
-    (Case("train", "NCHW", "float32", LARGE), "DEPTH", (8, 32)),
-    (Case("train", "NCHW", "float32", LARGE), "APPLY_DEPTH", (4, 16)),
-    (Case("backward", "NCHW", "float32", LARGE), "APPLY_DEPTH", (4, 16)),
-    (Case("infer", "NCHW", "float32", HALF), "APPLY_DEPTH", (4, 16)),
+    (Case("train", "NCHW", "float32", LARGE), "GANG_LAG", ((0,), (1,))),
+    (Case("train", "NCHW", "float32", LARGE), "GANG_LAYERS", ((2,), (3,))),
+    (Case("backward", "NCHW", "float32", LARGE), "GANG_LAG", ((0,), (1,))),
+    (Case("train", "NCHW", "bfloat16", LARGE), "GANG_LAYERS", ((2,), (3,))),
+    (Case("train", "NCHW", "float32", (64, 1024, 14, 14)), "GANG", (False,)),
+    (Case("train", "NCHW", "float32", (64, 2048, 7, 7)), "BUNDLE", (False,)),
+    (Case("backward", "NCHW", "bfloat16", (64, 1024, 14, 14)), "BUNDLE", (False,)),
+    (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (256,)),
     (Case("infer", "NHWC", "bfloat16", HALF), "APPLY_DEPTH", (4, 16)),
     (Case("infer", "NHWC", "float32", (64, 1024, 14, 14)), "BLOCKS", (528, 2112)),
 ]

@@ -7,6 +7,7 @@ Nothing a job leaves behind is needed by another, so that any process can go on 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import platform
@@ -30,10 +31,10 @@ Job = dict[str, Any]
 def jobs() -> list[Job]:
     """Return every job, those that matter most first within a stage."""
     found: list[Job] = [{"stage": "machine"}]
-    for shape in CHECKED:
-        layouts = ("NC",) if len(shape) == 2 else ("NCHW", "NHWC") if len(shape) == 4 else ("NCHW",)
-        for layout in layouts:
-            for dtype in DTYPES:
+    for dtype in DTYPES:
+        for shape in CHECKED:
+            layouts = ("NC",) if len(shape) == 2 else ("NCHW", "NHWC") if len(shape) == 4 else ("NCHW",)
+            for layout in layouts:
                 for op in MOVED:
                     case = Case(op, layout, dtype, shape)
                     found += [{"stage": "check", "case": case, "split": split} for split in (False, True)]
@@ -110,7 +111,9 @@ def usable(torch: Any, failed: bool = True) -> bool:
 
 def only_split() -> contextlib.AbstractContextManager[None]:
     """Use the split kernels alone, whatever the shape."""
-    return trials.changed({"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": trials.MANY})
+    return trials.changed(
+        {"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": trials.MANY, "GANG": False, "BUNDLE": False}
+    )
 
 
 def kernel_of(case: Case) -> str:
@@ -159,7 +162,7 @@ def check(torch: Any, case: Case) -> dict[str, Any]:
 
 def measure(torch: Any, case: Case) -> dict[str, Any]:
     """Return a row: our time and error, and the ratio of each peer's time to ours (None where there is none)."""
-    row: dict[str, Any] = {**case._asdict(), "kernel": kernel_of(case), "us": None, "us_split": None}
+    row: dict[str, Any] = {**case._asdict(), "kernel": kernel_of(case)} | dict.fromkeys(("us", "us_copy", "us_split"))
     row |= dict.fromkeys(peers.PEERS)
     found, same = check_case(torch, case, seed_of(case))
     row["max_err"] = found if math.isfinite(found) else None
@@ -171,12 +174,23 @@ def measure(torch: Any, case: Case) -> dict[str, Any]:
             return measure(torch, case) | {"error": wrong}
     all_buffers = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
     row["us"] = us = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
+    row["us_copy"] = copy_us(torch, case.tensor_bytes)
     if row["kernel"] not in ("rows", "planes"):
         with only_split():
             row["us_split"] = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
     for name in ("x_torch", "x_cudnn"):
         row[name] = ratio(torch, case, name, all_buffers, us)
     return row
+
+
+@functools.lru_cache(maxsize=64)
+def copy_us(torch: Any, nbytes: int) -> float:
+    """Return the time of a copy of so many bytes, from memory to memory: what a small tensor can at best be done in."""
+    count = timing.sets(2 * nbytes)
+    pairs = [
+        [torch.empty(nbytes // 4, dtype=torch.float32, device="cuda").normal_() for _ in range(2)] for _ in range(count)
+    ]
+    return timing.microseconds(torch, [lambda a=a, b=b: b.copy_(a) for a, b in pairs])
 
 
 def compiled(torch: Any, case: Case) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def train(what: Variant):
     (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
     flags_size = OWN + 16  # so that what lies behind is aligned
 
-    @kernel("TTTAAAAAAiiiiiiiiiaaaai", kind, threads, what.layers, together=True)
+    @kernel("TTTAAAAAAiiiiiiiiiaaaai", kind, threads, what.layers)
     def bundle_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, K, V, height, G, gangs, chunk,
         eps, keep, momentum, unbias, flags,

@@ -112,7 +112,7 @@ def backward(what: Variant):
     settle, known, sums = make_settle_gradients(what), make_known(kind), make_bundle_sums(kind, W, threads)
     (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST
 
-    @kernel("TTTTTAAAAAAiiiiiiiiii", kind, threads, what.layers, together=True)
+    @kernel("TTTTTAAAAAAiiiiiiiiii", kind, threads, what.layers)
     def bundle_backward(
         x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, K, V, height, G, gangs, chunk, flags
     ):

@@ -198,7 +198,7 @@ def train(what: Variant):
     publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
     pivot, settle, sizes, words = make_pivot(kind), make_settle(what), 4 * (threads // 32), TURNS // 32
 
-    @kernel("TTTAAAAAAiiiiiiiaaaai", kind, threads, what.layers, together=not alone)
+    @kernel("TTTAAAAAAiiiiiiiaaaai", kind, threads, what.layers)
     def gang_train(
         x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, G, gangs, chunk, lag, eps, keep,
         momentum, unbias, flags,

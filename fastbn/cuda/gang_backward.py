@@ -134,7 +134,7 @@ def backward(what: Variant):
     publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
     slopes, sizes = make_slopes(kind), 4 * (threads // 32)
 
-    @kernel("TTTTTAAAAAAiiiiiiii", kind, threads, what.layers, together=not alone)
+    @kernel("TTTTTAAAAAAiiiiiiii", kind, threads, what.layers)
     def gang_backward(
         x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, lag, flags
     ):

@@ -123,7 +123,7 @@ def test_calls_reach_the_driver_as_they_should(tmp_path):
 
 
 @pytest.mark.skipif(not (_installed() and shutil.which("gcc")), reason="needs the CUDA packages and gcc")
-@pytest.mark.parametrize(("what", "warned"), [("attribute", 5), ("together", 2)])
+@pytest.mark.parametrize(("what", "warned"), [("attribute", 6), ("together", 2)])
 def test_what_the_driver_refuses_is_done_by_split_kernels(what, warned, tmp_path):
     code = START + f"EXPECTED = {warned}\n" + REFUSED
     steps = run(tmp_path, code, FASTBN_REFUSES=what)
@@ -145,9 +145,9 @@ def test_results_are_on_the_stream_of_x(tmp_path):
     assert [s[0] for s in steps["moments"]] == ["down", "synchronised"]
     assert ("up", 64) in [s[:2] for s in steps["mask"]]
     lent = [s for s in steps["lent"] if s[0] in ("wait", "launch")]
-    own = [s[0] for s in lent if s[-1] == "0x7f0000001000"]  # weight, bias; y, statistics, scratch
-    assert own.count("wait") == 2 + 3 and own[-1] == "launch" and lent[-1][-1] == "(nil)"
-    assert [s[0] for s in lent if s[-1] == "(nil)"] == ["wait"] * 3  # as they are given back
+    own = [s[0] for s in lent if s[-1] == "0x7f0000001000"]  # weight, bias; y, statistics
+    assert own.count("wait") == 2 + 2 and own[-1] == "launch" and lent[-1][-1] == "(nil)"
+    assert [s[0] for s in lent if s[-1] == "(nil)"] == ["wait"] * 2  # as they are given back
     assert [s[0] for s in steps["put"][:2]] == ["wait", "wait"] and ("up", 64) in [s[:2] for s in steps["put"]]
     for name, others in (("elsewhere", 3), ("lengths", 1)):  # weight and bias are on the default stream
         assert [s[0] for s in steps[name]].count("wait") == others
@@ -179,8 +179,9 @@ def run(tmp_path, code=KERNELS + START + CODE, **environment):
 
 def check(steps):
     assert "synchronised" not in steps
-    assert [s[0] for s in steps["rows"]] == ["attribute", "together"]
+    assert [s[0] for s in steps["rows"]] == ["attribute", "attribute", "together"]
     assert steps["rows"][0][1:3] == (8, 232448 - 4096)  # all that a block may have, less its static part
+    assert steps["rows"][1][1:3] == (9, 100)  # and all of L1 for it, so that as many blocks fit as can
     assert [s[:4] for s in steps["alone"] if s[0] == "launch"] == [("launch", 1, 1, 512)]
     assert [s[:5] for s in steps["again"]] == [("launch", 64, 1, 128, 0)]
     assert [(s[0], s[5]) for s in steps["stream"]] == [("launch", "0x7f0000001000")]
