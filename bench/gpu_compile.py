@@ -49,7 +49,7 @@ def pretend_device(target: tuple[int, int]) -> None:
 
 def kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel, by name: plain and with all there is (residual and ReLU), each dtype, each width, each block."""
-    from fastbn.cuda import adjust, finalize, masks, sets_columns, tuning
+    from fastbn.cuda import adjust, finalize, gang_sums, masks, sets_columns, tuning
     from fastbn.cuda.arrays import ITEMSIZE
 
     for kind, itemsize in ITEMSIZE.items():
@@ -71,6 +71,8 @@ def kernels() -> Iterator[tuple[str, Any]]:
             yield f"finalize {kind}: adjust masked move", adjust.move(kind, tuning.THREADS, True)
             yield f"finalize {kind}: adjust renorm", adjust.renorm(kind, tuning.THREADS)
             yield f"finalize {kind}: adjust gradient", adjust.renorm_gradient(kind, tuning.THREADS)
+    for kind in ("f32", "f64"):
+        yield f"finalize {kind}: gang clear", gang_sums.clear(kind, tuning.THREADS)
     yield "finalize: masks count", masks.count(tuning.THREADS)
     yield "finalize: masks gather", masks.gather(tuning.THREADS)
     yield "finalize: masks tally", masks.tally(tuning.THREADS)
@@ -98,11 +100,9 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
     from fastbn.cuda.sweep import Variant
 
     for layers, alone in itertools.product((2,) if kind == "f64" else tuning.GANG_LAYERS, (False, True)):
-        crowded = residual and layers > 2  # nobody chooses that
         what = Variant(kind, W, tuning.GANG_THREADS, relu=relu, residual=residual, layers=layers, alone=alone)
         name = f"gang {suffix} {what.threads}x{layers}{' alone' * alone}"
-        if not crowded:
-            yield f"{name}: train", gang.train(what)
+        yield f"{name}: train", gang.train(what)
         yield f"{name}: backward", gang_backward.backward(what._replace(backward=True))
     what = Variant(kind, W, tuning.BUNDLE_THREADS, relu=relu, residual=residual, layers=tuning.BUNDLE_LAYERS)
     yield f"bundle {suffix} {what.threads}: train", bundle.train(what)

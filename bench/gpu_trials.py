@@ -21,9 +21,7 @@ Trial = tuple[Case, str, tuple[Any, ...]]
 # Most telling first: channels in hand and blocks a multiprocessor of gangs, gangs at all, bundles at all; threads and
 # vectors in flight of the rest.
 TRIALS: list[Trial] = [
-    (Case("train", "NCHW", "float32", LARGE), "GANG_LAG", ((0,), (1,))),
     (Case("train", "NCHW", "float32", LARGE), "GANG_LAYERS", ((2,), (3,))),
-    (Case("backward", "NCHW", "float32", LARGE), "GANG_LAG", ((0,), (1,))),
     (Case("train", "NCHW", "bfloat16", LARGE), "GANG_LAYERS", ((2,), (3,))),
     (Case("train", "NCHW", "float32", (64, 1024, 14, 14)), "GANG", (False,)),
     (Case("train", "NCHW", "float32", (64, 2048, 7, 7)), "BUNDLE", (False,)),

@@ -39,6 +39,7 @@ class One(NamedTuple):
     shared: int
     scratch: int  # elements that blocks meet in; 0 for none
     cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
+    cleared: int = 0  # elements of scratch that must be 0
     masks: bool = True  # takes a mask
 
 
@@ -101,7 +102,7 @@ def one_launch(
     tensors = 2 if backward else 1
     what = Variant(kind, 16 // ITEMSIZE[kind], 0, backward, relu, residual, frozen, masked=masked)
     if not masked and batches == 1:
-        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2], residual and not backward))
+        together = _gang(what, dims, plan_gang.gang(dims, kind, whole, tensors, *limits[:2]))
         if together is not None:
             return together
     most = tuning.MASKED_THREADS if masked else 1024
@@ -131,8 +132,8 @@ def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
     kernel, blocks = gang_backward.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if alone else blocks, p.shared):
         return None
-    size = 0 if alone else gang_sums.scratch_size(p.gangs, p.blocks)
-    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk, p.lag), masks=False)
+    size, cleared = (0, 0) if alone else gang_sums.scratch_size(p.gangs, p.blocks)
+    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk), cleared, masks=False)
 
 
 def _bundle(what: Variant, dims: Dims, p: plan_bundle.Bundle) -> One | None:

@@ -188,9 +188,11 @@ class Kernel:
     Compiled at its first launch, for each compute capability by itself: a machine may have GPUs of several.
     """
 
-    def __init__(self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int):
+    def __init__(
+        self, function: Callable[..., Any], letters: str, kind: str, threads: int, blocks: int, together: bool = False
+    ):
         self.function, self.letters, self.kind = function, letters, kind
-        self.threads, self.blocks = threads, blocks
+        self.threads, self.blocks, self.together = threads, blocks, together
         self._compiled: dict[tuple[int, int], Any] = {}
         self._large: set[int] = set()
         self._launchers: dict[Any, Any] = {}
@@ -219,6 +221,8 @@ class Kernel:
                 found = cuda.jit(**self.options)(self.function)
                 stored.use(found, self, capability)
                 found.compile(self.signature)
+                for compiled in found.overloads.values() if self.together else ():
+                    compiled.cooperative = True
             self._compiled[capability] = found
         return found
 
@@ -265,11 +269,16 @@ class Kernel:
         self._large.add(here)
 
 
-def kernel(letters: str, kind: str, threads: int, blocks: int = 1) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a kernel: argument letters (see ``argument_types``), tensor kind, threads a block, blocks an SM."""
+def kernel(
+    letters: str, kind: str, threads: int, blocks: int = 1, together: bool = False
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel: argument letters (see ``argument_types``), tensor kind, threads a block, blocks an SM.
+
+    ``together``: a cooperative launch though no barrier of the whole grid says so: blocks wait for each other.
+    """
 
     def decorate(function: Callable[..., Any]) -> Kernel:
-        return Kernel(function, letters, kind, threads, blocks)
+        return Kernel(function, letters, kind, threads, blocks, together)
 
     return decorate
 

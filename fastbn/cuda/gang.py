@@ -1,22 +1,24 @@
 """Batch norm on channels-first arrays, a channel to a gang of blocks that keep it in shared memory: read once.
 
 Training forward moves 2 bytes a byte of tensor, backward (``gang_backward``) 3: the floor, for every channel that the
-chip can hold (14 MB on an H200). ``gangs`` of ``G`` blocks are on the GPU at once, several blocks a multiprocessor; a
+chip can hold (29 MB on an H200). ``gangs`` of ``G`` blocks are on the GPU at once, several blocks a multiprocessor; a
 gang works off channel after channel, each block ``chunk`` vectors of it, and its blocks meet once a channel
-(``gang_sums``); a block that holds a whole channel meets nobody (``alone``).
+(``gang_sums``).
 
-A block's share is read by copies that need no registers (``fetch``), in ``PARTS`` groups that are summed as they
-arrive; where it has written, it begins to read the next channel. So reads and writes mix. With a ``lag`` of 1 it has
-two channels in hand: it sums one, says so, and writes the one before, whose sums have come together meanwhile.
+All of a block's share is on its way at once, by copies that need no registers (``fetch``), in ``PARTS`` groups that
+are summed as they arrive; and as soon as a vector has been written, the next channel's takes its place. So reads and
+writes mix all the time. A block that holds a whole channel meets nobody (``alone``).
 
-What was tried on an H200, (64, 256, 56, 56) in float32, floor 96 us:
+What was tried on an H200 (bench/results/nvidia-h200-gangs.json), (64, 256, 56, 56) in float32, floor 96 us, this 129:
 
-- one channel in hand, loads into registers, four a thread: 138 us with 2, 3 or 4 blocks a multiprocessor, begun
-  together or one after another; a quarter of the time a block waited for its gang;
-- the same with copies, the next channel's behind what is written: 129 us;
-- the same with bulk copies of whole runs (sm_90), normalised in place and sent out: 134 us, in backward 217 instead of
-  188: what is read next must wait until what was written has left;
-- one large block a multiprocessor (``slab``): (64, 512, 28, 28) 74 us, with copies 67.
+- loads into registers, four a thread: 138 with 2, 3 or 4 blocks a multiprocessor, begun together or one after another;
+- two channels in hand, so that nobody waits for a meeting: 151. Twice the rounds, with sums half as long;
+- bulk copies of whole runs (sm_90), normalised in place and sent out: 134, in backward 217 instead of 182: what is read
+  next must wait until what was written has left;
+- the first warp alone adds up, and a barrier of the whole grid sets the counters: 146;
+- one large block a multiprocessor (``slab``): (64, 512, 28, 28) 74, here 67;
+- rows in the same way, a tile of columns to a gang: 64 bytes side by side 240, 128 bytes 220, where ``persistent``,
+  which reads half of it twice, takes 170.
 """
 
 # mypy: ignore-errors
@@ -24,11 +26,11 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_combine, make_keep, make_pivot
+from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_pivot
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.fetch import close, fetch, make_await
 from fastbn.cuda.finalize import make_again, make_resolve
-from fastbn.cuda.gang_sums import make_gather, make_publish, make_ready
+from fastbn.cuda.gang_sums import make_gang_sum
 from fastbn.cuda.plan_gang import TURNS
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
@@ -41,7 +43,7 @@ PARTS = 4  # groups of copies a channel
 
 @device
 def share(G, chunk, N, S4, threads):
-    """What is a thread's: gang, part of its channels, first and last vector of its block, vectors of a group."""
+    """What is a thread's: gang, part of its channels, first vector and end of its block, vectors of a group."""
     gang = int32(cuda.blockIdx.x // G)
     part = int32(cuda.blockIdx.x - gang * G)
     low = int32(part * chunk)
@@ -50,17 +52,17 @@ def share(G, chunk, N, S4, threads):
 
 
 def make_begin(W: int, threads: int):
-    """Begin to read a block's share of a channel, to ``base`` of the slab."""
+    """Begin to read a block's share of its first channel."""
 
     @device
-    def begin(tensor, slab, base, v, low, end, step, S4, C, S, c):
+    def begin(tensor, slab, v, low, end, step, S4, C, S, c):
         r, at = first_vector(v, S4, C, S, W, c)
         rest, jump, past = stride(threads, S4, C, S, W)
         last = low
         for _ in range(PARTS):
             last = int32(min(end, last + step))
             while v < last:
-                fetch(slab, base + 4 * (v - low), tensor, at)
+                fetch(slab, 4 * (v - low), tensor, at)
                 r, at = advance(r, at, rest, jump, past, S4)
                 v = int32(v + threads)
             close()
@@ -75,52 +77,51 @@ def make_sums(what: Variant):
     recall, splat = io.recall, io.splat
 
     @device
-    def some(slab, base, m, s, q, v, low, last):
+    def some(slab, m, s, q, v, low, last):
         while v < last:
-            raw = recall(slab, base + 4 * (v - low))
+            raw = recall(slab, 4 * (v - low))
             u, t = terms(raw, raw, raw, m, m, m, m)
             s, q = add(s, u), fma(u, t, q)
             v = int32(v + threads)
         return s, q, v
 
     @device
-    def sums(slab, base, m, v, low, end, step):
+    def sums(slab, m, v, low, end, step):
         s = q = splat(A(0))
         three_left()
-        s, q, v = some(slab, base, m, s, q, v, low, min(end, low + step))
+        s, q, v = some(slab, m, s, q, v, low, min(end, low + step))
         two_left()
-        s, q, v = some(slab, base, m, s, q, v, low, min(end, low + 2 * step))
+        s, q, v = some(slab, m, s, q, v, low, min(end, low + 2 * step))
         one_left()
-        s, q, v = some(slab, base, m, s, q, v, low, min(end, low + 3 * step))
+        s, q, v = some(slab, m, s, q, v, low, min(end, low + 3 * step))
         none_left()
-        s, q, v = some(slab, base, m, s, q, v, low, end)
+        s, q, v = some(slab, m, s, q, v, low, end)
         return s, q
 
     return sums
 
 
 def make_write(what: Variant):
-    """Normalise a block's share of a channel, and begin to read another one's (``ahead`` elements on) if ``more``."""
+    """Normalise a block's share of a channel, and begin to read the next one's (``ahead`` elements on) if ``more``."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
     io, output = access(kind, W), make_output(what)
     load_last, store, recall = io.load_last, io.store, io.recall
 
     @device
-    def write(x, res, y, slab, base, m, k, b, v, low, end, step, S4, C, S, c, ahead, more):
+    def write(x, res, y, slab, m, k, b, v, low, end, step, S4, C, S, c, ahead, more):
         r, at = first_vector(v, S4, C, S, W, c)
         rest, jump, past = stride(threads, S4, C, S, W)
         last = low
         for _ in range(PARTS):
             last = int32(min(end, last + step))
             while v < last:
-                place = base + 4 * (v - low)
-                x0 = recall(slab, place)
+                x0 = recall(slab, 4 * (v - low))
                 r0 = x0
                 if residual:
                     r0 = load_last(res, at)
                 store(y, at, output(x0, r0, m, k, b))
                 if more:
-                    fetch(slab, place, x, at + ahead)
+                    fetch(slab, 4 * (v - low), x, at + ahead)
                 r, at = advance(r, at, rest, jump, past, S4)
                 v = int32(v + threads)
             close()
@@ -167,78 +168,51 @@ def make_over(what: Variant):
     return over
 
 
-def make_settle(what: Variant):
-    """From the gang's sums to (mean, k, b, are they good) in ``found``: the first thread's work."""
-    kind = what.kind
-    A, resolve, combine, keep_statistics = ARITHMETIC[kind], make_resolve(kind), make_combine(kind), make_keep(kind)
-
-    @device
-    def settle(pivot, sums, found, n, eps, c, C, outputs, moving, flags, first):
-        stats, weight, bias, running_mean, running_var = outputs
-        keep, momentum, unbias = moving
-        s, se, q, qe = sums
-        good, mean, rest, var, invstd = resolve(pivot, s, se, q, qe, n, eps)
-        if good and first:
-            told, moves = (mean, rest, var, invstd), flags & 4 != 0
-            keep_statistics(stats, running_mean, running_var, int64(c), C, told, keep, momentum, unbias, moves)
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        found[0], found[1], found[2], found[3] = mean, k, b, A(1) if good else A(0)
-
-    return settle
-
-
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write.
 
     What to do with sums that are no good is behind the loop, not in it, where it would cost registers.
     """
-    kind, W, threads, alone, A = what.kind, what.W, what.threads, what.alone, ARITHMETIC[what.kind]
+    kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
     begin, sums, write, over = make_begin(W, threads), make_sums(what), make_write(what), make_over(what)
-    publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
-    pivot, settle, sizes, words = make_pivot(kind), make_settle(what), 4 * (threads // 32), TURNS // 32
+    pivot, block_sum, gang_sum = make_pivot(kind), make_block_sum(kind, threads), make_gang_sum(kind, what.alone)
+    resolve, combine, keep_statistics = make_resolve(kind), make_combine(kind), make_keep(kind)
+    sizes, words = 2 * (threads // 32), TURNS // 32
 
-    @kernel("TTTAAAAAAiiiiiiiaaaai", kind, threads, what.layers)
+    @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, what.layers, together=not what.alone)
     def gang_train(
-        x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, G, gangs, chunk, lag, eps, keep,
+        x, res, y, stats, weight, bias, running_mean, running_var, partial, N, C, S, G, gangs, chunk, eps, keep,
         momentum, unbias, flags,
     ):  # fmt: skip
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        own = cuda.shared.array(4, A)
-        found = cuda.shared.array(4, A)
         bad = cuda.shared.array(words, int32)
-        tid, n, S4, half = int32(cuda.threadIdx.x), A(int64(N) * S), int32(S // W), int32(4 * chunk)
+        tid, n, S4 = int32(cuda.threadIdx.x), A(int64(N) * S), int32(S // W)
         gang, part, low, end, step = share(G, chunk, N, S4, threads)
-        v, on = int32(low + tid), int32((lag + 1) * gangs)
+        v, ahead = int32(low + tid), int64(gangs) * S
         for i in range(tid, words, threads):
             bad[i] = 0
-        begin(x, slab, int32(0), v, low, end, step, S4, C, S, gang)
-        if lag > 0 and gang + gangs < C:
-            begin(x, slab, half, v, low, end, step, S4, C, S, int32(gang + gangs))
-        ready(partial, gang, part)
-        outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        c, turn, fine, m, before = gang, int32(0), True, A(0), A(0)
-        while c < C + lag * gangs:
-            if c < C:
-                m = pivot(x, c, N, C, S)
-                s, q = sums(slab, (turn & lag) * half, m, v, low, end, step)
-                publish(partial, gangs, gang, G, part, turn, total(s), total(q), scratch, own)
-            if turn >= lag:
-                last, done = int32(c - lag * gangs), int32(turn - lag)
-                told = gather(partial, gangs, gang, G, done, own)
+        c, turn, fine = gang, int32(0), True
+        begin(x, slab, v, low, end, step, S4, C, S, c)
+        while c < C:
+            m = pivot(x, c, N, C, S)
+            s, q = sums(slab, m, v, low, end, step)
+            s, q = block_sum(total(s), total(q), scratch)
+            s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
+            good, mean, rest, var, invstd = resolve(m, s, se, q, qe, n, eps)
+            if tid == 0 and good and part == 0:
+                found, moves = (mean, rest, var, invstd), flags & 4 != 0
+                keep_statistics(stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves)
+            if not good:
+                fine = False
                 if tid == 0:
-                    settle(before if lag > 0 else m, told, found, n, eps, last, C, outputs, moving, flags, part == 0)
-                cuda.syncthreads()
-                mean, k, b = found[0], found[1], found[2]
-                if found[3] == A(0):
-                    fine = False
-                    if tid == 0:
-                        bad[done >> 5] |= 1 << (done & 31)
-                base, more = (done & lag) * half, last + on < C
-                write(x, res, y, slab, base, mean, k, b, v, low, end, step, S4, C, S, last, int64(on) * S, more)
-            c, turn, before = int32(c + gangs), int32(turn + 1), m
+                    bad[turn >> 5] |= 1 << (turn & 31)
+            k, b = combine(invstd, rest, weight, bias, c, flags)
+            write(x, res, y, slab, mean, k, b, v, low, end, step, S4, C, S, c, ahead, c + gangs < C)
+            c, turn = int32(c + gangs), int32(turn + 1)
         if not fine:
+            outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
             over(x, res, y, scratch, bad, outputs, moving, gang, gangs, part, n, eps, flags, v, end, N, S4, C, S)
 
     return gang_train

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_combine, make_slopes
+from fastbn.cuda.channel import make_block_sum, make_combine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.fetch import close, fetch
 from fastbn.cuda.gang import PARTS, none_left, one_left, share, three_left, two_left
-from fastbn.cuda.gang_sums import make_gather, make_publish, make_ready
+from fastbn.cuda.gang_sums import make_gang_sum
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
 from fastbn.cuda.sweep import Variant, make_gradient, make_terms
@@ -18,17 +18,17 @@ int32, int64 = types.int32, types.int64
 
 
 def make_begin(W: int, threads: int):
-    """Begin to read a block's share of x and of the gradient in a channel, to ``base`` and ``second`` of the slab."""
+    """Begin to read a block's share of x and of the gradient in its first channel."""
 
     @device
-    def begin(x, g, slab, base, second, v, low, end, step, S4, C, S, c):
+    def begin(x, g, slab, second, v, low, end, step, S4, C, S, c):
         r, at = first_vector(v, S4, C, S, W, c)
         rest, jump, past = stride(threads, S4, C, S, W)
         last = low
         for _ in range(PARTS):
             last = int32(min(end, last + step))
             while v < last:
-                fetch(slab, base + 4 * (v - low), x, at)
+                fetch(slab, 4 * (v - low), x, at)
                 fetch(slab, second + 4 * (v - low), g, at)
                 r, at = advance(r, at, rest, jump, past, S4)
                 v = int32(v + threads)
@@ -44,12 +44,12 @@ def make_sums(what: Variant):
     load, store, splat, keep_raw, encode, recall = io.load, io.store, io.splat, io.keep, io.encode, io.recall
 
     @device
-    def some(y, dr, slab, base, second, constants, s, q, v, low, last, r, at, strides, S4):
+    def some(y, dr, slab, second, constants, s, q, v, low, last, r, at, strides, S4):
         m, invstd, k, b = constants
         rest, jump, past = strides
         while v < last:
             place = 4 * (v - low)
-            x0, g0 = recall(slab, base + place), recall(slab, second + place)
+            x0, g0 = recall(slab, place), recall(slab, second + place)
             y0 = x0
             if by_output:
                 y0 = load(y, at)
@@ -64,34 +64,34 @@ def make_sums(what: Variant):
         return s, q, v, r, at
 
     @device
-    def sums(y, dr, slab, base, second, constants, v, low, end, step, S4, C, S, c):
+    def sums(y, dr, slab, second, constants, v, low, end, step, S4, C, S, c):
         s = q = splat(A(0))
         r, at = first_vector(v, S4, C, S, W, c)
         strides = stride(threads, S4, C, S, W)
         three_left()
         last = min(end, low + step)
-        s, q, v, r, at = some(y, dr, slab, base, second, constants, s, q, v, low, last, r, at, strides, S4)
+        s, q, v, r, at = some(y, dr, slab, second, constants, s, q, v, low, last, r, at, strides, S4)
         two_left()
         last = min(end, low + 2 * step)
-        s, q, v, r, at = some(y, dr, slab, base, second, constants, s, q, v, low, last, r, at, strides, S4)
+        s, q, v, r, at = some(y, dr, slab, second, constants, s, q, v, low, last, r, at, strides, S4)
         one_left()
         last = min(end, low + 3 * step)
-        s, q, v, r, at = some(y, dr, slab, base, second, constants, s, q, v, low, last, r, at, strides, S4)
+        s, q, v, r, at = some(y, dr, slab, second, constants, s, q, v, low, last, r, at, strides, S4)
         none_left()
-        s, q, v, r, at = some(y, dr, slab, base, second, constants, s, q, v, low, end, r, at, strides, S4)
+        s, q, v, r, at = some(y, dr, slab, second, constants, s, q, v, low, end, r, at, strides, S4)
         return s, q
 
     return sums
 
 
 def make_write(what: Variant):
-    """Write a block's share of the input's gradient, and begin to read another channel's tensors if ``more``."""
+    """Write a block's share of the input's gradient, and begin to read the next channel's tensors if ``more``."""
     kind, W, threads, slope = what.kind, what.W, what.threads, make_gradient(what)
     io, terms = access(kind, W), make_terms(what._replace(relu=False, residual=False))
     store, recall = io.store, io.recall
 
     @device
-    def write(x, g, dx, slab, base, second, constants, v, low, end, step, S4, C, S, c, ahead, more):
+    def write(x, g, dx, slab, second, constants, v, low, end, step, S4, C, S, c, ahead, more):
         m, invstd, k, c1, c0 = constants
         r, at = first_vector(v, S4, C, S, W, c)
         rest, jump, past = stride(threads, S4, C, S, W)
@@ -100,11 +100,11 @@ def make_write(what: Variant):
             last = int32(min(end, last + step))
             while v < last:
                 place = 4 * (v - low)
-                x0 = recall(slab, base + place)
+                x0 = recall(slab, place)
                 u, t = terms(x0, recall(slab, second + place), x0, m, invstd, k, k)
                 store(dx, at, slope(u, t, k, c1, c0))
                 if more:
-                    fetch(slab, base + place, x, at + ahead)
+                    fetch(slab, place, x, at + ahead)
                     fetch(slab, second + place, g, at + ahead)
                 r, at = advance(r, at, rest, jump, past, S4)
                 v = int32(v + threads)
@@ -113,63 +113,36 @@ def make_write(what: Variant):
     return write
 
 
-def make_given(kind: str):
-    """(c, ...) -> what the forward pass left of a channel: (m, invstd, k, b), and the mean's remainder."""
-    combine = make_combine(kind)
-
-    @device
-    def given(stats, weight, bias, c, C, flags):
-        m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        return m, invstd, k, b, rest
-
-    return given
-
-
 @functools.cache
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
-    kind, W, threads, alone, A = what.kind, what.W, what.threads, what.alone, ARITHMETIC[what.kind]
-    begin, sums, write, given = make_begin(W, threads), make_sums(what), make_write(what), make_given(kind)
-    publish, gather, ready = make_publish(kind, threads, alone), make_gather(kind, alone), make_ready(kind, alone)
-    slopes, sizes = make_slopes(kind), 4 * (threads // 32)
+    kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
+    begin, sums, write = make_begin(W, threads), make_sums(what), make_write(what)
+    combine, block_sum, gang_sum = make_combine(kind), make_block_sum(kind, threads), make_gang_sum(kind, what.alone)
+    slopes, sizes = make_slopes(kind), 2 * (threads // 32)
 
-    @kernel("TTTTTAAAAAAiiiiiiii", kind, threads, what.layers)
-    def gang_backward(
-        x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, lag, flags
-    ):
+    @kernel("TTTTTAAAAAAiiiiiii", kind, threads, what.layers, together=not what.alone)
+    def gang_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, flags):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        own = cuda.shared.array(4, A)
-        found = cuda.shared.array(2, A)
-        tid, n, S4, half = int32(cuda.threadIdx.x), int64(N) * S, int32(S // W), int32(8 * chunk)
+        tid, n, S4, second = int32(cuda.threadIdx.x), int64(N) * S, int32(S // W), int32(4 * chunk)
         gang, part, low, end, step = share(G, chunk, N, S4, threads)
-        v, on, second = int32(low + tid), int32((lag + 1) * gangs), int32(4 * chunk)
-        begin(x, g, slab, int32(0), second, v, low, end, step, S4, C, S, gang)
-        if lag > 0 and gang + gangs < C:
-            begin(x, g, slab, half, half + second, v, low, end, step, S4, C, S, int32(gang + gangs))
-        ready(partial, gang, part)
+        v, ahead = int32(low + tid), int64(gangs) * S
         c, turn = gang, int32(0)
-        while c < C + lag * gangs:
-            if c < C:
-                m, invstd, k, b, _ = given(stats, weight, bias, c, C, flags)
-                base, constants = (turn & lag) * half, (m, invstd, k, b)
-                s, q = sums(y, dr, slab, base, base + second, constants, v, low, end, step, S4, C, S, c)
-                publish(partial, gangs, gang, G, part, turn, total(s), total(q), scratch, own)
-            if turn >= lag:
-                last, done = int32(c - lag * gangs), int32(turn - lag)
-                s, se, q, qe = gather(partial, gangs, gang, G, done, own)
-                m, invstd, k, b, rest = given(stats, weight, bias, last, C, flags)
-                if tid == 0:
-                    db = s + se
-                    dw = (q + qe) - rest * invstd * db
-                    if part == 0:
-                        dweight[last], dbias[last] = dw, db
-                    found[0], found[1] = slopes(dw, db, invstd, k, rest, n)
-                cuda.syncthreads()
-                base, constants = (done & lag) * half, (m, invstd, k, found[0], found[1])
-                ahead, more = int64(on) * S, last + on < C
-                write(x, g, dx, slab, base, base + second, constants, v, low, end, step, S4, C, S, last, ahead, more)
+        begin(x, g, slab, second, v, low, end, step, S4, C, S, c)
+        while c < C:
+            m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
+            k, b = combine(invstd, rest, weight, bias, c, flags)
+            s, q = sums(y, dr, slab, second, (m, invstd, k, b), v, low, end, step, S4, C, S, c)
+            s, q = block_sum(total(s), total(q), scratch)
+            s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
+            db = s + se
+            dw = (q + qe) - rest * invstd * db
+            if tid == 0 and part == 0:
+                dweight[c], dbias[c] = dw, db
+            c1, c0 = slopes(dw, db, invstd, k, rest, n)
+            constants = (m, invstd, k, c1, c0)
+            write(x, g, dx, slab, second, constants, v, low, end, step, S4, C, S, c, ahead, c + gangs < C)
             c, turn = int32(c + gangs), int32(turn + 1)
 
     return gang_backward

@@ -15,6 +15,7 @@ from fastbn.cuda import finalize, masks, planes, rows, tuning
 from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.choice import One, attempt, one_launch
 from fastbn.cuda.driver import check, device_properties, run
+from fastbn.cuda.gang_sums import clear
 from fastbn.cuda.plan import Dims, Plan, masked, plan
 from fastbn.cuda.sweep import Variant
 
@@ -168,18 +169,21 @@ def train(
         if stats is None:
             stats = x.owner.vector(4 * dims[1])
         flags = flags_of(weight, bias) | _moving_flags(moved, numbers)
-        args = (*tensors, stats, *params, *moved, *meeting_place(x, one), *one.cut, *numbers, flags)
+        args = (*tensors, stats, *params, *moved, *meeting_place(x, one, stream), *one.cut, *numbers, flags)
         if attempt(one, stream, (*args, *mask) if one.masks else args):
             return stats
     what = Variant(x.kind, 1, 0, relu=bool(relu), residual=residual is not None)
     return _split(x, what, tensors, params, moved, dims, numbers, whole, mask, stream, stats)
 
 
-def meeting_place(x: Flat, one: One) -> tuple[Flat | None, ...]:
-    """Scratch in which the blocks of one launch meet; None where a kernel takes some and needs none."""
-    if one.scratch:
-        return (x.owner.scratch(one.scratch),)
-    return (None,) if one.name in ("alone", "gang") else ()
+def meeting_place(x: Flat, one: One, stream: int) -> tuple[Flat | None, ...]:
+    """Scratch in which the blocks of one launch meet, counters at 0; None where a kernel takes some and needs none."""
+    if not one.scratch:
+        return (None,) if one.name in ("alone", "gang") else ()
+    found = x.owner.scratch(one.scratch)
+    if one.cleared:
+        run(clear(WIDE[x.kind], tuning.THREADS), (-(-one.cleared // tuning.THREADS),), stream, (found, one.cleared))
+    return (found,)
 
 
 def _split(
@@ -245,7 +249,7 @@ def backward(
     limits, counted = device_properties(), mask.valid is not None
     one = one_launch(x.kind, dims, whole, bool(relu), y is not None, True, frozen, limits, counted)
     if one is not None:
-        args = (*tensors, stats, *params, *grads, *meeting_place(x, one), *one.cut, flags)
+        args = (*tensors, stats, *params, *grads, *meeting_place(x, one, stream), *one.cut, flags)
         if attempt(one, stream, (*args, *mask) if one.masks else args):
             return grads
     what = Variant(x.kind, 1, 0, True, bool(relu), y is not None, frozen)

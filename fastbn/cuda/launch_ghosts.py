@@ -39,7 +39,7 @@ def train(
     if one is None:
         return False
     stream = x.owner.stream()
-    room = meeting_place(x, one)
+    room = meeting_place(x, one, stream)
     args: Any = (*tensors, stats, *params, None, None, *room, *one.cut, *moving(dims, eps, 0.0))
     return attempt(one, stream, (*args, flags_of(*params), *ALL))
 
@@ -55,5 +55,5 @@ def backward(
     if one is None:
         return False
     stream = x.owner.stream()
-    room = meeting_place(x, one)
+    room = meeting_place(x, one, stream)
     return attempt(one, stream, (*tensors, stats, *params, *grads, *room, *one.cut, flags_of(*params), *ALL))

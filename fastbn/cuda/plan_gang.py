@@ -20,7 +20,6 @@ class Gang(NamedTuple):
     blocks: int = 0
     gangs: int = 0
     chunk: int = 0  # vectors of a channel that a block keeps
-    lag: int = 0  # channels between the one that a block sums and the one that it writes
     shared: int = 0  # bytes of shared memory
 
 
@@ -31,13 +30,8 @@ def room(tensors: int, limit: int, layers: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def gang(
-    dims: Dims, kind: str, aligned: bool, tensors: int, multiprocessors: int, limit: int, crowded: bool = False
-) -> Gang:
-    """Share channels among all blocks that fit on the GPU: least work in all rounds, with what a round costs anyway.
-
-    ``crowded``: registers of a kernel allow two blocks a multiprocessor.
-    """
+def gang(dims: Dims, kind: str, aligned: bool, tensors: int, multiprocessors: int, limit: int) -> Gang:
+    """Share channels among all blocks that fit on the GPU: least work in all rounds, with what a round costs anyway."""
     N, C, S = dims
     lanes, threads = 16 // ITEMSIZE[kind], tuning.GANG_THREADS
     none = Gang(threads)
@@ -46,21 +40,20 @@ def gang(
     if N * C * S * ITEMSIZE[kind] <= tuning.SMALL:
         return none
     found = []
-    for layers in (2,) if crowded or kind == "f64" else tuning.GANG_LAYERS:
-        there = multiprocessors * layers
-        for lag in tuning.GANG_LAG:
-            held = lag + 1  # channels that a block has in hand
-            found += _shares(N * S // lanes, C, threads, layers, there, room(tensors * held, limit, layers), lag)
+    for layers in (2,) if kind == "f64" else tuning.GANG_LAYERS:
+        there, most = multiprocessors * layers, room(tensors, limit, layers)
+        meeting = tuning.GANG_MEETING * (1.0 - 0.1 * layers if tensors == 1 else 1.0)  # in forward, more blocks win
+        found += _shares(N * S // lanes, C, threads, layers, there, most, meeting)
     if not found:
         return none
-    _, blocks, layers, gangs, chunk, lag = min(found)
-    return Gang(threads, layers, blocks, gangs, chunk, lag, chunk * 16 * tensors * (lag + 1))
+    _, blocks, layers, gangs, chunk = min(found)
+    return Gang(threads, layers, blocks, gangs, chunk, chunk * 16 * tensors)
 
 
 def _shares(
-    vectors: int, C: int, threads: int, layers: int, there: int, most: int, lag: int
-) -> list[tuple[int, int, int, int, int, int]]:
-    """Return (cost, blocks, layers, gangs, chunk, lag) for every number of blocks that a gang may have."""
+    vectors: int, C: int, threads: int, layers: int, there: int, most: int, meeting: float
+) -> list[tuple[float, int, int, int, int]]:
+    """Return (cost, blocks, layers, gangs, chunk) for every number of blocks that a gang may have."""
     found = []
     least = -(-vectors // most) if most else there + 1
     for wanted in range(least, min(there, max(4 * least, there // C), max(1, vectors // threads)) + 1):
@@ -68,7 +61,7 @@ def _shares(
         blocks = -(-vectors // chunk)
         gangs = min(C, there // wanted)
         rounds = -(-C // gangs)
-        if rounds <= TURNS and (rounds > 1 or lag == 0):
-            cost = rounds * (chunk * layers + tuning.GANG_MEETING)
-            found.append((cost, blocks, layers, gangs, chunk, lag))
+        if rounds <= TURNS:
+            busy = meeting if blocks > 1 else tuning.GANG_ROUND
+            found.append((rounds * (chunk * layers + busy), blocks, layers, gangs, chunk))
     return found

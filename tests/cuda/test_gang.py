@@ -20,9 +20,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(tuning, "GANG", True)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("shape", [(4, 11, 256), (2, 5, 1024)], ids=str)
-def test_blocks_that_come_late(shape, lag, monkeypatch, rng):
+def test_blocks_that_come_late(shape, monkeypatch, rng):
     """A block that is a turn ahead counts for itself alone, and leaves others' sums where they are."""
     genuine, chance = gang_sums.arrive, random.Random(1)
 
@@ -32,12 +31,11 @@ def test_blocks_that_come_late(shape, lag, monkeypatch, rng):
         genuine(array, index)
 
     monkeypatch.setattr(gang_sums, "arrive", arrive)
-    monkeypatch.setattr(tuning, "GANG_LAG", (lag,))
     choice.forget()
     dims = shape[0], shape[1], shape[2]
     one = choice.one_launch("f32", dims, True, False, False, False, False, device_properties())
     gang, blocks = one.cut[4], one.cut[3]
-    assert one.name == "gang" and blocks > 1 and shape[1] > 2 * gang and one.cut[-1] == lag
+    assert one.name == "gang" and blocks > 1 and shape[1] > 2 * gang
     for _ in range(2):
         c = case(rng, shape, np.float32)
         _, saved = check_train(c)
@@ -48,9 +46,8 @@ def test_blocks_that_come_late(shape, lag, monkeypatch, rng):
 
 
 @pytest.mark.parametrize("tensors", [1, 2])
-@pytest.mark.parametrize("lag", [0, 1])
-def test_shares_fit_on_the_gpu(tensors, lag, monkeypatch):
-    for name, value in {"GANG_THREADS": 256, "GANG_LAG": (lag,), "GANG_LAYERS": (2, 3), "SMALL": 4 << 20}.items():
+def test_shares_fit_on_the_gpu(tensors, monkeypatch):
+    for name, value in {"GANG_THREADS": 256, "GANG_LAYERS": (2, 3), "SMALL": 4 << 20}.items():
         monkeypatch.setattr(tuning, name, value)
     for N, C, S in ((64, 64, 112 * 112), (64, 256, 56 * 56), (256, 512, 28 * 28), (64, 1024, 196), (3, 1, 1 << 20)):
         for kind, itemsize in (("f32", 4), ("bf16", 2), ("f64", 8)):
@@ -59,4 +56,4 @@ def test_shares_fit_on_the_gpu(tensors, lag, monkeypatch):
                 continue
             assert p.blocks * p.gangs <= 132 * p.layers and (p.shared + 2048) * p.layers <= 228 * 1024
             assert (p.blocks - 1) * p.chunk < N * S * itemsize // 16 <= p.blocks * p.chunk
-            assert p.shared == p.chunk * 16 * tensors * (p.lag + 1)
+            assert p.shared == p.chunk * 16 * tensors
