@@ -7,7 +7,6 @@ Nothing a job leaves behind is needed by another, so that any process can go on 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import math
 import platform
@@ -174,7 +173,7 @@ def measure(torch: Any, case: Case) -> dict[str, Any]:
             return measure(torch, case) | {"error": wrong}
     all_buffers = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
     row["us"] = us = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
-    row["us_copy"] = copy_us(torch, case.tensor_bytes)
+    row["us_copy"] = copy_us(torch, all_buffers[0].x)
     if row["kernel"] not in ("rows", "planes"):
         with only_split():
             row["us_split"] = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
@@ -183,14 +182,16 @@ def measure(torch: Any, case: Case) -> dict[str, Any]:
     return row
 
 
-@functools.lru_cache(maxsize=64)
-def copy_us(torch: Any, nbytes: int) -> float:
-    """Return the time of a copy of so many bytes, from memory to memory: what a small tensor can at best be done in."""
-    count = timing.sets(2 * nbytes)
-    pairs = [
-        [torch.empty(nbytes // 4, dtype=torch.float32, device="cuda").normal_() for _ in range(2)] for _ in range(count)
-    ]
-    return timing.microseconds(torch, [lambda a=a, b=b: b.copy_(a) for a, b in pairs])
+_copied: dict[int, float] = {}
+
+
+def copy_us(torch: Any, x: Any) -> float:
+    """Return the time of a copy of a tensor, from memory to memory: what a small one can at best be done in."""
+    nbytes = x.numel() * x.element_size()
+    if nbytes not in _copied:
+        pairs = [(x.clone(), torch.empty_like(x)) for _ in range(timing.sets(2 * nbytes))]
+        _copied[nbytes] = timing.microseconds(torch, [lambda a=a, b=b: b.copy_(a) for a, b in pairs])
+    return _copied[nbytes]
 
 
 def compiled(torch: Any, case: Case) -> dict[str, Any]:

@@ -51,21 +51,15 @@ def make_statistics(what: Variant):
     return put, statistics
 
 
-def make_settle(what: Variant):
-    """From the threads' sums to the constants (m, k, b) of the tile's columns."""
+def make_look(what: Variant):
+    """Write the statistics of a block's columns; whether some of the thread's had sums that were no good (``bad``)."""
     kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
-    A, wide, warps = ARITHMETIC[kind], TX * W, what.threads // 32
+    A, warps, publish = ARITHMETIC[kind], what.threads // 32, make_publish(kind, W, threads)
     lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
-    publish, combine, values = (
-        make_publish(kind, W, threads),
-        make_combine(kind),
-        make_counted(kind, what.masked).values,
-    )
-    again, (put, statistics) = make_again(kind, threads, 0, what.masked), make_statistics(what)
+    values, (_, statistics) = make_counted(kind, what.masked).values, make_statistics(what)
 
     @device
     def look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally):
-        """Write the statistics of this block's columns; whether some of this thread's were no good."""
         C, R, P, width = sizes
         tx, ty, height = where
         part, batch, tile = own
@@ -91,6 +85,15 @@ def make_settle(what: Variant):
                     if not statistics(constants[j], c, C, batch, n, eps, sums, lead, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         return some
+
+    return look
+
+
+def make_settle(what: Variant):
+    """From the threads' sums to the constants (m, k, b) of the tile's columns."""
+    kind, threads, alone, look = what.kind, what.threads, what.alone, make_look(what)
+    A, wide, combine, values = ARITHMETIC[kind], TX * what.W, make_combine(kind), make_counted(kind, what.masked).values
+    again, (put, _) = make_again(kind, threads, 0, what.masked), make_statistics(what)
 
     @device
     def settle(
