@@ -47,7 +47,7 @@ def pretend_device(target: tuple[int, int]) -> None:
     codegen.CUDACodeLibrary._ensure_cc = lambda self, cc: target if cc is None else cc
 
 
-def kernels() -> Iterator[tuple[str, Any]]:
+def kernels(target: tuple[int, int] = (9, 0)) -> Iterator[tuple[str, Any]]:
     """Every kernel, by name: plain and with all there is (residual and ReLU), each dtype, each width, each block."""
     from fastbn.cuda import adjust, finalize, gang_sums, masks, sets_columns, tuning
     from fastbn.cuda.arrays import ITEMSIZE
@@ -57,8 +57,8 @@ def kernels() -> Iterator[tuple[str, Any]]:
             suffix = f"{' relu' * relu}{' residual' * residual}"
             for W in (16 // itemsize, 1):
                 yield from _split(kind, W, relu, residual, f"{kind} W{W}{suffix}")
-            yield from _whole(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}")
-        yield from _masked(kind, 16 // itemsize)
+            yield from _whole(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}", target)
+        yield from _masked(kind, 16 // itemsize, target)
         yield from _sets(kind, 16 // itemsize)
         yield f"finalize {kind}: train", finalize.settle_train(kind, tuning.THREADS)
         yield f"finalize {kind}: masked train", finalize.settle_train(kind, tuning.THREADS, True)
@@ -95,8 +95,11 @@ def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
         yield f"{name} {suffix}: gradient frozen", stage.gradient(back._replace(frozen=True))
 
 
-def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
+def _whole(
+    kind: str, W: int, relu: bool, residual: bool, suffix: str, target: tuple[int, int]
+) -> Iterator[tuple[str, Any]]:
     from fastbn.cuda import bundle, bundle_backward, gang, gang_backward, persistent, slab, tuning
+    from fastbn.cuda.plan import persistent_threads
     from fastbn.cuda.sweep import Variant
 
     for layers, alone in itertools.product((2,) if kind == "f64" else tuning.GANG_LAYERS, (False, True)):
@@ -107,7 +110,7 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
     what = Variant(kind, W, tuning.BUNDLE_THREADS, relu=relu, residual=residual, layers=tuning.BUNDLE_LAYERS)
     yield f"bundle {suffix} {what.threads}: train", bundle.train(what)
     yield f"bundle {suffix} {what.threads}: backward", bundle_backward.backward(what._replace(backward=True))
-    sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [tuning.PERSISTENT_THREADS]}
+    sizes = {slab: [threads for _, threads in tuning.SLAB], persistent: [persistent_threads(target)]}
     for stage, name in ((slab, "slab"), (persistent, "persistent")):
         for threads in sizes[stage]:
             what = Variant(kind, W, threads, relu=relu, residual=residual)
@@ -118,17 +121,18 @@ def _whole(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
         what = Variant(kind, 1, threads, relu=relu, residual=residual, kept=False)
         yield f"again {small} {threads}: train", slab.train(what)
         yield f"again {small} {threads}: backward", slab.backward(what._replace(backward=True))
-    what = Variant(kind, W, tuning.PERSISTENT_THREADS, relu=relu, residual=residual, alone=True)
+    what = Variant(kind, W, persistent_threads(target), relu=relu, residual=residual, alone=True)
     yield f"alone {suffix} {what.threads}: train", persistent.train(what)
     yield f"alone {suffix} {what.threads}: backward", persistent.backward(what._replace(backward=True))
 
 
-def _masked(kind: str, W: int) -> Iterator[tuple[str, Any]]:
+def _masked(kind: str, W: int, target: tuple[int, int]) -> Iterator[tuple[str, Any]]:
     from fastbn.cuda import persistent, planes, rows, slab, tuning
+    from fastbn.cuda.plan import persistent_threads
     from fastbn.cuda.sweep import Variant
 
     what = Variant(kind, W, tuning.THREADS, relu=True, residual=True, masked=True)
-    rounds = what._replace(threads=tuning.PERSISTENT_THREADS)
+    rounds = what._replace(threads=persistent_threads(target))
     whole = {
         f"slab {kind} W{W} 512": (slab, what._replace(threads=tuning.MASKED_THREADS)),
         f"slab {kind} W{W} 128": (slab, what._replace(threads=128)),
@@ -189,7 +193,7 @@ def store(part: str, target: tuple[int, int]) -> int:
 
     first, step = map(int, part.split("/"))
     count = 0
-    for _, kernel in itertools.islice(kernels(), first, None, step):
+    for _, kernel in itertools.islice(kernels(target), first, None, step):
         place = Store.of(kernel, target)
         if place is not None and not place.path.exists():
             place.save_overload(None, compiled_for(kernel, target)[0])
@@ -223,8 +227,8 @@ def examine(kernel: Any, target: tuple[int, int]) -> dict[str, Any]:
 def table(targets: Any = TARGETS, only: str = "") -> dict[str, dict[str, Any]]:
     """Return the whole table, ``{"sm_90 planes f32 W4: sums": {...}}``; ``only``: kernels whose name begins so."""
     rows = {}
-    for name, kernel in kernels():
-        for target in targets:
+    for each in zip(*(kernels(target) for target in targets), strict=True):
+        for target, (name, kernel) in zip(targets, each, strict=True):
             if name.startswith(only):
                 rows[f"sm_{target[0]}{target[1]} {name}"] = examine(kernel, target)
     return rows

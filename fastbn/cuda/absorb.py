@@ -69,11 +69,10 @@ def make_absorb(what: Variant):
     return absorb
 
 
-def make_write(what: Variant):
-    """Write the outputs of a thread's rows, last first: those to be read again, then those that are kept."""
-    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    io, output, only = access(kind, W), make_output(what), make_row_only(what)
-    load_last, store, recall = io.load_last, io.store, io.recall
+def make_write_again(what: Variant):
+    """Write the outputs of rows that are read again, last first: four, or eight where nothing is added to them."""
+    io, residual, output, only = access(what.kind, what.W), what.residual, make_output(what), make_row_only(what)
+    load_last, store = io.load_last, io.store
 
     @device
     def again(x, res, y, m, k, b, at, back, r, rows_back, mask):
@@ -105,6 +104,15 @@ def make_write(what: Variant):
             r = int32(r + rows_back)
             store(y, at, only(mask, r, output(raw, raw, m, k, b)))
             at += back
+
+    return again, twice
+
+
+def make_write(what: Variant):
+    """Write the outputs of a thread's rows, last first: those to be read again, then those that are kept."""
+    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
+    io, output, only = access(kind, W), make_output(what), make_row_only(what)
+    load_last, store, recall, (again, twice) = io.load_last, io.store, io.recall, make_write_again(what)
 
     @device
     def one(x, res, y, slab, m, k, b, at, r, count, kept, mask):

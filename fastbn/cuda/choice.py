@@ -110,7 +110,7 @@ def one_launch(
     if threads:
         kernel = _slab(what._replace(threads=min(threads, most)))
         return One("slab", kernel, (dims[1],), shared, 0, dims) if fits(kernel, 0, shared) else None
-    p = plan.persistent(dims, kind, whole, tensors, *limits[:2], batches)
+    p = plan.persistent(dims, kind, whole, tensors, *limits[:2], batches, limits.capability)
     threads = 0 if p.alone else plan.again(dims, kind)
     if threads:
         return One("again", _slab(what._replace(W=1, threads=min(threads, most), kept=False)), (dims[1],), 0, 0, dims)

@@ -150,17 +150,24 @@ class Persistent(NamedTuple):
     alone: bool = False  # one block below another: few rows, no meeting
 
 
+def persistent_threads(capability: tuple[int, int]) -> int:
+    """Return the threads of a block of the one-launch kernel for rows; (0, 0): of no GPU in particular."""
+    before = (0, 0) < capability < (9, 0)
+    return tuning.PERSISTENT_THREADS_BEFORE if before else tuning.PERSISTENT_THREADS
+
+
 @functools.lru_cache(maxsize=1024)
 def persistent(
-    dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, limit: int, batches: int = 1
-) -> Persistent:
+    dims: Dims, kind: str, aligned: bool, tensors: int, blocks: int, limit: int, batches: int = 1,
+    capability: tuple[int, int] = (0, 0),
+) -> Persistent:  # fmt: skip
     """Cut rows for a grid that must be on the GPU at once: at most ``blocks`` (its multiprocessors).
 
     ``tensors`` are kept in shared memory, of which a block of this GPU may have ``limit`` bytes. ``batches`` of these
     dims are worked off together: where their tiles are blocks enough, each is one block's alone.
     """
     N, C, S = dims
-    lanes, threads = 16 // ITEMSIZE[kind], tuning.PERSISTENT_THREADS
+    lanes, threads = 16 // ITEMSIZE[kind], persistent_threads(capability)
     if not tuning.PERSISTENT or S != 1 or not aligned or C % lanes:
         return Persistent(0)
     vectors = C // lanes

@@ -30,6 +30,7 @@ BUNDLE_THREADS = 256
 BUNDLE_LAYERS = 2
 BUNDLE_RUN = 256  # bytes of a run of several channels' from which memory is read well
 BUNDLE_LEAST = 1 << 18  # bytes of a tensor from which it pays
+PERSISTENT_THREADS_BEFORE = 384  # the same before sm_90, whose code needs more registers than 512 threads leave
 PERSISTENT_THREADS = 512  # threads of a block, one a multiprocessor, that works on rows in one launch
 PERSISTENT = True  # rows in one cooperative launch; False: always in three
 WARP_VECTORS = 256  # vectors of a set up to which a warp has it to itself
