@@ -78,7 +78,7 @@ def test_bundles_of_well_known_shapes():
     assert channels(2048, 49, "f32") == 4 and channels(2048, 49, "bf16") == 8 and channels(1024, 196, "f16") == 2
     assert channels(2049, 49, "f32") == 0 and channels(512, 9, "f32") == 8 and channels(512, 3, "bf16") == 0
     p = plan_bundle.bundle((64, 2048, 49), "f32", True, 1, 132, 232448)
-    assert p.vectors == 49 and p.gangs * p.blocks > 350
+    assert p.vectors == 49 and p.gangs * p.blocks > 250
     assert not plan_bundle.bundle((64, 2048, 49), "f32", False, 1, 132, 232448).channels
 
 
