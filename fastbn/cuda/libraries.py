@@ -286,7 +286,7 @@ def on_device(value: Any) -> bool:
     """Tell whether this is an array on a GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return value.is_cuda  # type: ignore[no-any-return]
+        return bool(getattr(value, "is_cuda", False))
     return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
 
 
