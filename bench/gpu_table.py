@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.report import geometric_mean
+from bench.report import geometric_mean, replace_between
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "nvidia-h200.json"
@@ -62,13 +62,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told, *notes])
 
 
-def replace_between(text: str, new: str) -> str:
-    """Put a table between the markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
-
-
 if __name__ == "__main__":
     source, readme = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS, ROOT / "README.md"
     found = table(json.loads(source.read_text()))
-    readme.write_text(replace_between(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+    readme.write_text(replace_between(readme.read_text(encoding="utf-8"), found, BEGIN, END), encoding="utf-8")

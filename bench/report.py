@@ -72,12 +72,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def replace_between(text: str, new: str) -> str:
-    """Put the table between the markers."""
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"README.md: expected the markers {BEGIN!r} and {END!r}")
-    head, rest = text.split(BEGIN, 1)
-    return head + BEGIN + "\n" + new + "\n" + END + rest.split(END, 1)[1]
+def replace_between(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
+    """Put a table between the markers."""
+    if begin not in text or end not in text:
+        raise SystemExit(f"README.md: expected the markers {begin!r} and {end!r}")
+    head, rest = text.split(begin, 1)
+    return head + begin + "\n" + new + "\n" + end + rest.split(end, 1)[1]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

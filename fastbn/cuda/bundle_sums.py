@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastbn.cuda.channel import WARP
+from fastbn.cuda.channel import make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.gang_sums import PAD, make_add_up, wait_for
 from fastbn.cuda.signals import arrive
@@ -31,6 +31,7 @@ class BundleSums(NamedTuple):
 def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
     """Return the steps; a warp has every ``threads // 32``-th channel. Orders of addition are fixed by the shape."""
     A, warps, add_up = ARITHMETIC[kind], threads // 32, make_add_up(kind)
+    warp_sum = make_team_sum(kind, threads, 32)
 
     @device
     def channel_sum(red, j, S, V, height):
@@ -46,12 +47,7 @@ def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
                 q += red[threads + at]
                 at = int32(at + V)
             v = int32(v + 32)
-        step = 16
-        while step > 0:
-            s += cuda.shfl_xor_sync(WARP, s, step)
-            q += cuda.shfl_xor_sync(WARP, q, step)
-            step >>= 1
-        return s, q
+        return warp_sum(s, q, red)
 
     @device
     def ready(partial, gang, blocks, part):
