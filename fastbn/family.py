@@ -145,8 +145,8 @@ class GroupSaved(Saved):
             target.give_back()
         return Gradients(
             out,
-            None if shapes[0] is None else dweight.astype(kind).reshape(shapes[0]),
-            None if shapes[1] is None else dbias.astype(kind).reshape(shapes[1]),
+            None if shapes[0] is None else dweight.astype(kind, copy=False).reshape(shapes[0]),
+            None if shapes[1] is None else dbias.astype(kind, copy=False).reshape(shapes[1]),
             None,
         )
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import pool, sets, sets_backward, sets_short, tuning
+from fastbn import recycled
+from fastbn.cpu import pool, sets, sets_backward, sets_long, sets_short, tuning
 
 Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
@@ -22,6 +23,10 @@ Sizes = tuple[int, int, int, int]
 LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
 BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
 LEAST = 16
+SWEPT = 1 << 14  # elements of a set from which ``sets_long`` sweeps it twice, where sets are FEW: 0.6-0.97, 32: 1.25
+FEW = 8
+SWEPT_BACK = 1 << 12  # the same for gradients: 0.25-0.85 of the time; 1.05 for 64 samples and more than SMALL elements
+FEW_BACK, SMALL = 16, 1 << 21
 
 
 @functools.cache
@@ -43,12 +48,26 @@ def train(
     count, length, run = _shape(d, weight is not None)
     stats = np.empty(3 * count)
     streamed = tuning.streams(x, out)
+    if weight is not None and d[1] == d[3] == 1 and length >= SWEPT and count <= FEW:
+        return _swept_train(x, out, weight, bias, count, length, eps, streamed)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
     short = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
     if run is None and d[1] == 1 and length * x.itemsize <= short:
         pool.run(sets_short.train, (*arrays, d[3], eps, streamed), count, parallel)
     else:
         pool.run(sets.train, (*arrays, d[1], d[3], run, eps, streamed), count, parallel)
+    return stats
+
+
+def _swept_train(
+    x: Array, out: Array, weight: Array, bias: Array | None, count: int, length: int, eps: float, streamed: bool
+) -> Array:
+    """As ``train`` by two sweeps."""
+    units, parallel = count * sets_long.chunks_of(length), x.size >= tuning.PARALLEL
+    stats, part = np.empty(3 * count), np.empty(2 * units)
+    pool.run(sets_long.moments, (x, part, count, length), units, parallel)
+    sets_long.settle_moments(x, part, stats, count, length, eps)
+    pool.run(sets_long.normalise, (x, out, weight, bias, stats, count, length, streamed), units, parallel)
     return stats
 
 
@@ -65,11 +84,14 @@ def _large(grad: Array, length: int) -> bool:
 def backward(
     x: Array, grad: Array, out: Array, weight: Array | None, stats: Array, d: Sizes
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Input gradient into ``out``, which may be grad; returns dweight and dbias in float64, zero without a weight."""
+    """Input gradient into ``out``, which may be grad; returns dweight and dbias, zero without a weight."""
     B, G, C, S = d
     count, length, run = _shape(d, weight is not None)
     kind = _kind(x.itemsize == 8)
     per = max(LEAST, -(-B // BLOCKS)) if weight is not None and run is None else max(1, B // BLOCKS)
+    few = sets_backward.ROWS if x.size <= SMALL else FEW_BACK
+    if weight is not None and G == S == 1 and length >= SWEPT_BACK and count <= few:
+        return _swept_backward(x, grad, out, weight, stats, count, length)
     if weight is None:
         sums = np.empty(0)
     elif run is None:
@@ -95,3 +117,24 @@ def backward(
     sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
     merged = np.where(np.isfinite(sums[0]), sums[0], wide).reshape(2, C, S).sum(2)
     return merged[0], merged[1]
+
+
+def _swept_backward(
+    x: Array, grad: Array, out: Array, weight: Array, stats: Array, count: int, length: int
+) -> tuple[Array, Array]:
+    """As ``backward`` by two sweeps; gradients of weight and bias in their type."""
+    across, parallel = sets_long.chunks_of(length), x.size >= tuning.PARALLEL
+    if np.may_share_memory(grad, out) and _large(grad, length):
+        grad = grad.copy()  # it may be wanted again below
+    dweight, dbias = recycled.empty_like(weight), recycled.empty_like(weight)
+    part, fine = np.empty(2 * count * across), np.empty(across, np.int64)
+    sums = (x, grad, weight, dweight, dbias, stats, part, fine, count, length)
+    pool.run(sets_long.sums, sums, across, parallel)
+    sets_long.settle_sums(x, grad, weight, stats, part, count, length)
+    work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out))
+    pool.run(sets_long.gradients, work, count * across, parallel)
+    if fine.all():
+        return dweight, dbias
+    wide = np.zeros((2, length))
+    sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, 1)
+    return np.where(np.isfinite(dweight), dweight, wide[0]), np.where(np.isfinite(dbias), dbias, wide[1])
