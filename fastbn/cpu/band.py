@@ -25,12 +25,14 @@ from fastbn.cpu.simd import (
     most,
     store,
     store_n,
+    stream,
     widen_add,
 )
 from fastbn.cpu.sweep import gradient_value, output, term, through_relu, write
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
 NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
+NARROW_TOO = 1280  # the same where y is read and dr written: 0.8-0.87 at 576 to 1024, 1.04 at 1536, 1.1 at 2048
 WIDE = 1024  # columns from which lines are asked for where gradients are written: 1.1-1.3x, below 0.95-1
 NEAR = 1 << 20  # elements up to which a tensor lies in a cache: asking for its lines is waste, 1.1x at (64, 100)
 AHEAD = 4096  # elements ahead whose lines are asked for: what lies two pages on costs no waiting
@@ -51,8 +53,8 @@ def _one_edge(x, g, y, at, n, m, k, b, relu):
 
 
 @helper
-def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q, away):
-    """Add two rows of ``width`` columns, whole vectors, to the sums s and q.
+def _add_whole(x, g, y, dr, at, V, width, m, k, b, relu, s, q, away):
+    """Add two rows of ``width`` columns, whole vectors, to the sums s and q; u goes to dr.
 
     Asks for lines ahead in the order they lie; in a band of narrower columns for those of the next two rows.
     """
@@ -67,21 +69,24 @@ def _add_whole(x, g, y, at, V, width, m, k, b, relu, s, q, away):
         mv, kv, bv = load(m, i), load(k, i), load(b, i)
         u0, v0 = _one(x, g, y, at + i, mv, kv, bv, relu)
         u1, v1 = _one(x, g, y, at + i + V, mv, kv, bv, relu)
+        stream(dr, at + i, u0)
+        stream(dr, at + i + V, u1)
         store(s, i, load(s, i) + (u0 + u1))
         store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
 
 
 @helper
-def _add_narrow(x, g, y, at, width, m, k, b, relu, s, q):
-    """Add one row of ``width`` columns, whole vectors, to the sums s and q."""
+def _add_narrow(x, g, y, dr, at, width, m, k, b, relu, s, q):
+    """Add one row of ``width`` columns, whole vectors, to the sums s and q; u goes to dr."""
     for i in range(0, width, lanes(x)):
         u, v = _one(x, g, y, at + i, load(m, i), load(k, i), load(b, i), relu)
+        stream(dr, at + i, u)
         store(s, i, load(s, i) + u)
         store(q, i, fma(u, v, load(q, i)))
 
 
 @helper
-def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
+def _add_edge(x, g, y, dr, at, V, end, i, width, m, k, b, relu, s, q):
     """As ``_add_whole`` from column i on, where columns or rows are missing: nothing at or past ``end`` counts.
 
     No lane of such a vector is read behind the array: the CPU takes a microsecond over a page that is not there.
@@ -93,6 +98,8 @@ def _add_edge(x, g, y, at, V, end, i, width, m, k, b, relu, s, q):
         n0, n1 = least(n, most(0, end - above)), least(n, most(0, end - below))
         u0, v0 = _one_edge(x, g, y, above if n0 > 0 else at, n0, mv, kv, bv, relu)
         u1, v1 = _one_edge(x, g, y, below if n1 > 0 else at, n1, mv, kv, bv, relu)
+        store_n(dr, above, u0, n0)
+        store_n(dr, below, u1, n1)
         store(s, i, load(s, i) + (u0 + u1))
         store(q, i, load(q, i) + fma(u0, v0, u1 * v1))
         i += W
@@ -109,10 +116,11 @@ def _put_away(s, q, total_s, total_q, n):
 
 
 @helper
-def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
+def band_sums(x, g, y, dr, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
     """Sums of u and u*v by column into total_s, total_q, index v - v0 (see ``sweep.sums``). s and q are scratch.
 
-    Arrays indexed by column are as long as whole vectors. Floor: one read of the band a tensor.
+    Writes u to dr, past the cache, unless that is None; its rows are whole lines. Arrays indexed by column are as long
+    as whole vectors. Floor: one read of the band a tensor.
     """
     W, width = lanes(x), v1 - v0
     padded = (width + W - 1) // W * W
@@ -121,22 +129,22 @@ def band_sums(x, g, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, to
     clear(total_s, padded)
     clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
-    narrow = g is not None and V <= NARROW and T > NEAR
+    narrow = g is not None and (NARROW if y is None else NARROW_TOO) >= V and T > NEAR
     r, end = r0, least(T, (r1 - 1) * V + v1)
     whole, vectors = r0 + most(0, least(r1, T // V) - r0) // 2 * 2, width // W * W
     while r < r1:
         stop = least(r + ROWS, whole)
         while r < stop:
             if narrow:
-                _add_narrow(x, g, y, r * V + v0, vectors, m, k, b, relu, s, q)
-                _add_narrow(x, g, y, (r + 1) * V + v0, vectors, m, k, b, relu, s, q)
+                _add_narrow(x, g, y, dr, r * V + v0, vectors, m, k, b, relu, s, q)
+                _add_narrow(x, g, y, dr, (r + 1) * V + v0, vectors, m, k, b, relu, s, q)
             else:
-                _add_whole(x, g, y, r * V + v0, V, vectors, m, k, b, relu, s, q, T > NEAR)
+                _add_whole(x, g, y, dr, r * V + v0, V, vectors, m, k, b, relu, s, q, T > NEAR)
             if vectors < width:
-                _add_edge(x, g, y, r * V + v0, V, end, vectors, width, m, k, b, relu, s, q)
+                _add_edge(x, g, y, dr, r * V + v0, V, end, vectors, width, m, k, b, relu, s, q)
             r += 2
         if r >= whole and r < r1:
-            _add_edge(x, g, y, r * V + v0, V, end, 0, width, m, k, b, relu, s, q)
+            _add_edge(x, g, y, dr, r * V + v0, V, end, 0, width, m, k, b, relu, s, q)
             r += 2
         _put_away(s, q, total_s, total_q, padded)
 
@@ -188,7 +196,8 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
             i = at + h
         last = least(end - 1, stop - W) if whole else end - W
         while i <= last:
-            ask(x, i + far)
+            if r is None:  # with r 1.01-1.07; r's lines too 1.02-1.09
+                ask(x, i + far)
             v = load(x, i) - load(m, i + off)
             write(y, i, output(v, load(r, i), load(k, i + off), load(b, i + off), relu), streamed)
             i += W

@@ -96,6 +96,11 @@ def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
     return np.zeros(arrays * rows.stride(chosen.V) + rows.PAD, weight.dtype)
 
 
+def _lined(x: Array | None, V: int) -> bool:
+    """Tell whether every row of V elements of x begins on a cache line."""
+    return x is not None and x.ctypes.data % 64 == 0 and V * x.itemsize % 64 == 0
+
+
 def _part(chosen: Plan, down: int) -> Array:
     return np.empty(down * 2 * rows.stride(chosen.V) + rows.PAD, np.float64)
 
@@ -128,7 +133,7 @@ def _swept_moments(
     down, across = p.bands(x.size)
     columns, part = _columns(weight, p, 3), _part(p, down)
     rows_swept.pivots(x, columns, dims, p.V)
-    sums = (x, None, None, None, columns, part, p.V, p.height, p.width, None, False)
+    sums = (x, None, None, None, None, columns, part, p.V, p.height, p.width, None, False)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum)
     return columns
@@ -206,10 +211,13 @@ def backward(
         columns, part = _columns(weight, p, 5), _part(p, down)
         bands = (p.V, p.height, p.width, relu)
         rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
-        pool.run(rows_swept.sums, (x, grad, y, out, columns, part, *bands, streamed), down * across, p.parallel)
+        early = grad_residual if streamed and _lined(grad_residual, p.V) else None
+        pool.run(rows_swept.sums, (x, grad, y, early, out, columns, part, *bands, streamed), down * across, p.parallel)
         rows_swept.settle_backward(
             x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed
         )
+        if early is not None:  # it holds u
+            tensors, bands = (x, early, None, out, None), (p.V, p.height, p.width, None)
         pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
     return dweight, dbias
 

@@ -55,7 +55,7 @@ def train(
         hi, v0, v1 = _block(lo, per, dims, V)
         block = (lo, hi, v1 - v0)
         spread_pivots(x, dims, block, m)
-        band_sums(x, None, None, T, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
+        band_sums(x, None, None, None, T, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
         settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum)
         d = phase(y, v0, V, streamed)
         spread_affine(x, stats, weight, bias, dims, block, m + d, k + d, b + d)
@@ -106,7 +106,7 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
         block, m = (lo, hi, v1 - v0), s + (2 * wide + phase(dx, v0, V, streamed))
         k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
         spread_affine(x, stats, weight, bias, dims, block, m, k, b)
-        band_sums(x, g, y, T, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
+        band_sums(x, g, y, None, T, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
         settle_gradients(x, g, y, dims, block, m, ts, tq, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0)
         band_gradient(x, g, y, dx, dr, T, V, 0, R, v0, v1, v0, m, k, b, c1, c0, relu, streamed)
         fence()

@@ -55,11 +55,15 @@ def affines(x, out, stats, weight, bias, columns, dims, V, streamed):
 
 
 @jit
-def sums(x, g, y, out, columns, part, V, height, width, relu, streamed, claim):
-    """Sums of u and u*v of every band (see ``sweep.sum_run``); ``out``: where gradients will go, else None."""
+def sums(x, g, y, dr, out, columns, part, V, height, width, relu, streamed, claim):
+    """Sums of u and u*v of every band (see ``sweep.sum_run``); ``out``: where gradients will go, else None.
+
+    Writes u to dr unless that is None: ``gradient`` then reads u instead of g and y, and memory has something to write
+    while it is read. (32, 56, 56, 256): 19.3 ms instead of 22, (8192, 1024) 6.2 instead of 7.7.
+    """
     T, wide = x.size, column_stride(V)
     scratch = empty(2 * column_stride(width), columns)
-    x, g, y, part, claim = base(x), base(g), base(y), aligned(part), base(claim)
+    x, g, y, dr, part, claim = base(x), base(g), base(y), base(dr), aligned(part), base(claim)
     m, s = _constants(x, base(out), columns, V, streamed), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
@@ -67,7 +71,7 @@ def sums(x, g, y, out, columns, part, V, height, width, relu, streamed, claim):
     while number < bands:
         row, r0, r1, v0, v1 = _band(number, T, V, height, width)
         ts = part + (2 * row * wide + v0)
-        band_sums(x, g, y, T, V, r0, r1, v0, v1, 0, m, k, b, relu, s, q, ts, ts + wide)
+        band_sums(x, g, y, dr, T, V, r0, r1, v0, v1, 0, m, k, b, relu, s, q, ts, ts + wide)
         fence()
         fetch_add(claim, 1, 1)
         number = fetch_add(claim, 0, 1)

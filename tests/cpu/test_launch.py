@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import views
 from fastbn.cpu import launch, pool, tuning
 from tests.oracle import ALL_SHAPES, SHAPES, case, same_bits
 from tests.tolerances import DTYPES
@@ -143,6 +144,32 @@ def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
         room = Room(offset)
         assert all(same_bits(a, b) for a, b in zip(every_result(c, room, grad), expected, strict=True)), offset
         assert room.kept(), offset
+
+
+# Added row by row and two at a time, and a matrix of rows laid side by side whose last one is short.
+EARLY_SHAPES = [(4099, 80), (3001, 128), (8200, 130), (1100, 1024), (1100, 1536)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", EARLY_SHAPES, ids=str)
+def test_gradient_of_the_residual_written_with_the_sums(shape, dtype, rng, monkeypatch):
+    """On lines it is written in the first sweep, and g and y are not read again; the same bits as elsewhere."""
+    monkeypatch.setattr(tuning, "STREAM", 0)
+    c = case(rng, shape, dtype, activation="relu", residual=True)
+    y, saved = fastbn.batch_norm_train(c.x, c.weight, c.bias, residual=c.residual, activation="relu")
+    grad = rng.standard_normal(shape).astype(dtype)
+    results = []
+    for offset in (0, 1):
+        room = Room(offset)
+        dx, dr = room.array(c.x), room.array(c.x)
+        flat = [views.raw(a.reshape(-1)) for a in (c.x, grad, y, dx, dr)]
+        assert launch._lined(flat[-1], 128) == (offset == 0)
+        pair = launch.backward(*flat, c.weight, c.bias, saved.stats, (*shape, 1), False, True)
+        results.append((dx, dr, *pair))
+        assert room.kept()
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    want = fastbn.backward(grad, saved)
+    assert same_bits(results[0][0], want.input) and same_bits(results[0][1], np.where(y > 0, grad, 0).astype(dtype))
 
 
 @pytest.fixture
