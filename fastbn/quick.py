@@ -121,19 +121,22 @@ def infer(
     return None
 
 
-def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array] | None:
-    """Gradients of input, weight and bias for a ``saved.BatchSaved``."""
-    if saved.residual or saved.places is not None:
+def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Array | None] | None:
+    """Gradients of input, weight, bias and, behind a ReLU, residual for a ``saved.BatchSaved``."""
+    y, fused = saved.y, saved.residual
+    if saved.places is not None or fused is not (y is not None):  # a residual without a ReLU: grad is its gradient
         return None
     x = saved.x
-    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, False)
+    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, fused)
     if call is None or call.where.dims != saved.layout.dims:
         return None
     enter, numbers, relu, channels, _, _, _, _ = call
     dx = _empty(x.shape, F32) if out is None else out
+    dr = _empty(x.shape, F32) if fused else None
     dweight, dbias = _empty(channels, F32), _empty(channels, F32)
     if enter(
-        x, grad, dx, saved.weight, saved.bias, dweight, dbias, saved.stats, _array, F32, *numbers, saved.frozen, relu
+        x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, _array, F32, *numbers,
+        saved.frozen, relu,
     ):  # fmt: skip
-        return dx, dweight, dbias
+        return dx, dweight, dbias, dr
     return None

@@ -144,7 +144,7 @@ class BatchSaved(Saved):
         """See ``fastbn.backward``."""
         done = quick.backward(self, grad_output, out)
         if done is not None:
-            return Gradients(done[0], done[1] if self.affine[0] else None, done[2] if self.affine[1] else None, None)
+            return Gradients(done[0], done[1] if self.affine[0] else None, done[2] if self.affine[1] else None, done[3])
         dx, dweight, dbias, residual = self.all_gradients(grad_output, out)
         return Gradients(dx, dweight if self.affine[0] else None, dbias if self.affine[1] else None, residual)
 

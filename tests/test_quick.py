@@ -67,7 +67,8 @@ def results(c, activation, residual=None):
     y, kept, mean, var = c.train(out=None, **options)
     z = c.infer(out=None, **options)
     w, frozen = fastbn.functional.frozen(c.x, c.mean, c.var, c.weight, c.bias, axis=c.axis, **options)
-    grads = [*fastbn.backward(c.grad, kept)[:3], *fastbn.backward(c.grad, frozen)[:3]]
+    both = fastbn.backward(c.grad, kept), fastbn.backward(c.grad, frozen)
+    grads = [*both[0][:3], *both[1][:3], *(g.residual for g in both if residual is not None)]
     about = [kept.mean, kept.variance, kept.moments.m2, frozen.mean, frozen.invstd]
     assert (kept.count, kept.updated, frozen.updated) == (c.x.size // c.weight.size, 1, 0)
     assert all(g.shape == c.weight.shape for g in (grads[1], grads[2], grads[4], grads[5]))
@@ -91,20 +92,27 @@ def test_same_bits_as_the_long_way(shape, axis, activation, rng, long_way, monke
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_with_a_residual(shape, axis, activation, rng, monkeypatch):
+def test_with_a_residual(shape, axis, activation, rng, long_way, monkeypatch):
     c = Case(rng, shape, axis)
     residual = rng.standard_normal(shape, dtype=np.float32)
     results(c, activation, residual)
-    forwards, begin = [], core.Forward.__init__
-    monkeypatch.setattr(core.Forward, "__init__", lambda *a, **k: forwards.append(0) or begin(*a, **k))
+    long_way.clear()
     short = results(c, activation, residual)
-    assert not forwards
+    assert set(long_way) == ({1} if activation is None else set()), "without a ReLU grad is the residual's gradient"
     over = residual.copy()
     assert same_bits(c.train(activation=activation, residual=over, out=over)[0], short[0])
     for name in ("train", "infer", "backward"):
         monkeypatch.setattr(quick, name, lambda *a: None)
     assert all(same_bits(a, b) for a, b in zip(short, results(c, activation, residual), strict=True))
-    assert forwards
+    assert set(long_way) == {0, 1}
+    for _ in range(2):
+        _, kept, _, _ = c.train(activation=activation, residual=residual)
+        with pytest.raises(ValueError, match=r"^out: expected memory apart from"):
+            fastbn.backward(c.grad, kept, out=c.grad)
+        if activation is not None:
+            with pytest.raises(ValueError, match=r"^out: expected memory apart from"):
+                fastbn.backward(c.grad, kept, out=c.out)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("change", [

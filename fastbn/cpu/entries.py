@@ -39,7 +39,7 @@ def _kernel_arguments(op: str, by_rows: bool, relu: Any, residual: Any) -> tuple
         return (_F32, residual, *[_F32] * 5, _F64, *place, _FLOAT, _FLOAT, *last)
     if op == "infer":
         return (_F32, residual, *[_F32] * 3, _F64, *place, *last)
-    return (_F32, _F32, types.none, _F32, types.none, *[_F32] * 4, _F64, *place, types.boolean, *last)
+    return (_F32, _F32, residual, _F32, residual, *[_F32] * 4, _F64, *place, types.boolean, *last)
 
 
 @functools.cache
@@ -47,9 +47,12 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     """Compile a gate; None where Numba's inside has changed: calls then take the usual way."""
     gate, _, behind = _GATES[op]
     place = [_INT, _INT] if by_rows else [types.none, types.none]
-    second = handle if fused or op == "backward" else types.none
+    other = handle if fused else types.none
+    objects = (
+        [handle, handle, other, handle, other, *[handle] * 7] if op == "backward" else [handle, other, *[handle] * 8]
+    )
     addresses = [_INT] * (6 if op == "infer" else 5)  # and size, N, C, S
-    signature = (handle, second, *[handle] * 8, *addresses, *place, *behind, relu)
+    signature = (*objects, *addresses, *place, *behind, relu)
     try:
         gate.compile(signature)
         entry: Entry = gate.overloads[signature].entry_point
@@ -64,7 +67,7 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     None before its kernel is compiled, and where there can be none. ``fused``: with a residual. It is called as
     ``train(x, residual, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers, moved, eps,
     momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)``
-    or ``backward(x, grad, dx, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
+    or ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
     """
     p = launch.plan(dims, once=op == "infer")
     if p.kind == "swept" or p.parallel or not readable():

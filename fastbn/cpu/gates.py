@@ -88,19 +88,24 @@ def infer(x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, ke
 
 @jit
 def backward(
-    x, grad, dx, weight, bias, dweight, dbias, stats, kind, dtype, kernel, size, N, C, S, V, per, frozen, relu
+    x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, kind, dtype, kernel, size, N, C, S, V, per, frozen, relu
 ):
-    """Gradients; dx may be grad. ``dweight``, ``dbias`` and ``stats`` are ours."""
+    """Gradients; dx may be grad if y and dr are None. ``dr``, ``dweight``, ``dbias`` and ``stats`` are ours."""
     p, g, q = plain(x, kind, dtype, size), plain(grad, kind, dtype, size), plain(dx, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     if p == 0 or g == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
         return 0
-    if not _apart(p, size, q, size) or not (g == q or _apart(g, size, q, size)):
+    if not _apart(p, size, q, size) or not ((g == q and y is None) or _apart(g, size, q, size)):
         return 0
+    if y is not None:
+        o = plain(y, kind, dtype, size)
+        if o == 0 or not (same_shape(x, y) and _apart(o, size, q, size)):
+            return 0
     xs, gs, ds, ws, bs = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C), float32s(b, C)
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
+    ys, rs = float32s_of(y, size), float32s_of(dr, size)
     if V is None:
-        call(kernel, xs, gs, None, ds, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
     else:
-        call(kernel, xs, gs, None, ds, None, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
     return 1

@@ -186,6 +186,8 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
     far = ahead(n)
     while at + 4 * W <= stop and i + 4 * W <= end:
         ask_four(x, at + far)
+        if r is not None:  # 0.93-0.98
+            ask_four(r, i + far)
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         s, s1, q, q1 = s + v0, s1 + v1, fma(v0, v0, q), fma(v1, v1, q1)
         write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)

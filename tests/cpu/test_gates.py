@@ -48,7 +48,9 @@ class Arguments:
     """What the gates of (N, C) take, by name, with a way to enter each."""
 
     def __init__(self, rng):
-        self.x, self.y, self.grad = (rng.standard_normal((N, C), dtype=np.float32) for _ in range(3))
+        self.x, self.y, self.grad, self.kept, self.dr = (
+            rng.standard_normal((N, C), dtype=np.float32) for _ in range(5)
+        )
         vectors = rng.random((6, C), dtype=np.float32) + 0.5
         self.weight, self.bias, self.mean, self.var, self.dweight, self.dbias = (v.copy() for v in vectors)
         self.stats = rng.random(3 * C)
@@ -56,10 +58,13 @@ class Arguments:
         for _ in range(2):
             _, saved = fastbn.batch_norm_train(self.x, self.weight, self.bias)
             fastbn.backward(self.grad, saved)
+            _, saved = fastbn.batch_norm_train(self.x, self.weight, self.bias, residual=self.y, activation="relu")
+            fastbn.backward(self.grad, saved)
             fastbn.batch_norm_infer(self.x, self.mean, self.var, self.weight, self.bias)
 
     def enter(self, op):
-        code, numbers = entries.find(op, (N, C, 1), None)
+        fused = op == "fused"
+        code, numbers = entries.find("backward" if fused else op, (N, C, 1), True if fused else None, fused)
         about = self.stats, np.ndarray, F32, *numbers
         if op == "train":
             vectors = self.weight, self.bias, self.mean, self.var
@@ -67,7 +72,9 @@ class Arguments:
         if op == "infer":
             return code(self.x, None, self.y, self.mean, self.var, self.weight, self.bias, *about, self.eps, None)
         vectors = self.weight, self.bias, self.dweight, self.dbias
-        return code(self.x, self.grad, self.y, *vectors, *about, False, None)
+        if fused:
+            return code(self.x, self.grad, self.kept, self.y, self.dr, *vectors, *about, False, True)
+        return code(self.x, self.grad, None, self.y, None, *vectors, *about, False, None)
 
     def everything(self):
         return [np.array(a) for a in vars(self).values() if isinstance(a, np.ndarray)]
@@ -75,7 +82,7 @@ class Arguments:
 
 TAKEN = {
     "train": ("x", "y", "weight", "bias", "mean", "var"), "infer": ("x", "y", "mean", "var", "weight", "bias"),
-    "backward": ("x", "grad", "y", "weight", "bias"),
+    "backward": ("x", "grad", "y", "weight", "bias"), "fused": ("x", "grad", "kept", "y", "weight", "bias"),
 }  # fmt: skip
 
 
@@ -117,10 +124,12 @@ def test_overlap(shift, rng):
     a.x, a.y, a.grad = at(size), at(size + shift), at(3 * size)
     assert (a.enter("train"), a.enter("infer"), a.enter("backward")) == (0, shift == 0, 0)
     a.x, a.grad, a.y = at(3 * size), at(size), at(size + shift)
-    assert a.enter("backward") == (shift == 0)
+    assert (a.enter("backward"), a.enter("fused")) == (shift == 0, 0)
+    a.grad, a.kept = at(0), at(size)
+    assert a.enter("fused") == 0
     for start in (0, 2 * size):
-        a.x, a.y, a.grad = at(size), at(start), at(3 * size)
-        assert (a.enter("train"), a.enter("infer"), a.enter("backward")) == (1, 1, 1)
+        a.x, a.y, a.grad, a.kept = at(size), at(start), at(3 * size), at(size)
+        assert (a.enter("train"), a.enter("infer"), a.enter("backward"), a.enter("fused")) == (1, 1, 1, 1)
     a.y = at(1)
     assert (a.enter("train"), a.enter("infer"), a.enter("backward")) == (0, 0, 0)
 
