@@ -39,7 +39,8 @@ def _kernel_arguments(op: str, by_rows: bool, relu: Any, residual: Any) -> tuple
         return (_F32, residual, *[_F32] * 5, _F64, *place, _FLOAT, _FLOAT, *last)
     if op == "infer":
         return (_F32, residual, *[_F32] * 3, _F64, *place, *last)
-    return (_F32, _F32, residual, _F32, residual, *[_F32] * 4, _F64, *place, types.boolean, *last)
+    early = () if by_rows else (types.none,)
+    return (_F32, _F32, residual, _F32, residual, *early, *[_F32] * 4, _F64, *place, types.boolean, *last)
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def backward(
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
     ys, rs = float32s_of(y, size), float32s_of(dr, size)
     if V is None:
-        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
     else:
         call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
     return 1

@@ -97,8 +97,8 @@ def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
 
 
 def _lined(x: Array | None, V: int) -> bool:
-    """Tell whether every row of V elements of x begins on a cache line."""
-    return x is not None and x.ctypes.data % 64 == 0 and V * x.itemsize % 64 == 0
+    """Tell whether every row of V elements of x is whole vectors that ``simd.stream`` may write."""
+    return x is not None and x.ctypes.data % (_lanes(x) * x.itemsize) == 0 and V % _lanes(x) == 0
 
 
 def _part(chosen: Plan, down: int) -> Array:
@@ -201,7 +201,8 @@ def backward(
     streamed = tuning.streams(*tensors)
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
-        work = (*tensors, *params, N, C, S, frozen, relu, streamed)
+        both = (None, grad_residual) if streamed and _lined(grad_residual, S) else (grad_residual, None)
+        work = (x, grad, y, out, *both, *params, N, C, S, frozen, relu, streamed)
         pool.run(planes_backward.backward, work, C, p.parallel)
     elif p.kind == "rows":
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)

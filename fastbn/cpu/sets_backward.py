@@ -115,7 +115,7 @@ def sum_runs(x, g, w, sums, sets, t, L, S, period, mean, c):
         run = t * (L // S) + j
         at, gs, gq = run * S, 0.0, 0.0
         for o in range(0, S, RUN):
-            a, b = sum_run(x, g, None, at + o, min(RUN, S - o), c[0], 0.0, 0.0, None, zero, zero)
+            a, b = sum_run(x, g, None, None, at + o, min(RUN, S - o), c[0], 0.0, 0.0, None, zero, zero)
             gs, gq = gs + total(a), gq + total(b)
         gs, gq = trusted(gs, gq, x, g, None, 1, runs, S, run, c[0], 0.0, 0.0, None)
         dweight = (gq - (mean - c[0]) * gs) * c[1]

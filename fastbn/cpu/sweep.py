@@ -99,10 +99,11 @@ def sum_part(x, g, y, i, n, m, k, b, relu, s, q):
 
 
 @part
-def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
+def sum_run(x, g, y, dr, at, n, m, k, b, relu, s, q):
     """Add u and u*v of n elements to the vectors s and q. Floor: n reads a tensor.
 
-    v = x - m; u = v without g, else the gradient in front of the ReLU. ``normalise_and_sum_run`` must add in the same
+    v = x - m; u = v without g, else the gradient in front of the ReLU, which goes past the cache to whole lines of dr
+    unless that is None. ``normalise_and_sum_run`` must add in the same
     order, or the result would depend on which thread sums a run: four vectors at a time to four sums, which hides the
     latency of the additions, then one by one to the first, the tail to the second.
     """
@@ -114,12 +115,18 @@ def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
         if g is not None:
             ask_four(x, i + far)
             ask_four(g, i + far)
+        if y is not None:  # 0.87-0.98
+            ask_four(y, i + far)
         v0, v1 = load(x, i) - m, load(x, i + W) - m
         v2, v3 = load(x, i + 2 * W) - m, load(x, i + 3 * W) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
         u1 = term(load(g, i + W), v1, load(y, i + W), k, b, relu)
         u2 = term(load(g, i + 2 * W), v2, load(y, i + 2 * W), k, b, relu)
         u3 = term(load(g, i + 3 * W), v3, load(y, i + 3 * W), k, b, relu)
+        stream(dr, i, u0)
+        stream(dr, i + W, u1)
+        stream(dr, i + 2 * W, u2)
+        stream(dr, i + 3 * W, u3)
         s, s1, s2, s3 = s + u0, s1 + u1, s2 + u2, s3 + u3
         q, q1, q2, q3 = fma(u0, v0, q), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
         i += 4 * W
@@ -129,6 +136,7 @@ def sum_run(x, g, y, at, n, m, k, b, relu, s, q):
             ask(g, i + far)
         v0 = load(x, i) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
+        stream(dr, i, u0)
         s, q = s + u0, fma(u0, v0, q)
         i += W
     if i < end:
@@ -244,7 +252,7 @@ def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, other):
     aligned = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
     while i + W <= end:
         ask(x, i + other)
-        if dr is not None:  # twice the writing: time for both
+        if y is not None:  # more to write: time for both
             ask(g, i + other)
         v = load(x, i) - m
         u = through_relu(load(g, i), v, load(y, i), k, b, relu)
