@@ -77,8 +77,13 @@ $(STAMPS)/cuda: $(STAMPS)/test
 	$(PIP) numba-cuda==0.30.4
 	touch $@
 
-gpu-sim: $(STAMPS)/cuda
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
+# The simulator's threads are Python's, one at a time: a process for each core.
+$(STAMPS)/simulator: $(STAMPS)/cuda
+	$(PIP) pytest-xdist==3.8.0
+	touch $@
+
+gpu-sim: $(STAMPS)/simulator
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -n auto tests/cuda
 
 gpu: $(STAMPS)/test
 	$(BIN)/python -m bench.gpu

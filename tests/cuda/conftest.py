@@ -23,6 +23,11 @@ if not SIMULATED:
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)
 
+    if hasattr(os, "sched_setaffinity"):  # Python threads that take turns wake each other sooner on one core
+        cores = sorted(os.sched_getaffinity(0))
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
 
 NUMBERS = {
     "THREADS": 64, "BLOCKS": 2, "DEPTH": 4, "APPLY_DEPTH": 3, "SLAB": ((0, 64),), "PERSISTENT_THREADS": 64,
