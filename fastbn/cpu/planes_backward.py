@@ -80,7 +80,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
     """Gradients. Floor: two reads and one write (and y, dr where they exist).
 
     The residual's gradient is written to dr with dx, or where its runs are whole lines to ``early`` with the sums, when
-    memory has nothing else to write: 0.89-0.95 of the time. The other one is None.
+    memory has nothing else to write: 0.92-0.95 of the time. The other one is None.
 
     Tried and rejected: writing one block while summing the next, as ``train`` does. Four streams to read at once (two
     from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4; blocks of one channel
