@@ -46,10 +46,9 @@ def train(
 ) -> Array:  # fmt: skip
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
     count, length, run = _shape(d, weight is not None)
-    stats = np.empty(3 * count)
-    streamed = tuning.streams(x, out)
     if weight is not None and d[1] == d[3] == 1 and length >= SWEPT and count <= FEW:
-        return _swept_train(x, out, weight, bias, count, length, eps, streamed)
+        return _swept_train(x, out, weight, bias, count, length, eps)
+    stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
     short = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
     if run is None and d[1] == 1 and length * x.itemsize <= short:
@@ -60,14 +59,15 @@ def train(
 
 
 def _swept_train(
-    x: Array, out: Array, weight: Array, bias: Array | None, count: int, length: int, eps: float, streamed: bool
-) -> Array:
+    x: Array, out: Array, weight: Array, bias: Array | None, count: int, length: int, eps: float
+) -> Array:  # fmt: skip
     """As ``train`` by two sweeps."""
     units, parallel = count * sets_long.chunks_of(length), x.size >= tuning.PARALLEL
     stats, part = np.empty(3 * count), np.empty(2 * units)
     pool.run(sets_long.moments, (x, part, count, length), units, parallel)
     sets_long.settle_moments(x, part, stats, count, length, eps)
-    pool.run(sets_long.normalise, (x, out, weight, bias, stats, count, length, streamed), units, parallel)
+    work = (x, out, weight, bias, stats, count, length, tuning.streams(x, out))
+    pool.run(sets_long.normalise, work, units, parallel)
     return stats
 
 
@@ -89,6 +89,8 @@ def backward(
     count, length, run = _shape(d, weight is not None)
     kind = _kind(x.itemsize == 8)
     per = max(LEAST, -(-B // BLOCKS)) if weight is not None and run is None else max(1, B // BLOCKS)
+    if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
+        grad = grad.copy()  # it may be wanted again when it is written over
     few = sets_backward.ROWS if x.size <= SMALL else FEW_BACK
     if weight is not None and G == S == 1 and length >= SWEPT_BACK and count <= few:
         return _swept_backward(x, grad, out, weight, stats, count, length)
@@ -99,8 +101,6 @@ def backward(
     else:
         sums = np.empty((2, B, C))
     streamed = tuning.streams(x, grad, out)
-    if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
-        grad = grad.copy()  # it may be wanted again below
     tensors, parallel = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length), x.size >= tuning.PARALLEL
     if run is None and G == 1 and length * x.itemsize <= sets_short.SHORT:
         pool.run(sets_short.backward, (*tensors, S, per, streamed), B, parallel)
@@ -124,8 +124,6 @@ def _swept_backward(
 ) -> tuple[Array, Array]:
     """As ``backward`` by two sweeps; gradients of weight and bias in their type."""
     across, parallel = sets_long.chunks_of(length), x.size >= tuning.PARALLEL
-    if np.may_share_memory(grad, out) and _large(grad, length):
-        grad = grad.copy()  # it may be wanted again below
     dweight, dbias = recycled.empty_like(weight), recycled.empty_like(weight)
     part, fine = np.empty(2 * count * across), np.empty(across, np.int64)
     sums = (x, grad, weight, dweight, dbias, stats, part, fine, count, length)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.sets import constants, output, pivot, settle, sum_set
+from fastbn.cpu.sets import output, pivot, settle, sum_set
 from fastbn.cpu.sets_backward import gradient, spread, weighed, wide_sums
+from fastbn.cpu.sets_short import centred, centred_part, known, spread3
 from fastbn.cpu.simd import (
     ask,
     base,
@@ -65,6 +66,15 @@ def _cut(y, at, k, L):
     return least(at + L, i + head(y, i))
 
 
+@part
+def _written(y, number, sets, L):
+    """Set of the chunk that is written as ``number``, the last one first, and the ends of it in y: (t, i, end)."""
+    across = chunks(L)
+    number = sets * across - 1 - number
+    t, k = number // across, number % across
+    return t, _cut(y, t * L, k, L), _cut(y, t * L, k + 1, L)
+
+
 @jit
 def moments(x, part, sets, L, claim):
     """Sums of d = x - pivot and d*d of every chunk."""
@@ -100,13 +110,6 @@ def settle_moments(x, part, stats, sets, L, eps):
 
 
 @part
-def _known(x, stats, sets, t):
-    """(m, k, r) of set t as vectors."""
-    m, k, r = constants(x, get(stats, t), get(stats, sets + t))
-    return splat(x, m), splat(x, k), splat(x, r)
-
-
-@part
 def _write_part(x, y, weight, bias, i, n, at, c):
     """Write n < W elements from i on."""
     store_n(y, i, output(load_n(x, i, n), c[0], c[1], c[2], load_n(weight, i - at, n), load_n(bias, i - at, n)), n)
@@ -119,9 +122,8 @@ def normalise(x, y, weight, bias, stats, sets, L, streamed, claim):
     weight, bias, W = like(x, base(weight)), like(x, base(bias)), lanes(x)
     number = fetch_add(claim, 0, 1)
     while number < sets * across:
-        t, k = (sets * across - 1 - number) // across, (sets * across - 1 - number) % across
-        at, c = t * L, _known(x, stats, sets, t)
-        i, end = _cut(y, at, k, L), _cut(y, at, k + 1, L)
+        t, i, end = _written(y, number, sets, L)
+        at, c = t * L, spread3(x, known(x, stats, sets, t))
         n = least(head(y, i), end - i)
         if n > 0:
             _write_part(x, y, weight, bias, i, n, at, c)
@@ -140,7 +142,7 @@ def normalise(x, y, weight, bias, stats, sets, L, streamed, claim):
 @part
 def _add_step(x, g, weight, dweight, dbias, i, col, c, s, q, old, streamed):
     """One vector of ``_add``."""
-    v, h = fma(load(x, i) - c[0], c[1], c[2]), load(g, i)
+    v, h = centred(x, g, i, c)
     u = weighed(h, load(weight, col))
     if old is not None:
         store(dweight, col, fma(h, v, load(dweight, col)))
@@ -154,7 +156,7 @@ def _add_step(x, g, weight, dweight, dbias, i, col, c, s, q, old, streamed):
 @part
 def _add_edge(x, g, weight, dweight, dbias, i, col, n, c, old):
     """``_add`` of n < W elements, none of which is touched behind the arrays' ends: sums as vectors."""
-    v, h = first(fma(load_n(x, i, n) - c[0], c[1], c[2]), n), load_n(g, i, n)
+    v, h = centred_part(x, g, i, n, c)
     u = first(weighed(h, load_n(weight, col, n)), n)
     if old is not None:
         store_n(dweight, col, load_n(dweight, col, n) + h * v, n)
@@ -228,7 +230,7 @@ def sums(x, g, weight, dweight, dbias, stats, part, fine, sets, L, claim):
         for col in range(k * CHUNK, stop, RUN):
             n = least(RUN, stop - col)
             for t in range(sets):
-                c, number = _known(x, stats, sets, t), t * across + k
+                c, number = spread3(x, known(x, stats, sets, t)), t * across + k
                 other = L if t + 1 < sets else RUN - t * L
                 if t == 0:
                     s, q = _add(x, g, weight, dweight, dbias, 0, col, n, c, other, None, streamed)
@@ -251,7 +253,7 @@ def settle_sums(x, g, weight, stats, part, sets, L):
     for t in range(sets):
         s, q = _sums_of(part, t, chunks(L))
         if not (math.isfinite(s) and math.isfinite(q)):
-            c = constants(x, get(stats, t), get(stats, sets + t))
+            c = known(x, stats, sets, t)
             s, q = wide_sums(x, g, weight, t * L, L, 0, c)
         put(part, 2 * t, -q / L)
         put(part, 2 * t + 1, -s / L)
@@ -270,10 +272,9 @@ def gradients(x, g, dx, weight, stats, part, sets, L, streamed, claim):
     weight, W = like(x, base(weight)), lanes(x)
     number = fetch_add(claim, 0, 1)
     while number < sets * across:
-        t, k = (sets * across - 1 - number) // across, (sets * across - 1 - number) % across
-        m, invstd, r = constants(x, get(stats, t), get(stats, sets + t))
-        at, c = t * L, spread(x, (m, invstd, r, get(part, 2 * t), get(part, 2 * t + 1)))
-        i, end = _cut(dx, at, k, L), _cut(dx, at, k + 1, L)
+        t, i, end = _written(dx, number, sets, L)
+        m, k, r = known(x, stats, sets, t)
+        at, c = t * L, spread(x, (m, k, r, get(part, 2 * t), get(part, 2 * t + 1)))
         n = least(head(dx, i), end - i)
         if n > 0:
             _write_gradient(x, g, dx, weight, i, n, at, c)
