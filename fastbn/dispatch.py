@@ -44,6 +44,15 @@ def set_kernels() -> ModuleType:
     return launch_sets
 
 
+def masked_kernels() -> ModuleType | None:
+    """Return the module for tensors of which only some values count; None where these are packed first."""
+    if numba.config.DISABLE_JIT:
+        return None
+    from fastbn.cpu import launch_masked
+
+    return launch_masked
+
+
 def refuse_device(name: str) -> DeviceError:
     """Return the error for an array that lives on a GPU."""
     return DeviceError(

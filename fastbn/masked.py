@@ -28,7 +28,7 @@ def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
 
 def statistics(x: Array, mask: Array, axis: int, eps: float) -> tuple[int, Array]:
     """Return how many values of a channel are valid, and their statistics (zeros if none)."""
-    places, kind = Places(mask, x.shape, axis), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
+    places, kind = Places(mask, x, axis), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
     if places.count * x.size == 0:
         return 0, np.zeros(3 * x.shape[axis])
     return places.count, places.statistics(views.raw(in_order(x).reshape(-1)), kind, eps)
@@ -55,7 +55,7 @@ class MaskedForward(Reordered):
     def __init__(
         self, x: Array, weight: Any, bias: Any, axis: int, activation: Any, residual: Any, out: Any, mask: Array
     ):
-        self.places = Places(mask, x.shape, axis)
+        self.places = Places(mask, x, axis)
         self.target = None
         if not (x.flags.c_contiguous and (out is None or getattr(out, "flags", x.flags).c_contiguous)):
             x, out = self.copied(x, axis, out), None
@@ -68,6 +68,15 @@ class MaskedForward(Reordered):
 
     def train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
         """See ``core.Forward``."""
+        found: Array | None = None
+        if self.places.lying is not None:
+            found = self.places.lying.train(
+                *map(self.flat, (self.x, self.residual, self.out)), self.weight, self.bias, running_mean, running_var,
+                eps, momentum, self.relu,
+            )  # fmt: skip
+        return self._packed_train(running_mean, running_var, momentum, eps) if found is None else found
+
+    def _packed_train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
         stats = np.empty((3, self.weight.size))
         for some, values, residual in self._chunks():
             weight = self.weight[some]
@@ -95,6 +104,10 @@ class MaskedForward(Reordered):
 
     def normalise(self, stats: Array) -> None:
         """See ``core.Forward``."""
+        if self.places.lying is not None:
+            tensors = map(self.flat, (self.x, self.residual, self.out))
+            self.places.lying.infer(*tensors, self.weight, self.bias, stats, self.relu)
+            return
         for some, values, residual in self._chunks():
             weight, shape = self.weight[some], self.places.shape(self.weight[some].size)
             known = of_channels(stats, some)

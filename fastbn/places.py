@@ -1,9 +1,9 @@
 """Where the valid values of a masked array lie, and how they get into a kernel and out of it.
 
-A mask means packing: only the valid values are looked at, what a masked position holds (NaN, inf) never is, and results
-are zero there. (N, C, S) is packed to (C, M) and so normalised as (1, C, M); rows (R, C) to (M, C). Channels-first
-arrays are worked off a few channels at a time, packed into memory that stays in the cache, so masks cost two more
-passes through the cache there and not through memory: 2-2.5x the time without a mask where runs are long, instead of 8.
+A mask means packing: only the valid values count, what a masked position holds (NaN, inf) never does, and results are
+zero there. Many values in long runs are read where they lie (``lying``). Others are packed, (N, C, S) to (C, M) and so
+normalised as (1, C, M), rows (R, C) to (M, C); channels-first arrays are worked off a few channels at a time, packed
+into memory that stays in the cache, so that masks cost two more passes through the cache and not through memory.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ class Places:
         Values per channel, M.
     """
 
-    __slots__ = ("channels", "count", "dims", "step", "table", "whole")
+    __slots__ = ("channels", "count", "dims", "lying", "step", "table", "whole")
 
-    def __init__(self, mask: Array, shape: tuple[int, ...], axis: int):
+    lying: Any  # ``launch_masked.Lying``; None: the values are packed
+
+    def __init__(self, mask: Array, x: Array, axis: int):
+        shape = x.shape
         N, C, S = layout.contiguous(shape, axis).dims
         self.channels, self.count, self.whole = C, int(np.count_nonzero(mask)), S == 1
         samples = N
@@ -56,6 +59,8 @@ class Places:
         self.table = dispatch.kernels().pieces(flat, samples, C if self.whole else 1)
         most = C if self.whole or self.count < SPREAD else CHUNK * get_num_threads() // self.count
         self.step = max(1, min(C, most))  # channels that are worked off together
+        module = dispatch.masked_kernels()
+        self.lying = module.find(self.table, self.count, C, self.dims, self.whole, x.itemsize) if module else None
 
     def shape(self, channels: int) -> tuple[int, int, int]:
         """Return what kernels take for so many packed channels."""
@@ -91,6 +96,10 @@ class Places:
 
     def statistics(self, x: Array, weight: Array, eps: float) -> Array:
         """Return the statistics of the valid values."""
+        if self.lying is not None:
+            known: Array | None = self.lying.moments(x, weight, eps)
+            if known is not None:
+                return known
         stats, room = np.empty((3, self.channels)), self.room(x)
         for some in self.chunks():
             packed, part = self.pack(x, some, room), weight[some]
@@ -104,9 +113,16 @@ class Places:
         ``saved`` is a ``saved.BatchSaved`` whose x, and y, are C-contiguous.
         """
         dx = result if result.flags.c_contiguous else np.empty(result.shape, result.dtype)
-        residual = np.zeros(result.shape, result.dtype) if saved.residual else None
+        residual = recycled.empty_like(dx) if saved.residual else None
         tensors = (saved.x, in_order(grad), saved.y, dx, residual)
-        parameters = self._gradients(saved, *(None if t is None else views.raw(t.reshape(-1)) for t in tensors))
+        flat = [None if t is None else views.raw(t.reshape(-1)) for t in tensors]
+        parameters: tuple[Array, Array] | None = None
+        if self.lying is not None:
+            parameters = self.lying.backward(
+                *flat, saved.weight, saved.bias, saved.stats, saved.frozen, saved.relu
+            )  # fmt: skip
+        if parameters is None:
+            parameters = self._gradients(saved, *flat)
         if dx is not result:
             result[...] = dx
         return *parameters, residual
@@ -115,6 +131,8 @@ class Places:
         dweight, dbias = np.zeros_like(saved.weight), np.zeros_like(saved.bias)
         if self.count == 0:
             dx[...] = 0
+            if residual is not None:
+                residual[...] = 0
         rooms = [self.room(t) for t in (x, grad, y, residual if saved.relu else None)]
         for some in self.chunks():
             values, g = self.pack(x, some, rooms[0]), self.pack(grad, some, rooms[1])

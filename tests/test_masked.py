@@ -239,7 +239,7 @@ def test_errors_name_the_argument(call, error, named):
 def test_pack_and_unpack_are_inverse(rng, shape, axis, density):
     x, _, _, _ = draw(rng, shape, axis)
     mask = rng.random(np.moveaxis(x, axis, -1).shape[:-1]) < density
-    where = places.Places(mask, shape, axis % len(shape))
+    where = places.Places(mask, x, axis % len(shape))
     everything = slice(0, shape[axis])
     packed = where.pack(x.reshape(-1), everything, np.empty(x.size, np.float32))
     by_hand = packed_by_hand(x, axis, mask)

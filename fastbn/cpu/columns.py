@@ -7,6 +7,8 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 
 from __future__ import annotations
 
+import math
+
 from fastbn.cpu._jit import helper, part
 from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
 from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded, splat, store, store_n
@@ -136,8 +138,11 @@ def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
 
 
 @helper
-def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tracked, eps, momentum):
-    """Statistics of the block's channels from their columns' sums about m."""
+def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tracked, eps, momentum, masked):
+    """Statistics of the block's channels from their columns' sums about m; returns whether they are right.
+
+    ``masked``: x is not where the values lie, so channels whose sums cannot be trusted cannot be summed again.
+    """
     N, C, S = dims
     c0, c1, width = block
     _fold(s, (c1 - c0) * S, width)
@@ -152,17 +157,23 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
         put(stats, 2 * C + c0 + j, var)
         far += not fine
     if far > 0:
+        if masked:
+            return False
         for c in range(c0, c1):
             j = c - c0
             mean, var = resolve(x, N, C, S, c, get(m, j * S), get(s, j), get(q, j), eps)
             put(stats, c, mean)
             put(stats, 2 * C + c, var)
     keep(stats, running_mean, running_var, tracked, C, c0, c1, N * S, eps, momentum)
+    return True
 
 
 @helper
-def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0):
-    """Parameter gradients of the block's channels from their columns' sums, and the column constants c1, c0 of dx."""
+def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0, masked):
+    """Parameter gradients of the block's channels from their columns' sums, and the column constants c1, c0 of dx.
+
+    Returns whether all is right; for ``masked`` see ``settle_moments``.
+    """
     N, C, S = dims
     first, end, width = block
     period = (end - first) * S
@@ -171,12 +182,18 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
     if S > 1:
         _gather(s, end - first, S)
         _gather(q, end - first, S)
+    fine = True
     for c in range(first, end):
         j = c - first
         mc, k, b = affine(stats, weight, bias, C, c, x)
-        total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, c, mc, k, b, relu)
+        total_s, total_q = get(s, j), get(q, j)
+        if masked:
+            fine = fine and math.isfinite(total_s) and math.isfinite(total_q)
+        else:
+            total_s, total_q = trusted(total_s, total_q, x, g, y, N, C, S, c, mc, k, b, relu)
         a1, a0 = gradients(stats, weight, dweight, dbias, C, c, N * S, mc, total_s, total_q, frozen)
         fill(c1, j, S, a1)
         fill(c0, j, S, a0)
     repeat(c1, period, width + lanes(x))
     repeat(c0, period, width + lanes(x))
+    return fine

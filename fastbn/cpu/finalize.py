@@ -117,17 +117,24 @@ def affine(stats, weight, bias, C, c, like):
     return m, k, get(bias, c) - (mean - m) * k
 
 
+@part
+def wide_term(x, g, y, i, m, k, b, relu):
+    """Both factors at element i, u and v = x - m, in float64."""
+    v, u = get(x, i) - m, get(g, i)
+    if y is not None:
+        u = 0.0 if get(y, i) <= 0.0 else u
+    elif relu is not None:
+        u = 0.0 if v * k + b <= 0.0 else u
+    return u, v
+
+
 @helper
 def wide_gradient_sums(x, g, y, N, C, S, c, m, k, b, relu):
     """Sums of u and u*(x - m) of channel c in float64, for channels whose products left float32's range."""
     s = q = 0.0
     for r in range(N):
         for i in range((r * C + c) * S, (r * C + c + 1) * S):
-            v, u = get(x, i) - m, get(g, i)
-            if y is not None:
-                u = 0.0 if get(y, i) <= 0.0 else u
-            elif relu is not None:
-                u = 0.0 if v * k + b <= 0.0 else u
+            u, v = wide_term(x, g, y, i, m, k, b, relu)
             s += u
             q += u * v
     return s, q

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         return -(-matrix_rows // self.height), -(-self.V // self.width)
 
 
-def _side_by_side(V: int, N: int, most: int, lanes: int) -> int:
+def side_by_side(V: int, N: int, most: int, lanes: int) -> int:
     """Rows of V columns to lay side by side: ``most`` columns, or up to four times that for whole vectors."""
     count = max(1, min(N, most // V))
     step = lanes // math.gcd(V, lanes)
@@ -68,7 +68,7 @@ def plan(dims: Dims, lanes: int = 16, once: bool = False) -> Plan:
     if lanes <= S and (once or _as_planes(N, C, S, lanes)):
         return Plan("planes", parallel)
     V = C * S
-    V *= _side_by_side(V, N, tuning.MATRIX, lanes)
+    V *= side_by_side(V, N, tuning.MATRIX, lanes)
     if size <= tuning.WHOLE:
         return Plan("rows", False, V, C)
     if V == C * S and N <= tuning.TALL:
@@ -92,17 +92,19 @@ def _lanes(x: Array) -> int:
     return 32 if x.itemsize == 2 else 16
 
 
-def _columns(weight: Array, chosen: Plan, arrays: int) -> Array:
-    return np.zeros(arrays * rows.stride(chosen.V) + rows.PAD, weight.dtype)
+def room_for_columns(weight: Array, V: int, arrays: int) -> Array:
+    """Return arrays of V column constants."""
+    return np.zeros(arrays * rows.stride(V) + rows.PAD, weight.dtype)
 
 
-def _lined(x: Array | None, V: int) -> bool:
+def lined(x: Array | None, V: int) -> bool:
     """Tell whether every row of V elements of x is whole vectors that ``simd.stream`` may write."""
     return x is not None and x.ctypes.data % (_lanes(x) * x.itemsize) == 0 and V % _lanes(x) == 0
 
 
-def _part(chosen: Plan, down: int) -> Array:
-    return np.empty(down * 2 * rows.stride(chosen.V) + rows.PAD, np.float64)
+def room_for_sums(V: int, down: int) -> Array:
+    """Return memory for the sums of V columns of ``down`` bands."""
+    return np.empty(down * 2 * rows.stride(V) + rows.PAD, np.float64)
 
 
 def train(
@@ -131,11 +133,11 @@ def _swept_moments(
     dims: Dims, p: Plan, eps: float, momentum: float,
 ) -> Array:  # fmt: skip
     down, across = p.bands(x.size)
-    columns, part = _columns(weight, p, 3), _part(p, down)
+    columns, part = room_for_columns(weight, p.V, 3), room_for_sums(p.V, down)
     rows_swept.pivots(x, columns, dims, p.V)
     sums = (x, None, None, None, None, columns, part, p.V, p.height, p.width, None, False)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
-    rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum)
+    rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum, False)
     return columns
 
 
@@ -184,7 +186,7 @@ def infer(
         pool.run(rows.infer, matrix, C, p.parallel)
         return
     p = _swept(p, x.size)
-    columns = _columns(weight, p, 3)
+    columns = room_for_columns(weight, p.V, 3)
     rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
     _swept_normalise(x, residual, out, columns, p, relu, streamed)
 
@@ -201,7 +203,7 @@ def backward(
     streamed = tuning.streams(*tensors)
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
-        both = (None, grad_residual) if streamed and _lined(grad_residual, S) else (grad_residual, None)
+        both = (None, grad_residual) if streamed and lined(grad_residual, S) else (grad_residual, None)
         work = (x, grad, y, out, *both, *params, N, C, S, frozen, relu, streamed)
         pool.run(planes_backward.backward, work, C, p.parallel)
     elif p.kind == "rows":
@@ -209,14 +211,15 @@ def backward(
         pool.run(rows.backward, matrix, C, p.parallel)
     else:
         down, across = p.bands(x.size)
-        columns, part = _columns(weight, p, 5), _part(p, down)
+        columns, part = room_for_columns(weight, p.V, 5), room_for_sums(p.V, down)
         bands = (p.V, p.height, p.width, relu)
         rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
-        early = grad_residual if streamed and _lined(grad_residual, p.V) else None
+        early = grad_residual if streamed and lined(grad_residual, p.V) else None
         pool.run(rows_swept.sums, (x, grad, y, early, out, columns, part, *bands, streamed), down * across, p.parallel)
         rows_swept.settle_backward(
-            x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed
-        )
+            x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down,
+            frozen, relu, streamed, False,
+        )  # fmt: skip
         if early is not None:  # it holds u
             tensors, bands = (x, early, None, out, None), (p.V, p.height, p.width, None)
         pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)

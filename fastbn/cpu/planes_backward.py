@@ -27,7 +27,7 @@ from fastbn.cpu.simd import (
     split,
     store_n,
 )
-from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
+from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam
 
 
 @helper
@@ -45,7 +45,7 @@ def _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S
 
 
 @part
-def _gradient_constants(table, per, j):
+def gradient_constants(table, per, j):
     """(m, k, b, c1, c0) of the block's channel j."""
     m, k, b = constants(table, per, j)
     return m, k, b, get(table, 3 * per + j), get(table, 4 * per + j)
@@ -55,7 +55,7 @@ def _gradient_constants(table, per, j):
 def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu, streamed):
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
-    i, c = at + least(head(dx, at), S), _gradient_constants(table, per, 0)
+    i, c = at + least(head(dx, at), S), gradient_constants(table, per, 0)
     z, u = gradient_part(x, g, y, at, i - at, c, relu)
     store_n(dx, at, z, i - at)
     store_n(dr, at, u, i - at)
@@ -63,7 +63,7 @@ def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu,
         end = at + S
         i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, (following - lo) * S)
         if ch + 1 < hi:
-            d = _gradient_constants(table, per, ch + 1 - lo)
+            d = gradient_constants(table, per, ch + 1 - lo)
             if i < end:
                 gradient_seam(x, g, y, dx, dr, i, end - i, c, d, relu, streamed)
                 i += W
@@ -107,14 +107,16 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
         for r in range(N):
             for c in range(lo, hi):
                 m, k, b = constants(table, per, c - lo)
-                sum_channel(x, g, y, early, (r * C + c) * S, S, m, k, b, relu, short, long, c - lo)
+                sum_channel(
+                    x, g, y, early, (r * C + c) * S, S, ahead(least(RUN, S)), m, k, b, relu, short, long, c - lo
+                )
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)
         following = fetch_add(claim, 0, per)
-        ahead = following if following < C else lo
+        next_lo = following if following < C else lo
         for r in range(N - 1, -1, -1):
-            _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, ahead, relu, streamed)
+            _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, next_lo, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = following

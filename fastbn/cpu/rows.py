@@ -12,7 +12,7 @@ length, ``per`` the channels of a block (all C if the matrix is widened).
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, jit
-from fastbn.cpu.band import band_gradient, band_normalise, band_sums
+from fastbn.cpu.band import NEAR, band_gradient, band_normalise, band_sums, nothing_yet
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.simd import base, empty, fence, fetch_add, least, like
 
@@ -55,11 +55,12 @@ def train(
         hi, v0, v1 = _block(lo, per, dims, V)
         block = (lo, hi, v1 - v0)
         spread_pivots(x, dims, block, m)
-        band_sums(x, None, None, None, T, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
-        settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum)
+        nothing_yet(x, v1 - v0, ts, tq)
+        band_sums(x, None, None, None, T, T > NEAR, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
+        settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum, False)
         d = phase(y, v0, V, streamed)
         spread_affine(x, stats, weight, bias, dims, block, m + d, k + d, b + d)
-        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
+        band_normalise(x, residual, y, T, T > NEAR, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
@@ -82,7 +83,7 @@ def infer(x, residual, y, weight, bias, stats, dims, V, per, relu, streamed, cla
         hi, v0, v1 = _block(lo, per, dims, V)
         d = phase(y, v0, V, streamed)
         spread_affine(x, stats, weight, bias, dims, (lo, hi, v1 - v0), m + d, k + d, b + d)
-        band_normalise(x, residual, y, T, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
+        band_normalise(x, residual, y, T, T > NEAR, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)
@@ -106,9 +107,12 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
         block, m = (lo, hi, v1 - v0), s + (2 * wide + phase(dx, v0, V, streamed))
         k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
         spread_affine(x, stats, weight, bias, dims, block, m, k, b)
-        band_sums(x, g, y, None, T, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
-        settle_gradients(x, g, y, dims, block, m, ts, tq, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0)
-        band_gradient(x, g, y, dx, dr, T, V, 0, R, v0, v1, v0, m, k, b, c1, c0, relu, streamed)
+        nothing_yet(x, v1 - v0, ts, tq)
+        band_sums(x, g, y, None, T, T > NEAR, V, 0, R, v0, v1, v0, m, k, b, relu, s, q, ts, tq)
+        settle_gradients(
+            x, g, y, dims, block, m, ts, tq, stats, weight, bias, dweight, dbias, frozen, relu, c1, c0, False
+        )
+        band_gradient(x, g, y, dx, dr, T, T > NEAR, V, 0, R, v0, v1, v0, m, k, b, c1, c0, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)

@@ -12,7 +12,7 @@ float64 of bands * 2 * stride(V) + PAD. ``columns`` holds m, k, b, c1, c0 at tha
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.band import band_gradient, band_normalise, band_sums
+from fastbn.cpu.band import NEAR, band_gradient, band_normalise, band_sums, nothing_yet
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.rows import column_stride
 from fastbn.cpu.simd import aligned, base, empty, fence, fetch_add, get, least, like, put
@@ -34,7 +34,7 @@ def _count(T, V, height, width):
 
 
 @part
-def _constants(x, out, columns, V, streamed):
+def column_constants(x, out, columns, V, streamed):
     """Where m lies of the constants for ``out``, which is None for pivots."""
     return like(x, aligned(columns)) + phase(out, 0, V, streamed)
 
@@ -50,7 +50,7 @@ def pivots(x, columns, dims, V):
 def affines(x, out, stats, weight, bias, columns, dims, V, streamed):
     """Column constants m, k, b: for the output, and as the first step backward."""
     x, wide = base(x), column_stride(V)
-    m = _constants(x, base(out), columns, V, streamed)
+    m = column_constants(x, base(out), columns, V, streamed)
     spread_affine(x, base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
 
 
@@ -64,14 +64,15 @@ def sums(x, g, y, dr, out, columns, part, V, height, width, relu, streamed, clai
     T, wide = x.size, column_stride(V)
     scratch = empty(2 * column_stride(width), columns)
     x, g, y, dr, part, claim = base(x), base(g), base(y), base(dr), aligned(part), base(claim)
-    m, s = _constants(x, base(out), columns, V, streamed), like(x, base(scratch))
+    m, s = column_constants(x, base(out), columns, V, streamed), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
         row, r0, r1, v0, v1 = _band(number, T, V, height, width)
         ts = part + (2 * row * wide + v0)
-        band_sums(x, g, y, dr, T, V, r0, r1, v0, v1, 0, m, k, b, relu, s, q, ts, ts + wide)
+        nothing_yet(x, v1 - v0, ts, ts + wide)
+        band_sums(x, g, y, dr, T, T > NEAR, V, r0, r1, v0, v1, 0, m, k, b, relu, s, q, ts, ts + wide)
         fence()
         fetch_add(claim, 1, 1)
         number = fetch_add(claim, 0, 1)
@@ -88,28 +89,29 @@ def _add_bands(part, V, count):
 
 
 @jit
-def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, count, eps, momentum):
-    """Statistics of all channels from the sums of ``count`` rows of bands."""
+def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, count, eps, momentum, masked):
+    """Statistics of all channels from the sums of ``count`` rows of bands; see ``columns`` for what it returns."""
     tracked = running_mean.size > 0
     x, s = base(x), aligned(part)
     _add_bands(s, V, count)
-    settle_moments(
+    return settle_moments(
         x, dims, (0, dims[1], V), like(x, aligned(columns)), s, s + column_stride(V),
-        base(stats), base(running_mean), base(running_var), tracked, eps, momentum,
+        base(stats), base(running_mean), base(running_var), tracked, eps, momentum, masked,
     )  # fmt: skip
 
 
 @jit
 def settle_backward(
-    x, g, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu, streamed
+    x, g, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu, streamed, masked
 ):
-    """Parameter gradients of all channels, and the column constants c1 and c0."""
+    """Parameter gradients of all channels, and the column constants c1 and c0; returns as ``columns``."""
     x, s, wide = base(x), aligned(part), column_stride(V)
-    m = _constants(x, base(out), columns, V, streamed)
+    m = column_constants(x, base(out), columns, V, streamed)
     _add_bands(s, V, count)
-    settle_gradients(
+    return settle_gradients(
         x, base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
         base(stats), base(weight), base(bias), base(dweight), base(dbias), frozen, relu, m + 3 * wide, m + 4 * wide,
+        masked,
     )  # fmt: skip
 
 
@@ -118,12 +120,12 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
     """Output of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, residual, y, claim = base(x), base(residual), base(y), base(claim)
-    m = _constants(x, y, columns, V, streamed)
+    m = column_constants(x, y, columns, V, streamed)
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
         _, r0, r1, v0, v1 = _band(bands - 1 - number, T, V, height, width)
-        band_normalise(x, residual, y, T, V, r0, r1, v0, v1, 0, m, m + wide, m + 2 * wide, relu, streamed)
+        band_normalise(x, residual, y, T, T > NEAR, V, r0, r1, v0, v1, 0, m, m + wide, m + 2 * wide, relu, streamed)
         fence()
         fetch_add(claim, 1, 1)
         number = fetch_add(claim, 0, 1)
@@ -134,13 +136,13 @@ def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     """Input gradient of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, g, y, dx, dr, claim = base(x), base(g), base(y), base(dx), base(dr), base(claim)
-    m = _constants(x, dx, columns, V, streamed)
+    m = column_constants(x, dx, columns, V, streamed)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
         _, r0, r1, v0, v1 = _band(bands - 1 - number, T, V, height, width)
-        band_gradient(x, g, y, dx, dr, T, V, r0, r1, v0, v1, 0, m, k, b, c1, c0, relu, streamed)
+        band_gradient(x, g, y, dx, dr, T, T > NEAR, V, r0, r1, v0, v1, 0, m, k, b, c1, c0, relu, streamed)
         fence()
         fetch_add(claim, 1, 1)
         number = fetch_add(claim, 0, 1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from fastbn.cpu._lanes import blend, first, fma, rounded, splat, total, where_nonzero, where_positive
 from fastbn.cpu._memory import (
+    after,
     aligned,
     ask,
     base,
@@ -46,6 +47,7 @@ __all__ = [
     "V32",
     "V64",
     "Vector",
+    "after",
     "aligned",
     "ask",
     "base",

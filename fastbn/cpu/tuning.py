@@ -13,6 +13,9 @@ MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slo
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
 WHOLE = 1 << 18  # elements of a tensor that is one block
 TALL = 1024  # rows from which a block of columns no longer fits in the cache
+LYING = 1 << 18  # valid values from which they are read where they lie instead of packed
+STRETCH = 768  # elements of a run of valid rows from which the same: packed as fast at 640, 1.3x the time at 1600
+PIECE = 2  # vectors of a piece of valid values of a run from which the same, see ``launch_masked_planes``
 BAND = (1 << 15, 1 << 20)  # elements of a band of rows: small ones cost 1.3x, a large one is what a thread may wait for
 
 

@@ -165,7 +165,7 @@ def test_gradient_of_the_residual_written_with_the_sums(shape, dtype, rng, monke
         room = Room(offset)
         dx, dr = room.array(c.x), room.array(c.x)
         flat = [views.raw(a.reshape(-1)) for a in (c.x, grad, y, dx, dr)]
-        assert launch._lined(flat[-1], 128) == (offset == 0)
+        assert launch.lined(flat[-1], 128) == (offset == 0)
         pair = launch.backward(*flat, c.weight, c.bias, saved.stats, (*shape, 1)[:3], False, True)
         results.append((dx, dr, *pair))
         assert room.kept()

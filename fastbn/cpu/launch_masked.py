@@ -1,0 +1,24 @@
+"""Tensors of which only some values count: found where they lie if that is in long runs, else packed by the caller.
+
+What methods return is None where a sum cannot be trusted (``finalize.near``); nothing has been written then, and the
+caller packs the values, since packed ones can be summed again.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from fastbn.cpu.launch import Table
+from fastbn.cpu.launch_masked_planes import Pieces, pieces
+from fastbn.cpu.launch_masked_rows import Stretches, stretches
+
+Lying: TypeAlias = Stretches | Pieces
+
+
+def find(table: Table, M: int, C: int, dims: tuple[int, int, int], whole: bool, itemsize: int) -> Lying | None:
+    """Return how kernels find M values a channel where they lie; None where packing is as fast.
+
+    ``table`` as of ``launch.pieces``; ``dims`` is (N, C, S), or of ``whole`` rows (samples, 1, elements of a sample).
+    """
+    lanes = 32 if itemsize == 2 else 16
+    return stretches(table, dims[2], M, C, lanes) if whole else pieces(table, M, dims, lanes)
