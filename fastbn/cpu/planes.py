@@ -166,6 +166,15 @@ def moments(x, stats, kind, N, C, S, eps, claim):
 
 
 @part
+def write_head(x, residual, y, at, S, c, relu):
+    """Write a run's elements in front of its first whole line; returns where that begins."""
+    n = least(head(y, at), S)
+    if n > 0:  # a masked store of nothing fetches the line, 100 ns
+        store_n(y, at, normalise_part(x, residual, y, at, n, c, relu), n)
+    return at + n
+
+
+@part
 def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, far, start, short, long, j, S):
     """Write the run at ``at`` from i on and add the ``other`` one to the sums of the block's channel j; returns i."""
     W = lanes(x)
@@ -187,8 +196,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
     at = (r * C + old) * S
     i, c = at, constants(table, per, 0)
     if old < old_hi:
-        i = at + least(head(y, at), S)
-        store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
+        i = write_head(x, residual, y, at, S, c, relu)
     for j in range(old_hi - old):
         end = at + S
         if lo + j < hi:
@@ -261,8 +269,8 @@ def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
     while lo < N * C:
         hi = least(lo + per, N * C)
         at = lo * S
-        i, c = at + least(head(y, at), S), constants(table, C, lo % C)
-        store_n(y, at, normalise_part(x, residual, y, at, i - at, c, relu), i - at)
+        c = constants(table, C, lo % C)
+        i = write_head(x, residual, y, at, S, c, relu)
         for run in range(lo, hi):
             end = (run + 1) * S
             i = normalise_run(x, residual, y, i, end, c, relu, streamed)

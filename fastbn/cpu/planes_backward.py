@@ -56,9 +56,10 @@ def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu,
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
     i, c = at + least(head(dx, at), S), gradient_constants(table, per, 0)
-    z, u = gradient_part(x, g, y, at, i - at, c, relu)
-    store_n(dx, at, z, i - at)
-    store_n(dr, at, u, i - at)
+    if i > at:  # a masked store of nothing fetches the line
+        z, u = gradient_part(x, g, y, at, i - at, c, relu)
+        store_n(dx, at, z, i - at)
+        store_n(dr, at, u, i - at)
     for ch in range(lo, hi):
         end = at + S
         i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, (following - lo) * S)
