@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, groups, layout, recycled, saved, views
+from fastbn import arguments, dispatch, groups, layout, quick_layer_norm, recycled, saved, views
 from fastbn.blocks import BlockForward, Piece
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.groups import Groups
@@ -114,8 +114,6 @@ class GroupSaved(Saved):
 
     __slots__ = ("affine", "axis", "groups", "shape", "sizes", "weight", "x")
 
-    numpy_sums = True
-
     x: Array
     axis: int | None
     sizes: Groups
@@ -129,6 +127,15 @@ class GroupSaved(Saved):
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
+        shapes = self.affine
+        if self.axis is None and shapes[0] is not None and shapes[1] is not None and len(shapes[0]) == 1:
+            done = quick_layer_norm.backward(self.x, self.weight, self.stats, grad_output, out)
+            if done is not None:
+                return Gradients(*done, None)
+        with np.errstate(all="ignore"):
+            return self._gradients(grad_output, out)
+
+    def _gradients(self, grad_output: Any, out: Any) -> Gradients:
         grad = arguments.same_kind("grad_output", grad_output, self.x)
         if out is None:
             out = recycled.empty_like(self.x)
@@ -149,6 +156,14 @@ class GroupSaved(Saved):
             None if shapes[1] is None else dbias.astype(kind, copy=False).reshape(shapes[1]),
             None,
         )
+
+
+def _saved(x: Array, weight: Array, stats: Array, call: quick_layer_norm.Call) -> GroupSaved:
+    """Return what backward needs after a quick call."""
+    result = GroupSaved()
+    result.axis, result.updated, result.x, result.weight, result.stats = None, 0, x, weight, stats
+    result.sizes, result.shape, result.affine, result.count = call.sizes, call.rows, call.affine, call.sizes.C
+    return result
 
 
 def _parameter(name: str, value: Any, shape: tuple[int, ...], x: Array) -> Array | None:
@@ -292,6 +307,9 @@ def layer_norm(
         from fastbn import device_family
 
         return device_family.layer_norm(x, weight, bias, axis, eps, out)
+    done = quick_layer_norm.train(x, weight, bias, axis, eps, out)
+    if done is not None:
+        return done[0], _saved(x, weight, *done[1:])
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     rows, normalised = x.shape[:axis], x.shape[axis:]

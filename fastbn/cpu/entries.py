@@ -8,7 +8,19 @@ from typing import Any
 
 from numba import types
 
-from fastbn.cpu import finalize, gates, launch, planes, planes_backward, rows
+from fastbn.cpu import (
+    finalize,
+    gates,
+    gates_sets,
+    launch,
+    launch_sets,
+    planes,
+    planes_backward,
+    rows,
+    sets,
+    sets_backward,
+    sets_short,
+)
 from fastbn.cpu.objects import handle, readable
 
 Dims = tuple[int, int, int]
@@ -82,3 +94,41 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
         return None
     place = (p.V, p.per) if by_rows else (None, None)
     return code, (*addresses, dims[0] * dims[1] * dims[2], *dims, *place)
+
+
+@functools.cache
+def _set_code(op: str, short: bool) -> Entry | None:
+    """As ``_code``, of the gates in ``gates_sets``."""
+    gate = getattr(gates_sets, op)
+    objects = [handle] * (7 if op == "train" else 9)
+    signature = (*objects, _INT, _INT, _INT, types.none if short else _INT, _FLOAT if op == "train" else _INT)
+    try:
+        gate.compile(signature)
+        entry: Entry = gate.overloads[signature].entry_point
+    except Exception:
+        return None
+    return entry
+
+
+def find_sets(op: str, count: int, L: int) -> tuple[Entry, tuple[int | None, ...]] | None:
+    """As ``find``, for layer norm of ``count`` times L contiguous float32 numbers with weight and bias.
+
+    It is called as ``train(x, y, weight, bias, stats, ndarray, float32, *numbers, eps)`` or ``backward(x, grad, dx,
+    weight, dweight, dbias, stats, ndarray, float32, *numbers)``.
+    """
+    if not launch_sets.is_small(count, L) or not readable():
+        return None
+    short = L * 4 <= sets_short.SHORT
+    place = (_INT, _INT, _INT) if short else (_INT, _INT, _INT, _INT, types.none)
+    last = types.boolean, types.Array(types.int64, 1, "C")
+    kernel: Any
+    if op == "train":
+        kernel = sets_short.train if short else sets.train
+        address = _address(kernel, (*[_F32] * 4, _F64, _F32, *place, _FLOAT, *last))
+    else:
+        kernel = sets_short.backward if short else sets_backward.backward
+        address = _address(kernel, (*[_F32] * 4, _F64, _F64, _F32, *place, _INT, *last))
+    if address is None or (code := _set_code(op, short)) is None:
+        return None
+    numbers = address, count, L, None if short else 1
+    return code, numbers if op == "train" else (*numbers, launch_sets.block(count))

@@ -15,7 +15,7 @@ from fastbn.cpu.objects import call, data, float32s, float32s_of, float64s, plai
 
 
 @part
-def _apart(p, n, q, m):
+def apart(p, n, q, m):
     """Tell whether n float32 numbers at p and m at q share none."""
     return p + 4 * n <= q or q + 4 * m <= p
 
@@ -23,7 +23,7 @@ def _apart(p, n, q, m):
 @part
 def _in_nobodys_way(v, p, q, size, w, b, C):
     """Tell whether C running statistics at v share nothing with x, y, weight and bias."""
-    return _apart(p, size, v, C) and _apart(q, size, v, C) and _apart(v, C, w, C) and _apart(v, C, b, C)
+    return apart(p, size, v, C) and apart(q, size, v, C) and apart(v, C, w, C) and apart(v, C, b, C)
 
 
 @part
@@ -32,7 +32,7 @@ def _fits(residual, x, q, kind, dtype, size):
     if residual is None:
         return True
     r = plain(residual, kind, dtype, size)
-    return r != 0 and same_shape(residual, x) and (r == q or _apart(r, size, q, size))
+    return r != 0 and same_shape(residual, x) and (r == q or apart(r, size, q, size))
 
 
 @jit
@@ -44,14 +44,14 @@ def train(
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     m, v = vector(running_mean, kind, dtype, moved), vector(running_var, kind, dtype, moved)
-    if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not (same_shape(x, y) and _apart(p, size, q, size)):
+    if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not (same_shape(x, y) and apart(p, size, q, size)):
         return 0
     if not _fits(residual, x, q, kind, dtype, size):
         return 0
-    if not (_apart(q, size, w, C) and _apart(q, size, b, C) and 0.0 < eps < np.inf and -np.inf < momentum < np.inf):
+    if not (apart(q, size, w, C) and apart(q, size, b, C) and 0.0 < eps < np.inf and -np.inf < momentum < np.inf):
         return 0
     if moved > 0 and not (
-        _apart(m, C, v, C) and _in_nobodys_way(m, p, q, size, w, b, C) and _in_nobodys_way(v, p, q, size, w, b, C)
+        apart(m, C, v, C) and _in_nobodys_way(m, p, q, size, w, b, C) and _in_nobodys_way(v, p, q, size, w, b, C)
     ):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
@@ -72,9 +72,9 @@ def infer(x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, ke
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     if p == 0 or q == 0 or w == 0 or b == 0 or m == 0 or v == 0 or not same_shape(x, y):
         return 0
-    if not (p == q or _apart(p, size, q, size)) or not _fits(residual, x, q, kind, dtype, size):
+    if not (p == q or apart(p, size, q, size)) or not _fits(residual, x, q, kind, dtype, size):
         return 0
-    if not (_apart(q, size, w, C) and _apart(q, size, b, C) and 0.0 <= eps < np.inf):
+    if not (apart(q, size, w, C) and apart(q, size, b, C) and 0.0 <= eps < np.inf):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
@@ -95,11 +95,11 @@ def backward(
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     if p == 0 or g == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
         return 0
-    if not _apart(p, size, q, size) or not ((g == q and y is None) or _apart(g, size, q, size)):
+    if not apart(p, size, q, size) or not ((g == q and y is None) or apart(g, size, q, size)):
         return 0
     if y is not None:
         o = plain(y, kind, dtype, size)
-        if o == 0 or not (same_shape(x, y) and _apart(o, size, q, size)):
+        if o == 0 or not (same_shape(x, y) and apart(o, size, q, size)):
             return 0
     xs, gs, ds, ws, bs = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C), float32s(b, C)
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)

@@ -71,6 +71,16 @@ def _swept_train(
     return stats
 
 
+def block(B: int) -> int:
+    """Samples whose parameter gradients by element are added up together."""
+    return max(LEAST, -(-B // BLOCKS))
+
+
+def is_small(sets: int, length: int) -> bool:
+    """Tell whether layer norm of float32 sets with an affine is one call of a kernel, by one thread."""
+    return sets * length < tuning.PARALLEL and length < SWEPT_BACK
+
+
 def _large(grad: Array, length: int) -> bool:
     """Tell whether products of the gradient and xhat, which is below sqrt(length), may leave float32's range."""
     if grad.dtype == np.uint16:  # float16
@@ -88,7 +98,7 @@ def backward(
     B, G, C, S = d
     count, length, run = _shape(d, weight is not None)
     kind = _kind(x.itemsize == 8)
-    per = max(LEAST, -(-B // BLOCKS)) if weight is not None and run is None else max(1, B // BLOCKS)
+    per = block(B) if weight is not None and run is None else max(1, B // BLOCKS)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
     few = sets_backward.ROWS if x.size <= SMALL else FEW_BACK
