@@ -97,11 +97,12 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
 
 
 @functools.cache
-def _set_code(op: str, short: bool) -> Entry | None:
+def _set_code(op: str, short: bool, by_run: bool) -> Entry | None:
     """As ``_code``, of the gates in ``gates_sets``."""
     gate = getattr(gates_sets, op)
     objects = [handle] * (7 if op == "train" else 9)
-    signature = (*objects, _INT, _INT, _INT, types.none if short else _INT, _FLOAT if op == "train" else _INT)
+    last = [_FLOAT] if op == "train" else [_INT] * 2
+    signature = (*objects, *[_INT] * 5, types.none if short else _INT, _INT if by_run else types.none, *last)
     try:
         gate.compile(signature)
         entry: Entry = gate.overloads[signature].entry_point
@@ -110,16 +111,17 @@ def _set_code(op: str, short: bool) -> Entry | None:
     return entry
 
 
-def find_sets(op: str, count: int, L: int) -> tuple[Entry, tuple[int | None, ...]] | None:
-    """As ``find``, for layer norm of ``count`` times L contiguous float32 numbers with weight and bias.
+def find_sets(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] | None:
+    """As ``find``, for layer, group and instance norm of contiguous float32 numbers with weight and bias.
 
     It is called as ``train(x, y, weight, bias, stats, ndarray, float32, *numbers, eps)`` or ``backward(x, grad, dx,
     weight, dweight, dbias, stats, ndarray, float32, *numbers)``.
     """
-    if not launch_sets.is_small(count, L) or not readable():
+    if not launch_sets.is_small(d) or not readable():
         return None
-    short = L * 4 <= sets_short.SHORT
-    place = (_INT, _INT, _INT) if short else (_INT, _INT, _INT, _INT, types.none)
+    count, L, run = launch_sets.shape(d, affine=True)
+    short = run is None and launch_sets.is_short(d, 4)
+    place = [_INT] * 3 if short else [_INT] * 4 + [types.none if run is None else _INT]
     last = types.boolean, types.Array(types.int64, 1, "C")
     kernel: Any
     if op == "train":
@@ -128,7 +130,7 @@ def find_sets(op: str, count: int, L: int) -> tuple[Entry, tuple[int | None, ...
     else:
         kernel = sets_short.backward if short else sets_backward.backward
         address = _address(kernel, (*[_F32] * 4, _F64, _F64, _F32, *place, _INT, *last))
-    if address is None or (code := _set_code(op, short)) is None:
+    if address is None or (code := _set_code(op, short, run is not None)) is None:
         return None
-    numbers = address, count, L, None if short else 1
-    return code, numbers if op == "train" else (*numbers, launch_sets.block(count))
+    numbers = address, count, L, d[2], d[3], None if short else d[1], run
+    return code, numbers if op == "train" else (*numbers, *launch_sets.sums(d, affine=True))

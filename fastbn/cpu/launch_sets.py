@@ -35,7 +35,7 @@ def _kind(wide: bool) -> Array:
     return np.empty(0, np.float64 if wide else np.float32)
 
 
-def _shape(d: Sizes, affine: bool) -> tuple[int, int, int | None]:
+def shape(d: Sizes, affine: bool) -> tuple[int, int, int | None]:
     """Return the number of sets, their length, and the length of a run if the affine comes by run."""
     B, G, C, S = d
     return B * G, C // G * S, S if affine and S >= LONG else None
@@ -45,13 +45,13 @@ def train(
     x: Array, out: Array, weight: Array | None, bias: Array | None, d: Sizes, eps: float
 ) -> Array:  # fmt: skip
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
-    count, length, run = _shape(d, weight is not None)
+    count, length, run = shape(d, weight is not None)
     if weight is not None and d[1] == d[3] == 1 and length >= SWEPT and count <= FEW:
         return _swept_train(x, out, weight, bias, count, length, eps)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
-    short = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
-    if run is None and d[1] == 1 and length * x.itemsize <= short:
+    most = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
+    if run is None and is_short(d, x.itemsize, most):
         pool.run(sets_short.train, (*arrays, d[3], eps, streamed), count, parallel)
     else:
         pool.run(sets.train, (*arrays, d[1], d[3], run, eps, streamed), count, parallel)
@@ -71,14 +71,25 @@ def _swept_train(
     return stats
 
 
-def block(B: int) -> int:
-    """Samples whose parameter gradients by element are added up together."""
-    return max(LEAST, -(-B // BLOCKS))
+def is_short(d: Sizes, itemsize: int, most: int = sets_short.SHORT) -> bool:
+    """Tell whether sets are so short that ``sets_short`` takes four at a time."""
+    _, G, C, S = d
+    return G == 1 and C * S * itemsize <= most
 
 
-def is_small(sets: int, length: int) -> bool:
-    """Tell whether layer norm of float32 sets with an affine is one call of a kernel, by one thread."""
-    return sets * length < tuning.PARALLEL and length < SWEPT_BACK
+def is_small(d: Sizes) -> bool:
+    """Tell whether float32 sets with an affine are one call of a kernel, by one thread."""
+    B, G, C, S = d
+    return B * C * S < tuning.PARALLEL and not (G == S == 1 and C >= SWEPT_BACK)
+
+
+def sums(d: Sizes, affine: bool) -> tuple[int, int]:
+    """Return how many samples share sums of parameter gradients, and how many numbers these are."""
+    B, _, C, S = d
+    if not affine or S >= LONG:
+        return max(1, B // BLOCKS), 2 * B * C if affine else 0
+    per = max(LEAST, -(-B // BLOCKS))
+    return per, -(-B // per) * 2 * C * S
 
 
 def _large(grad: Array, length: int) -> bool:
@@ -96,36 +107,32 @@ def backward(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``, which may be grad; returns dweight and dbias, zero without a weight."""
     B, G, C, S = d
-    count, length, run = _shape(d, weight is not None)
+    count, length, run = shape(d, weight is not None)
     kind = _kind(x.itemsize == 8)
-    per = block(B) if weight is not None and run is None else max(1, B // BLOCKS)
+    per, room = sums(d, weight is not None)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
     few = sets_backward.ROWS if x.size <= SMALL else FEW_BACK
     if weight is not None and G == S == 1 and length >= SWEPT_BACK and count <= few:
         return _swept_backward(x, grad, out, weight, stats, count, length)
-    if weight is None:
-        sums = np.empty(0)
-    elif run is None:
-        sums = np.zeros((-(-B // per), 2, C * S))
-    else:
-        sums = np.empty((2, B, C))
+    parts = np.zeros(room)
     streamed = tuning.streams(x, grad, out)
-    tensors, parallel = (x, grad, out, weight, stats, sums.reshape(-1), kind, count, length), x.size >= tuning.PARALLEL
-    if run is None and G == 1 and length * x.itemsize <= sets_short.SHORT:
+    tensors, parallel = (x, grad, out, weight, stats, parts, kind, count, length), x.size >= tuning.PARALLEL
+    if run is None and is_short(d, x.itemsize):
         pool.run(sets_short.backward, (*tensors, S, per, streamed), B, parallel)
     else:
         pool.run(sets_backward.backward, (*tensors, G, S, run, per, streamed), B, parallel)
     if weight is None:
         return np.zeros(C), np.zeros(C)
     if run is not None:
-        return sums[0].sum(0), sums[1].sum(0)
-    dweight, dbias = np.empty(C), np.empty(C)
-    if sets_backward.merge(sums.reshape(-1), dweight, dbias, S):
+        dweight, dbias = parts.reshape(2, B, C).sum(1)
         return dweight, dbias
-    wide = np.zeros((2, C * S))
+    dweight, dbias = np.empty(C), np.empty(C)
+    if sets_backward.merge(parts, dweight, dbias, S):
+        return dweight, dbias
+    wide, found = np.zeros((2, C * S)), parts[: 2 * C * S].reshape(2, C * S)
     sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
-    merged = np.where(np.isfinite(sums[0]), sums[0], wide).reshape(2, C, S).sum(2)
+    merged = np.where(np.isfinite(found), found, wide).reshape(2, C, S).sum(2)
     return merged[0], merged[1]
 
 

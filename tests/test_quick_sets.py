@@ -1,4 +1,4 @@
-"""Small layer norm calls take the short way, to the same bits; what is not plain is refused before it is written."""
+"""Small layer, group and instance norm take the short way, to the same bits; what is not plain is refused first."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import family, quick_layer_norm
+from fastbn import family, quick_sets
 from fastbn.arguments import F32
-from fastbn.cpu import entries, tuning
+from fastbn.cpu import entries, launch_sets, tuning
 from tests.cpu.test_gates import REFUSED
 from tests.oracle import same_bits
 
 if numba.config.DISABLE_JIT:
     pytest.skip("needs the kernels", allow_module_level=True)
 
-SHAPES = [(64, 100), (7, 3), (3, 1), (5, 6, 31), (2, 3, 4, 128), (33, 257), (1, 4000), (300, 16)]
+# Shapes, and the groups of their channels (0: layer norm): short sets and long ones, affine by element and by run.
+LAYER = [((64, 100), 0), ((7, 3), 0), ((3, 1), 0), ((5, 6, 31), 0), ((2, 3, 4, 128), 0), ((33, 257), 0), ((1, 4000), 0)]
+GROUP = [((8, 16, 8, 8), 4), ((3, 6, 5), 6), ((3, 6, 5), 1), ((37, 4, 5, 5), 1), ((5, 6, 200), 3), ((70, 2, 130), 2)]
+CASES = [*LAYER, ((300, 16), 0), *GROUP, ((1, 2, 1), 1), ((4, 6), 2)]
+
+
+def norm(x, groups, weight, bias, **options):
+    if groups:
+        return fastbn.group_norm(x, groups, weight, bias, **options)
+    return fastbn.layer_norm(x, weight, bias, **options)
 
 
 @pytest.fixture
@@ -26,17 +35,17 @@ def long_way(monkeypatch):
     def call(function, *args, **options):
         with monkeypatch.context() as m:
             for name in ("train", "backward"):
-                m.setattr(quick_layer_norm, name, lambda *a: None)
+                m.setattr(quick_sets, name, lambda *a: None)
             return function(*args, **options)
 
     return call
 
 
-def draw(rng, shape):
+def draw(rng, shape, groups=0):
     x, g = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    weight, bias = (rng.standard_normal(shape[-1], dtype=np.float32) for _ in range(2))
+    weight, bias = (rng.standard_normal(shape[1 if groups else -1], dtype=np.float32) for _ in range(2))
     for _ in range(2):  # compiles the kernels, then the gates
-        fastbn.backward(g, fastbn.layer_norm(x, weight, bias)[1])
+        fastbn.backward(g, norm(x, groups, weight, bias)[1])
     return x, g, weight, bias
 
 
@@ -44,14 +53,14 @@ def gradients(g, saved, **options):
     return [a for a in fastbn.backward(g, saved, **options) if a is not None]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_same_bits(rng, shape, long_way):
-    x, g, weight, bias = draw(rng, shape)
-    assert shape in quick_layer_norm._train and shape in quick_layer_norm._backward
-    want, known = long_way(fastbn.layer_norm, x, weight, bias, eps=1e-3)
+@pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
+def test_the_same_bits(rng, shape, groups, long_way):
+    x, g, weight, bias = draw(rng, shape, groups)
+    assert (shape, groups) in quick_sets._train and (shape, groups) in quick_sets._backward
+    want, known = long_way(norm, x, groups, weight, bias, eps=1e-3)
     wanted = long_way(gradients, g, known)
     for out in (None, np.full(shape, np.nan, np.float32)):
-        y, saved = fastbn.layer_norm(x, weight, bias, eps=1e-3, out=out)
+        y, saved = norm(x, groups, weight, bias, eps=1e-3, out=out)
         dx = None if out is None else np.full(shape, np.nan, np.float32)
         got = gradients(g, saved, out=dx)
         assert out is None or (y is out and got[0] is dx)
@@ -59,18 +68,20 @@ def test_the_same_bits(rng, shape, long_way):
         assert [a.dtype for a in got] == [a.dtype for a in wanted]
         for name in ("mean", "invstd", "variance"):
             assert same_bits(getattr(saved, name), getattr(known, name))
+            assert getattr(saved, name).shape == ((shape[0], groups) if groups else shape[:-1])
         assert saved.count == known.count and saved.updated == 0 and saved.moments.count == known.moments.count
         assert all(map(same_bits, long_way(gradients, g, saved), wanted))
         assert all(map(same_bits, gradients(g, known), wanted))
 
 
-def test_nan_inf_and_products_beyond_float32(rng, long_way):
-    x, g, weight, bias = draw(rng, (64, 100))
-    x[3, 5], x[9, 1], g[20, 7] = np.nan, np.inf, np.inf
+@pytest.mark.parametrize(("shape", "groups"), [((64, 100), 0), ((64, 4, 100), 2), ((64, 2, 200), 2)], ids=str)
+def test_nan_inf_and_products_beyond_float32(rng, shape, groups, long_way):
+    x, g, weight, bias = draw(rng, shape, groups)
+    x[3, ..., 5], x[9, ..., 1], g[20, ..., 7] = np.nan, np.inf, np.inf
     g[30:40] *= 1e37
-    x[30:40, 50] = 1e4
-    y, saved = fastbn.layer_norm(x, weight, bias)
-    want, known = long_way(fastbn.layer_norm, x, weight, bias)
+    x[30:40, ..., 50] = 1e4
+    y, saved = norm(x, groups, weight, bias)
+    want, known = long_way(norm, x, groups, weight, bias)
     assert same_bits(y, want)
     assert all(map(same_bits, gradients(g, saved), long_way(gradients, g, known)))
 
@@ -93,7 +104,7 @@ def test_overlaps(rng, out_of, long_way):
     else:
         room = np.zeros(24 + 6, np.float32)
         room[24:] = weight
-        entered = quick_layer_norm.train(x, room[20:26], bias, -1, 1e-5, room[:24].reshape(4, 6))
+        entered = quick_sets.train(x, 0, room[20:26], bias, 1e-5, room[:24].reshape(4, 6))
         assert entered is None and not room[:24].any()
 
 
@@ -101,7 +112,7 @@ def test_overlaps(rng, out_of, long_way):
 @pytest.mark.parametrize("which", range(4))
 def test_refused(rng, kind, which):
     x, g, weight, bias = draw(rng, (6, 20))
-    call, back = quick_layer_norm._train[6, 20], quick_layer_norm._backward[6, 20]
+    call, back = quick_sets._train[(6, 20), 0], quick_sets._backward[(6, 20), 0]
     y, stats, dw, db = np.full((6, 20), 7, F32), np.zeros(18), np.full(20, 7, F32), np.full(20, 7, F32)
     forward, backward = [x, y, weight, bias], [x, g, y, weight]
     given = forward[which]
@@ -136,18 +147,46 @@ def test_what_is_another_shape_or_affine_goes_the_long_way(rng, long_way):
 
 
 def test_forgets(rng, monkeypatch):
-    monkeypatch.setattr(quick_layer_norm, "REMEMBERED", 3)
+    monkeypatch.setattr(quick_sets, "REMEMBERED", 3)
     for n in range(2, 9):
         x, g, weight, bias = draw(rng, (n, 5))
         fastbn.backward(g, fastbn.layer_norm(x, weight, bias)[1])
-        assert len(quick_layer_norm._train) <= 3 and len(quick_layer_norm._backward) <= 3
+        assert len(quick_sets._train) <= 3 and len(quick_sets._backward) <= 3
 
 
 def test_without_gates_calls_go_the_long_way(rng, monkeypatch):
     x, _, weight, bias = draw(rng, (6, 20))
     want = fastbn.layer_norm(x, weight, bias)[0]
-    monkeypatch.setattr(quick_layer_norm, "_train", {})
+    monkeypatch.setattr(quick_sets, "_train", {})
     monkeypatch.setattr(entries, "_set_code", lambda *a: None)
-    assert same_bits(fastbn.layer_norm(x, weight, bias)[0], want) and not quick_layer_norm._train
-    assert entries.find_sets("train", 1 << 12, 1 << 8) is None and tuning.PARALLEL < 1 << 20
+    assert same_bits(fastbn.layer_norm(x, weight, bias)[0], want) and not quick_sets._train
+    assert entries.find_sets("train", (1 << 12, 1, 1 << 8, 1)) is None and tuning.PARALLEL < 1 << 20
+    assert not launch_sets.is_small((2, 1, launch_sets.SWEPT_BACK, 1))
     assert isinstance(fastbn.layer_norm(x, weight, bias)[1], family.GroupSaved)
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 8, 8), (2, 3, 4), (3, 5, 200), (16, 32, 33, 33)], ids=str)
+def test_instance_norm_is_group_norm_of_single_channels(rng, shape):
+    x, g, weight, bias = draw(rng, shape, shape[1])
+    y, saved = fastbn.instance_norm(x, weight, bias)
+    want, known = fastbn.group_norm(x, shape[1], weight, bias)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    for got, other in zip(gradients(g, saved), gradients(g, known), strict=True):
+        np.testing.assert_allclose(got, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+    assert saved.mean.shape == shape[:2] and saved.count == known.count
+    assert isinstance(saved, family.GroupSaved) == (x.size < tuning.PARALLEL)
+    bare = fastbn.instance_norm(x)[1]
+    assert fastbn.backward(g, bare).weight is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "axis"), [(True, 1), (2.0, 1), ("2", 1), (3, 1), (-2, 1), (0, 1), (2, True), (2, 1.0)]
+)
+def test_bad_groups_and_axes_are_the_long_ways(rng, groups, axis, long_way):
+    x, _, weight, bias = draw(rng, (8, 16, 8, 8), 2)
+    errors = []
+    for call in (lambda f, *a, **o: f(*a, **o), long_way):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            call(fastbn.group_norm, x, groups, weight, bias, axis=axis)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
