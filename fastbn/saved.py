@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fastbn import arguments, dispatch, layout, quick, recycled, views
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
+from fastbn.places import in_order
 
 __all__ = ["BatchSaved", "Gradients", "Saved"]
 
@@ -137,6 +138,8 @@ class BatchSaved(Saved):
         s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
         s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu
         s.residual, s.frozen, s.places = self.residual, self.frozen, self.places
+        if self.places is not None:  # which are those of arrays in C order
+            x, y = in_order(x), None if y is None else in_order(y)
         s.x, s.y = x, y
         return s
 

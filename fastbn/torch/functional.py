@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from fastbn import arguments, functional
 from fastbn.errors import ArgumentTypeError, FastbnError
+from fastbn.torch import masked
 from fastbn.torch.tensors import Opaque, array, dense, laid_out, tensor, vector
 
 Args = tuple[Any, ...]
@@ -31,7 +32,7 @@ _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: Fa
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *,
-    activation: str | None = None, residual: Tensor | None = None,
+    activation: str | None = None, residual: Tensor | None = None, mask: Tensor | None = None, lengths: Any = None,
 ) -> Tensor:  # fmt: skip
     """Batch norm as ``torch.nn.functional.batch_norm``, with a ReLU and a residual in the same pass.
 
@@ -58,6 +59,11 @@ def batch_norm(
         Applied last.
     residual : torch.Tensor, optional
         Added before the activation; shape and dtype of input.
+    mask : torch.Tensor of bool, optional
+        Broadcastable to input without its channel axis; only values where it is true count. The result and the
+        gradients of input and residual are zero elsewhere, whatever input holds there.
+    lengths : torch.Tensor or sequence of int, shape (N,), optional
+        Instead of a mask, for input of shape (N, C, L): the first lengths[n] steps of sample n count.
 
     Returns
     -------
@@ -80,7 +86,9 @@ def batch_norm(
     gradients with a graph of their own (``create_graph=True``). ``torch.compile`` breaks its graph around the call.
     fastbn's threads are its own: ``fastbn.set_num_threads``, not ``torch.set_num_threads``.
     """
-    args = (input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation)
+    args = (
+        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, mask, lengths,
+    )  # fmt: skip
     return _uncompiled(args) if _compiling() else _run(args)
 
 
@@ -131,8 +139,10 @@ def count(counter: Tensor) -> None:
 
 def _native(args: Args) -> Tensor:
     """Do it by PyTorch's own operators."""
-    input, residual, weight, bias, mean, var, training, momentum, eps, activation = args
+    input, residual, weight, bias, mean, var, training, momentum, eps, activation, mask, lengths = args
     relu = arguments.activation(activation)
+    if mask is not None or lengths is not None:
+        return masked.native(input, residual, weight, bias, mean, var, training, momentum, eps, relu, mask, lengths)
     y: Tensor = torch.nn.functional.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
@@ -147,17 +157,17 @@ def _uncompiled(args: Args) -> Tensor:
 
 def _forward(args: Args, keep: bool) -> tuple[Tensor, Any]:
     """Return y and, if it is to be kept, what backward needs."""
-    training, momentum, eps, activation = args[6:]
+    training, momentum, eps, activation, mask, lengths = args[6:]
     x, r, w, b, m, v = [None if t is None else array(t) for t in args[:6]]
-    saved = None
-    if training:
-        y, saved = functional.batch_norm_train(
-            x, w, b, m, v, momentum=momentum, eps=eps, activation=activation, residual=r
-        )
+    given = {"eps": eps, "activation": activation, "residual": r}
+    if mask is not None or lengths is not None:
+        y, saved = masked.forward(x, w, b, m, v, training, momentum, given, mask, lengths)
+    elif training:
+        y, saved = functional.batch_norm_train(x, w, b, m, v, momentum=momentum, **given)
     elif keep:
-        y, saved = functional.frozen(x, m, v, w, b, eps=eps, activation=activation, residual=r)
+        y, saved = functional.frozen(x, m, v, w, b, **given)
     else:
-        y = functional.batch_norm_infer(x, m, v, w, b, eps=eps, activation=activation, residual=r)
+        y, saved = functional.batch_norm_infer(x, m, v, w, b, **given), None
     return tensor(y, args[0]), saved
 
 
@@ -168,8 +178,10 @@ class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, input: Tensor, residual: Any, weight: Any, bias: Any, args: Args) -> Tensor:
         y, saved = _forward(args, keep=True)
         saved.release()
-        ctx.save_for_backward(input, weight, bias, y if saved.relu and saved.residual else None)
-        ctx.saved, ctx.strides, ctx.eps = saved, input.stride(), args[8]
+        mask, lengths = args[10:]
+        ctx.save_for_backward(input, weight, bias, y if saved.relu and saved.residual else None, mask)
+        ctx.saved, ctx.strides, ctx.eps, ctx.lengths = saved, input.stride(), args[8], lengths
+        ctx.masked = mask is not None or lengths is not None
         return y
 
     @staticmethod
@@ -183,13 +195,17 @@ _record = super(torch.autograd.Function, _BatchNorm).apply
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias."""
-    input, _, _, y = ctx.saved_tensors
+    input, _, _, y, _ = ctx.saved_tensors
     input = laid_out(input, ctx.strides)
-    saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
-    dx, dw, db, dr = functional.backward(array(grad_output), saved)
+    x, z = array(input), None if y is None else array(laid_out(y, ctx.strides))
+    grad = array(grad_output)
+    if ctx.masked:
+        dx, dw, db, dr = masked.backward(ctx.saved, x, z, grad)
+    else:
+        dx, dw, db, dr = functional.backward(grad, ctx.saved.restored(x, z))
     wanted = ctx.needs_input_grad
     if dr is not None:
-        dr = tensor(dr, input) if saved.relu else grad_output
+        dr = grad_output if dr is grad else tensor(dr, input)
     return (
         tensor(dx, input) if wanted[0] else None,
         dr if wanted[1] else None,
@@ -201,14 +217,16 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients with a graph of their own (``create_graph=True``): PyTorch's operator has second derivatives."""
-    input, weight, bias, y = ctx.saved_tensors
+    input, weight, bias, y, mask = ctx.saved_tensors
     saved, mean, var = ctx.saved, None, None
     if saved.frozen:
         kind = torch.float64 if input.dtype is torch.float64 else torch.float32
         mean, var = (torch.as_tensor(s).to(kind) for s in (saved.mean, saved.variance))
     before = grad_output if y is None else grad_output.masked_fill(y <= 0, 0.0)
+    if ctx.masked:
+        before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
     relu = "relu" if saved.relu and y is None else None
-    again = _native((input, None, weight, bias, mean, var, not saved.frozen, 0.0, ctx.eps, relu))
+    again = _native((input, None, weight, bias, mean, var, not saved.frozen, 0.0, ctx.eps, relu, mask, ctx.lengths))
     wanted = ctx.needs_input_grad
     sources = {i: t for i, t in ((0, input), (2, weight), (3, bias)) if wanted[i]}
     found = torch.autograd.grad(again, list(sources.values()), before, create_graph=True) if sources else ()

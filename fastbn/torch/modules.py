@@ -28,7 +28,9 @@ class _Forward:
         arguments.activation(activation)
         self.activation = activation
 
-    def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self: Any, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None, lengths: Any = None
+    ) -> Tensor:
         """Normalise: activation(batch_norm(input) + residual); see ``batch_norm`` and PyTorch's class.
 
         Parameters
@@ -37,6 +39,8 @@ class _Forward:
             C channels along axis 1, of the rank that PyTorch's class takes.
         residual : torch.Tensor, optional
             Shape and dtype of input.
+        mask, lengths : optional
+            Which values count, as in ``batch_norm``; a batch without any moves and counts nothing.
 
         Returns
         -------
@@ -59,15 +63,21 @@ class _Forward:
             momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
         y = batch_norm(
             input, mean, var, weight, bias, training or (mean is None and var is None), momentum, self.eps,
-            activation=self.activation, residual=residual,
+            activation=self.activation, residual=residual, mask=mask, lengths=lengths,
         )  # fmt: skip
-        if counter is not None:
+        if counter is not None and not _nothing(mask, lengths):
             count(counter)
         return y
 
     def extra_repr(self: Any) -> str:
         shown: str = super().extra_repr()  # type: ignore[misc]
         return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
+
+
+def _nothing(mask: Tensor | None, lengths: Any) -> bool:
+    """Tell whether no value counts."""
+    some = lengths if mask is None else mask
+    return some is not None and not torch.as_tensor(some).any()
 
 
 class BatchNorm1d(_Forward, torch.nn.BatchNorm1d):  # type: ignore[misc]
