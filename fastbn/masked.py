@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import arguments, dispatch, layout, views
-from fastbn.core import Forward, Reordered
+from fastbn.core import Forward
 from fastbn.errors import ArgumentValueError
-from fastbn.places import Places, in_order, of_channels
+from fastbn.places import Places, of_channels
 from fastbn.saved import BatchSaved
 
 Array = npt.NDArray[Any]
@@ -28,10 +28,11 @@ def valid(mask: Any, lengths: Any, x: Array, axis: int) -> Array:
 
 def statistics(x: Array, mask: Array, axis: int, eps: float) -> tuple[int, Array]:
     """Return how many values of a channel are valid, and their statistics (zeros if none)."""
-    places, kind = Places(mask, x, axis), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
-    if places.count * x.size == 0:
+    if x.size == 0 or not mask.any():
         return 0, np.zeros(3 * x.shape[axis])
-    return places.count, places.statistics(views.raw(in_order(x).reshape(-1)), kind, eps)
+    x, where = layout.settle(x, axis)
+    places, kind = Places(mask, x, axis, where), views.constant(1.0, x.shape[axis], arguments.arithmetic(x.dtype))
+    return places.count, places.statistics(views.flat(x, where), kind, eps)
 
 
 def forward(
@@ -47,19 +48,16 @@ def forward(
     return Forward(x, weight, bias, axis, activation, residual, out, in_place=False)
 
 
-class MaskedForward(Reordered):
-    """Checked arguments of which only some values count; x is copied where it does not lie in C order."""
+class MaskedForward(Forward):
+    """Checked arguments of which only some values count."""
 
     __slots__ = ("places",)
 
     def __init__(
         self, x: Array, weight: Any, bias: Any, axis: int, activation: Any, residual: Any, out: Any, mask: Array
     ):
-        self.places = Places(mask, x, axis)
-        self.target = None
-        if not (x.flags.c_contiguous and (out is None or getattr(out, "flags", x.flags).c_contiguous)):
-            x, out = self.copied(x, axis, out), None
         super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
+        self.places = Places(mask, x, self.axis, self.layout)
 
     @property
     def count(self) -> int:

@@ -24,18 +24,13 @@ CHUNK = 1 << 19  # values packed at a time for each thread (2 MB of float32); a 
 SPREAD = 64  # values of a channel from which packing a few channels at a time ends up in the kernel that all would
 
 
-def in_order(x: Array) -> Array:
-    """Return x in C order."""
-    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C")
-
-
 def of_channels(stats: Array, channels: slice) -> Array:
     """Return the statistics of some channels."""
     return np.ascontiguousarray(stats.reshape(3, -1)[:, channels]).reshape(-1)
 
 
 class Places:
-    """The valid values of a C-contiguous array.
+    """The valid values of an array, in the order they lie in memory.
 
     Attributes
     ----------
@@ -47,9 +42,10 @@ class Places:
 
     lying: Any  # ``launch_masked.Lying``; None: the values are packed
 
-    def __init__(self, mask: Array, x: Array, axis: int):
-        shape = x.shape
-        N, C, S = layout.contiguous(shape, axis).dims
+    def __init__(self, mask: Array, x: Array, axis: int, where: layout.Layout):
+        shape = tuple(x.shape[a] for a in where.order)
+        N, C, S = layout.contiguous(shape, where.order.index(axis)).dims
+        mask = mask.transpose([a - (a > axis) for a in where.order if a != axis])
         self.channels, self.count, self.whole = C, int(np.count_nonzero(mask)), S == 1
         samples = N
         if self.whole:  # rows; all channels of a row lie side by side
@@ -110,12 +106,13 @@ class Places:
     def gradients(self, saved: Any, grad: Array, result: Array) -> tuple[Array, Array, Array | None]:
         """Put the input's gradient into ``result``; return those of weight, bias and residual. Zero where masked.
 
-        ``saved`` is a ``saved.BatchSaved`` whose x, and y, are C-contiguous.
+        ``saved`` is a ``saved.BatchSaved``.
         """
-        dx = result if result.flags.c_contiguous else np.empty(result.shape, result.dtype)
-        residual = recycled.empty_like(dx) if saved.residual else None
-        tensors = (saved.x, in_order(grad), saved.y, dx, residual)
-        flat = [None if t is None else views.raw(t.reshape(-1)) for t in tensors]
+        x, where = saved.x, saved.layout
+        dx = result if layout.matches(result, where, saved.axis) else layout.empty_like(x, where)
+        residual = layout.empty_like(x, where) if saved.residual else None
+        tensors = (x, layout.like(grad, where), saved.y, dx, residual)
+        flat = [None if t is None else views.flat(t, where) for t in tensors]
         parameters: tuple[Array, Array] | None = None
         if self.lying is not None:
             parameters = self.lying.backward(

@@ -11,10 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, quick, recycled, views
+from fastbn import arguments, dispatch, layout, quick, views
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
-from fastbn.places import in_order
 
 __all__ = ["BatchSaved", "Gradients", "Saved"]
 
@@ -138,8 +137,6 @@ class BatchSaved(Saved):
         s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
         s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu
         s.residual, s.frozen, s.places = self.residual, self.frozen, self.places
-        if self.places is not None:  # which are those of arrays in C order
-            x, y = in_order(x), None if y is None else in_order(y)
         s.x, s.y = x, y
         return s
 
@@ -174,7 +171,7 @@ class BatchSaved(Saved):
         """Return the gradient and the array for the input's, in any memory order each, apart from what is read."""
         grad = arguments.same_kind("grad_output", grad_output, self.x)
         if out is None:
-            return grad, recycled.empty_like(grad)
+            return grad, layout.empty_like(self.x, self.layout)
         output(out, self.x, self.axis)
         arguments.apart("x", out, self.x, exact_allowed=False)
         arguments.apart("grad_output", out, grad, exact_allowed=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn import places, reference
+from fastbn import layout, places, reference
 from fastbn.cpu import packing
 from tests.tolerances import DTYPES, arithmetic, assert_within, bound
 
@@ -169,17 +169,50 @@ def test_lengths_of_nothing():
     assert fastbn.batch_norm_train(x, lengths=[])[0].shape == x.shape
 
 
-def test_out_and_memory_orders(rng):
+ORDERS = [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (1, 0, 2, 3)]
+
+
+def in_order(a, order):
+    """Copy an array so that its axes lie in memory in this order."""
+    return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("other", [*ORDERS, "gaps"], ids=str)
+def test_out_and_memory_orders(rng, order, other):
+    """Any order is used as it lies, and where two meet the output's counts; the result is the same to rounding."""
     x, mask, weight, bias = draw(rng, (4, 3, 5, 7), 1)
     g = rng.standard_normal(x.shape).astype(np.float32)
-    want, saved = fastbn.batch_norm_train(x, weight, bias, mask=mask)
-    dx = fastbn.backward(g, saved).input
-    for order in (np.ascontiguousarray, np.asfortranarray):
-        out = order(np.full(x.shape, np.nan, np.float32))
-        got, other = fastbn.batch_norm_train(order(x), weight, bias, mask=mask, out=out)
-        assert got is out and np.array_equal(got, want)
-        assert fastbn.backward(order(g), other, out=out).input is out
-        assert np.array_equal(out, dx)
+    want, saved = fastbn.batch_norm_train(x, weight, bias, mask=mask, residual=g, activation="relu")
+    wanted = fastbn.backward(g, saved)
+    gaps = np.repeat(x, 2, axis=-1)[..., ::2]
+    given = gaps if other == "gaps" else in_order(x, other)
+    out = in_order(np.full(x.shape, np.nan, np.float32), order)
+    for into in (None, out):
+        got, found = fastbn.batch_norm_train(
+            given, weight, bias, mask=mask, residual=in_order(g, order), activation="relu", out=into
+        )
+        assert got is into or into is None
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+        assert not rows(got, 1, ~mask).any()
+        for dx in (None, in_order(np.full(x.shape, np.nan, np.float32), order)):
+            grads = fastbn.backward(in_order(g, order), found, out=dx)
+            assert grads.input is dx or dx is None
+            for a, b in zip(grads, wanted, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fastbn.Moments.of(given, 1, mask).m2, fastbn.Moments.of(x, 1, mask).m2, rtol=1e-6)
+
+
+def test_channels_last_by_strides_is_channels_last(rng):
+    """The transposed view of (N, T, C), as PyTorch's users make it, is not copied: the same bits as axis=2."""
+    x, mask, weight, bias = draw(rng, (6, 9, 5), 2)
+    g = rng.standard_normal(x.shape).astype(np.float32)
+    want, saved = fastbn.batch_norm_train(x, weight, bias, axis=2, mask=mask)
+    y, other = fastbn.batch_norm_train(x.swapaxes(1, 2), weight, bias, mask=mask)
+    assert np.array_equal(y.swapaxes(1, 2), want) and y.strides == x.swapaxes(1, 2).strides
+    dx, wanted = fastbn.backward(g.swapaxes(1, 2), other), fastbn.backward(g, saved)
+    assert np.array_equal(dx.input.swapaxes(1, 2), wanted.input) and np.array_equal(dx.weight, wanted.weight)
+    assert other.x.base is not None and np.shares_memory(other.x, x)
 
 
 @pytest.mark.parametrize("shape", [(6, 0), (0, 3), (4, 0, 5), (4, 3, 0)], ids=str)
@@ -239,7 +272,8 @@ def test_errors_name_the_argument(call, error, named):
 def test_pack_and_unpack_are_inverse(rng, shape, axis, density):
     x, _, _, _ = draw(rng, shape, axis)
     mask = rng.random(np.moveaxis(x, axis, -1).shape[:-1]) < density
-    where = places.Places(mask, x, axis % len(shape))
+    axis %= len(shape)
+    where = places.Places(mask, x, axis, layout.contiguous(shape, axis))
     everything = slice(0, shape[axis])
     packed = where.pack(x.reshape(-1), everything, np.empty(x.size, np.float32))
     by_hand = packed_by_hand(x, axis, mask)

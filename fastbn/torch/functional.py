@@ -160,11 +160,12 @@ def _forward(args: Args, keep: bool) -> tuple[Tensor, Any]:
     training, momentum, eps, activation, mask, lengths = args[6:]
     x, r, w, b, m, v = [None if t is None else array(t) for t in args[:6]]
     given = {"eps": eps, "activation": activation, "residual": r}
-    if mask is not None or lengths is not None:
-        y, saved = masked.forward(x, w, b, m, v, training, momentum, given, mask, lengths)
-    elif training:
+    some = mask is not None or lengths is not None
+    if some:
+        given |= masked.options(mask, lengths)
+    if training:
         y, saved = functional.batch_norm_train(x, w, b, m, v, momentum=momentum, **given)
-    elif keep:
+    elif keep or some:
         y, saved = functional.frozen(x, m, v, w, b, **given)
     else:
         y, saved = functional.batch_norm_infer(x, m, v, w, b, **given), None
@@ -181,7 +182,6 @@ class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
         mask, lengths = args[10:]
         ctx.save_for_backward(input, weight, bias, y if saved.relu and saved.residual else None, mask)
         ctx.saved, ctx.strides, ctx.eps, ctx.lengths = saved, input.stride(), args[8], lengths
-        ctx.masked = mask is not None or lengths is not None
         return y
 
     @staticmethod
@@ -197,12 +197,9 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias."""
     input, _, _, y, _ = ctx.saved_tensors
     input = laid_out(input, ctx.strides)
-    x, z = array(input), None if y is None else array(laid_out(y, ctx.strides))
+    saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
     grad = array(grad_output)
-    if ctx.masked:
-        dx, dw, db, dr = masked.backward(ctx.saved, x, z, grad)
-    else:
-        dx, dw, db, dr = functional.backward(grad, ctx.saved.restored(x, z))
+    dx, dw, db, dr = functional.backward(grad, saved)
     wanted = ctx.needs_input_grad
     if dr is not None:
         dr = grad_output if dr is grad else tensor(dr, input)
@@ -223,7 +220,7 @@ def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         kind = torch.float64 if input.dtype is torch.float64 else torch.float32
         mean, var = (torch.as_tensor(s).to(kind) for s in (saved.mean, saved.variance))
     before = grad_output if y is None else grad_output.masked_fill(y <= 0, 0.0)
-    if ctx.masked:
+    if mask is not None or ctx.lengths is not None:
         before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
     relu = "relu" if saved.relu and y is None else None
     again = _native((input, None, weight, bias, mean, var, not saved.frozen, 0.0, ctx.eps, relu, mask, ctx.lengths))

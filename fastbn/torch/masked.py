@@ -1,61 +1,24 @@
-"""Batch norm of tensors of which only some values count, for ``functional``: by kernels and by PyTorch's operators.
-
-Channels last, as (N, L, C) lies when ``transpose(1, 2)`` shows it, is used where it lies; other orders are copied.
-"""
+"""Batch norm of tensors of which only some values count, for ``functional``; also by PyTorch's own operators."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import functional
 from fastbn.errors import ArgumentTypeError
 from fastbn.torch.tensors import array
 
 
-def forward(
-    x: Any, w: Any, b: Any, m: Any, v: Any, training: bool, momentum: float, given: dict[str, Any], mask: Any,
-    lengths: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Return y and what ``backward`` needs; ``given`` are the options that all calls have."""
+def options(mask: Any, lengths: Any) -> dict[str, Any]:
+    """Return mask and lengths as the public functions take them."""
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             got = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ArgumentTypeError("mask", "a torch.Tensor of bool", got)
         mask = array(mask)
-    if isinstance(lengths, Tensor):
-        lengths = array(lengths)
-    given = given | {"mask": mask, "lengths": lengths}
-    if last := _lies_last(x):
-        x, r = np.moveaxis(x, 1, -1), given["residual"]
-        given |= {"axis": -1, "residual": None if r is None else np.moveaxis(r, 1, -1)}
-    if training:
-        y, saved = functional.batch_norm_train(x, w, b, m, v, momentum=momentum, **given)
-    else:
-        y, saved = functional.frozen(x, m, v, w, b, **given)
-    return np.moveaxis(y, -1, 1) if last else y, saved
-
-
-def backward(saved: Any, x: Any, y: Any, grad: Any) -> tuple[Any, ...]:
-    """Gradients of what ``forward`` left and let go of x and y."""
-    if not _lies_last(x):
-        return functional.backward(grad, saved.restored(x, y))
-    x, moved, y = (None if t is None else np.moveaxis(t, 1, -1) for t in (x, grad, y))
-    dx, dw, db, dr = functional.backward(moved, saved.restored(x, y))
-    if dr is not None:
-        dr = grad if dr is moved else np.moveaxis(dr, -1, 1)
-    return np.moveaxis(dx, -1, 1), dw, db, dr
-
-
-def _lies_last(x: Any) -> bool:
-    """Tell whether an array's channels, axis 1, lie side by side in memory, all else in C order."""
-    if type(x) is not np.ndarray or x.flags.c_contiguous:
-        return False
-    found: bool = np.moveaxis(x, 1, -1).flags.c_contiguous
-    return found
+    return {"mask": mask, "lengths": array(lengths) if isinstance(lengths, Tensor) else lengths}
 
 
 def valid(input: Tensor, mask: Tensor | None, lengths: Any) -> Tensor:
