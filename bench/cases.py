@@ -63,8 +63,9 @@ NORMS = {
 }
 MASKS = {"masked": (1, 1), "masked_backward": (2, 1)}  # see ``masks``
 NORM_SHAPES = [
-    ("layer_norm", (64, 100)), ("layer_norm", (2, 1 << 20)), ("layer_norm", (8192, 768)),
+    ("layer_norm", (64, 100)), ("layer_norm", (2, 1 << 20)), ("layer_norm", (8192, 768)), ("group_norm", (8, 16, 8, 8)),
     ("group_norm", (32, 64, 56, 56)), ("group_norm", (64, 256, 14, 14)), ("instance_norm", (32, 64, 56, 56)),
+    ("instance_norm", (8, 16, 8, 8)),
 ]  # fmt: skip
 
 RESNET50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]

@@ -149,7 +149,7 @@ def test_written_where_arrays_begin(rng, shape, axis, offset, streamed, monkeypa
     assert np.array_equal(into, want)
 
 
-@pytest.mark.parametrize(("shape", "axis"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [c for c in CASES if c[0][c[1]] > 5], ids=str)
 def test_sums_that_cannot_be_trusted(rng, shape, axis):
     """A far pivot, a constant, a NaN, products beyond float32: right in their channels, and no other is touched."""
     x, mask, weight, bias = draw(rng, shape, axis)
