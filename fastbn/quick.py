@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import layout, views
+from fastbn import layout, recycled, views
 from fastbn.arguments import F32
 from fastbn.cpu.tuning import PARALLEL
 
@@ -91,7 +91,7 @@ def train(
     if running_mean is None and running_var is None:
         running_mean = running_var = views.constant(0.0, 0, F32)
         moved = 0
-    y = _empty(x.shape, F32) if out is None else out
+    y = recycled.empty(x.shape, F32) if out is None else out
     stats = _empty(3 * channels)
     if enter(
         x, residual, y, weight, bias, running_mean, running_var, stats, _array, F32, *numbers,
@@ -114,7 +114,7 @@ def infer(
     affine = (weight is not None, bias is not None)
     weight = weight if affine[0] else views.constant(1.0, channels, F32)
     bias = bias if affine[1] else views.constant(0.0, channels, F32)
-    y = _empty(x.shape, F32) if out is None else out
+    y = recycled.empty(x.shape, F32) if out is None else out
     stats = _empty(3 * channels)
     if enter(x, residual, y, running_mean, running_var, weight, bias, stats, _array, F32, *numbers, eps, relu):
         return y, call, stats, weight, bias, affine
@@ -131,8 +131,8 @@ def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Arra
     if call is None or call.where.dims != saved.layout.dims:
         return None
     enter, numbers, relu, channels, _, _, _, _ = call
-    dx = _empty(x.shape, F32) if out is None else out
-    dr = _empty(x.shape, F32) if fused else None
+    dx = recycled.empty(x.shape, F32) if out is None else out
+    dr = recycled.empty(x.shape, F32) if fused else None
     dweight, dbias = _empty(channels, F32), _empty(channels, F32)
     if enter(
         x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, _array, F32, *numbers,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastbn import recycled
 from fastbn.arguments import F32
 from fastbn.cpu.tuning import PARALLEL
 from fastbn.groups import Groups
@@ -77,7 +78,7 @@ def train(x: Any, groups: int, weight: Any, bias: Any, eps: Any, out: Any) -> tu
     call = _train.get((x.shape, groups)) or _learn("train", _train, x, groups)
     if call is None:
         return None
-    y = _empty(x.shape, F32) if out is None else out
+    y = recycled.empty(x.shape, F32) if out is None else out
     sizes = call.sizes
     stats = _empty(3 * sizes.B * sizes.G)
     if call.enter(x, y, weight, bias, stats, _array, F32, *call.numbers, eps):
@@ -92,7 +93,7 @@ def backward(
     call = _backward.get((x.shape, groups)) or _learn("backward", _backward, x, groups)
     if call is None:
         return None
-    dx = _empty(x.shape, F32) if out is None else out
+    dx = recycled.empty(x.shape, F32) if out is None else out
     C = call.sizes.C
     dweight, dbias = _empty(C, F32), _empty(C, F32)
     if call.enter(x, grad, dx, weight, dweight, dbias, stats, _array, F32, *call.numbers):

@@ -18,7 +18,7 @@ SHAPE = (8, 64, 64, 64)  # 8 MB
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(recycled, "_free", [])
+    monkeypatch.setattr(recycled, "_pool", recycled.Pool())
     recycled._returned.clear()
     monkeypatch.delenv("FASTBN_KEEP_BYTES", raising=False)
 
@@ -29,7 +29,7 @@ def address(a):
 
 def test_a_dead_result_gives_its_memory_to_the_next():
     a = recycled.empty(SHAPE, F32)
-    assert a.shape == SHAPE and a.dtype == F32 and a.flags.carray and address(a) % 64 == 0
+    assert a.shape == SHAPE and a.dtype == F32 and a.flags.carray and address(a) % 4096 == 2048
     where = address(a)
     del a
     assert address(recycled.empty(SHAPE, F32)) == where
@@ -55,16 +55,16 @@ def test_not_while_a_view_lives(view):
     assert address(other) != where
     del seen, other
     gc.collect()
-    assert where in {address(recycled.empty(SHAPE, F32)), *(address(b) + -address(b) % 64 for b in recycled._free)}
+    assert where in {address(recycled.empty(SHAPE, F32)), *(address(b.memory) + b.at for b in recycled._pool.free)}
 
 
 def test_sizes_that_do_not_fit_are_not_used():
     a = recycled.empty(SHAPE, F32)
     del a
     others = [recycled.empty((int(SHAPE[0] * factor), *SHAPE[1:]), F32) for factor in (2, 0.5)]
-    assert len(others) == 2 and len(recycled._free) == 1
+    assert len(others) == 2 and len(recycled._pool.free) == 1
     assert recycled.empty((7, *SHAPE[1:]), F32).nbytes == 7 << 20  # within a quarter
-    assert len(recycled._free) == 0
+    assert len(recycled._pool.free) == 0
 
 
 def test_small_ones_and_none_kept(monkeypatch):
@@ -78,8 +78,28 @@ def test_what_is_kept_is_bounded(monkeypatch):
     arrays = [recycled.empty(SHAPE, F32) for _ in range(5)]
     del arrays
     recycled.empty(SHAPE, F32)
-    assert sum(b.nbytes for b in recycled._free) <= 20 << 20
+    assert recycled._pool.total == sum(b.memory.size for b in recycled._pool.free) <= 20 << 20
     assert recycled.empty((32, *SHAPE[1:]), F32).base is None  # larger than all that may be kept
+
+
+def test_small_blocks_are_few(monkeypatch):
+    monkeypatch.setattr(recycled, "MOST", 5)
+    arrays = [recycled.empty((1 << 16,), F32) for _ in range(9)]
+    assert all(address(a) % 4096 == 2048 for a in arrays)
+    del arrays
+    recycled.empty((1 << 16,), F32)
+    recycled._pool.collect()
+    assert len(recycled._pool.free) == 5
+    assert not [block for _, block in recycled._lent.values() if block.room == 1 << 18]
+
+
+def test_short_calls_too(rng):
+    """Results that the short way makes: two that die together would go back to the system each time."""
+    x = rng.standard_normal((64, 2000), dtype=np.float32)
+    for _ in range(4):
+        y, saved = fastbn.batch_norm_train(x)
+        dx = fastbn.backward(x, saved).input
+        assert {address(a) % 4096 for a in (y, dx)} == {2048}
 
 
 def test_results_of_calls(rng):
