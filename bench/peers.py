@@ -46,6 +46,22 @@ def fastbn(data: Data) -> Call:
     return lambda: f.backward(grad, saved, out=out)
 
 
+def fastbn_fresh(data: Data) -> Call:
+    """Ours as most people call it: without ``out=``, from arrays that NumPy allocated; the last result lives on."""
+    import fastbn as f
+
+    d, op = data, data.case.op
+    if op not in ("infer", "train", "backward"):
+        raise Unsupported(op)
+    x, grad, weight, bias, axis = np.array(d.x, order="K"), np.array(d.grad, order="K"), d.weight, d.bias, d.axis
+    if op == "infer":
+        return lambda: keep_output(d, f.batch_norm_infer(x, d.mean, d.var, weight, bias, axis=axis))
+    if op == "train":
+        return lambda: keep_output(d, f.batch_norm_train(x, weight, bias, axis=axis)[0])
+    saved = f.batch_norm_train(x, weight, bias, axis=axis)[1]
+    return lambda: keep_output(d, f.backward(grad, saved).input)
+
+
 def copy(data: Data) -> Call:
     """A streaming copy of the tensor: the yardstick."""
     from bench.copying import stream_copy
@@ -214,6 +230,7 @@ def jax(data: Data) -> Call:
 PEERS: dict[str, Prepare] = {
     "copy": copy,
     "fastbn": fastbn,
+    "fastbn_fresh": fastbn_fresh,
     "torch": torch,
     "torch_compile": torch_compiled,
     "onednn": onednn,
