@@ -23,11 +23,14 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return an array whose first element lies on a 64-byte line, its pages already mapped."""
+    """Return an array that begins 64 bytes into a page, as large tensors of PyTorch do, its pages already mapped.
+
+    All at one place: a result that begins a line or two further on than x takes 1.1-2.7 times as long (``recycled``).
+    """
     size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
+    raw = np.empty(size + 4096, np.uint8)
     raw[...] = 0
-    start = -raw.ctypes.data % 64
+    start = (64 - raw.ctypes.data) % 4096
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
