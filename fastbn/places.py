@@ -56,7 +56,7 @@ class Places:
         most = C if self.whole or self.count < SPREAD else CHUNK * get_num_threads() // self.count
         self.step = max(1, min(C, most))  # channels that are worked off together
         module = dispatch.masked_kernels()
-        self.lying = module.find(self.table, self.count, C, self.dims, self.whole, x.itemsize) if module else None
+        self.lying = module.find(self.table, self.count, C, self.dims, self.whole, x) if module else None
 
     def shape(self, channels: int) -> tuple[int, int, int]:
         """Return what kernels take for so many packed channels."""

@@ -55,9 +55,19 @@ def _kernel_arguments(op: str, by_rows: bool, relu: Any, residual: Any) -> tuple
     return (_F32, _F32, residual, _F32, residual, *early, *[_F32] * 4, _F64, *place, types.boolean, *last)
 
 
+def _compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
+    """Compile a gate for these types; None where Numba's inside has changed: calls then take the usual way."""
+    try:
+        gate.compile(signature)
+        entry: Entry = gate.overloads[signature].entry_point
+    except Exception:
+        return None
+    return entry
+
+
 @functools.cache
 def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
-    """Compile a gate; None where Numba's inside has changed: calls then take the usual way."""
+    """Compile a gate."""
     gate, _, behind = _GATES[op]
     place = [_INT, _INT] if by_rows else [types.none, types.none]
     other = handle if fused else types.none
@@ -65,13 +75,7 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
         [handle, handle, other, handle, other, *[handle] * 7] if op == "backward" else [handle, other, *[handle] * 8]
     )
     addresses = [_INT] * (6 if op == "infer" else 5)  # and size, N, C, S
-    signature = (*objects, *addresses, *place, *behind, relu)
-    try:
-        gate.compile(signature)
-        entry: Entry = gate.overloads[signature].entry_point
-    except Exception:
-        return None
-    return entry
+    return _compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
 def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:
@@ -102,13 +106,8 @@ def _set_code(op: str, short: bool, by_run: bool) -> Entry | None:
     gate = getattr(gates_sets, op)
     objects = [handle] * (7 if op == "train" else 9)
     last = [_FLOAT] if op == "train" else [_INT] * 2
-    signature = (*objects, *[_INT] * 5, types.none if short else _INT, _INT if by_run else types.none, *last)
-    try:
-        gate.compile(signature)
-        entry: Entry = gate.overloads[signature].entry_point
-    except Exception:
-        return None
-    return entry
+    place = types.none if short else _INT, _INT if by_run else types.none
+    return _compiled(gate, (*objects, *[_INT] * 5, *place, *last))
 
 
 def find_sets(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] | None:

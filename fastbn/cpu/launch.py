@@ -87,7 +87,7 @@ def _swept(p: Plan, size: int) -> Plan:
     return p._replace(kind="swept", height=height, width=width)
 
 
-def _lanes(x: Array) -> int:
+def lanes_of(x: Array) -> int:
     """Return the lanes of the vectors for this array, 16 for float64 too: two of them are one step there."""
     return 32 if x.itemsize == 2 else 16
 
@@ -99,7 +99,7 @@ def room_for_columns(weight: Array, V: int, arrays: int) -> Array:
 
 def lined(x: Array | None, V: int) -> bool:
     """Tell whether every row of V elements of x is whole vectors that ``simd.stream`` may write."""
-    return x is not None and x.ctypes.data % (_lanes(x) * x.itemsize) == 0 and V % _lanes(x) == 0
+    return x is not None and x.ctypes.data % (lanes_of(x) * x.itemsize) == 0 and V % lanes_of(x) == 0
 
 
 def room_for_sums(V: int, down: int) -> Array:
@@ -112,7 +112,7 @@ def train(
     dims: Dims, eps: float, momentum: float, relu: bool | None,
 ) -> Array:  # fmt: skip
     """Training forward into ``out``; moves the running statistics if they have elements."""
-    p = plan(dims, _lanes(x))
+    p = plan(dims, lanes_of(x))
     N, C, S = dims
     stats = np.empty(3 * C)
     tensors = (x, residual, out, weight, bias, running_mean, running_var, stats)
@@ -151,7 +151,7 @@ def _swept_normalise(
 
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     """Statistics alone; ``weight`` only tells the arithmetic type."""
-    p = plan(dims, _lanes(x))
+    p = plan(dims, lanes_of(x))
     N, C, S = dims
     stats, none = np.empty(3 * C), weight[:0]
     if p.kind == "planes":
@@ -173,7 +173,7 @@ def infer(
     relu: bool | None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` with the means and invstds in ``stats``."""
-    p = plan(dims, _lanes(x), once=True)
+    p = plan(dims, lanes_of(x), once=True)
     N, C, S = dims
     streamed = tuning.streams(x, residual, out, least=tuning.READ_ONCE)
     if p.kind == "planes":
@@ -196,7 +196,7 @@ def backward(
     stats: Array, dims: Dims, frozen: bool, relu: bool | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``; returns the gradients of weight and bias."""
-    p = plan(dims, _lanes(x))
+    p = plan(dims, lanes_of(x))
     N, C, S = dims
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
     tensors = (x, grad, y, out, grad_residual)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from fastbn.cpu.launch import Table
+from fastbn.cpu.launch import Array, Table, lanes_of
 from fastbn.cpu.launch_masked_planes import Pieces, pieces
 from fastbn.cpu.launch_masked_rows import Stretches, stretches
 
 Lying: TypeAlias = Stretches | Pieces
 
 
-def find(table: Table, M: int, C: int, dims: tuple[int, int, int], whole: bool, itemsize: int) -> Lying | None:
+def find(table: Table, M: int, C: int, dims: tuple[int, int, int], whole: bool, x: Array) -> Lying | None:
     """Return how kernels find M values a channel where they lie; None where packing is as fast.
 
     ``table`` as of ``launch.pieces``; ``dims`` is (N, C, S), or of ``whole`` rows (samples, 1, elements of a sample).
     """
-    lanes = 32 if itemsize == 2 else 16
-    return stretches(table, dims[2], M, C, lanes) if whole else pieces(table, M, dims, lanes)
+    return stretches(table, dims[2], M, C, lanes_of(x)) if whole else pieces(table, M, dims, lanes_of(x))

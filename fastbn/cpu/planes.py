@@ -38,7 +38,6 @@ from fastbn.cpu.simd import (
     widen_add,
 )
 from fastbn.cpu.sweep import (
-    ahead,
     normalise_and_sum_run,
     normalise_part,
     normalise_run,
@@ -86,12 +85,12 @@ def total_of(long, vector, W):
 
 
 @part
-def sum_channel(x, g, y, dr, at, S, far, m, k, b, relu, short, long, j):
+def sum_channel(x, g, y, dr, at, S, m, k, b, relu, short, long, j):
     """Add a run to the sums of the block's channel j; RUN elements at a time."""
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for i in range(0, S, RUN):
-        s, q = sum_run(x, g, y, dr, at + i, least(RUN, S - i), far, m, k, b, relu, load(short, s_at), load(short, q_at))
+        s, q = sum_run(x, g, y, dr, at + i, least(RUN, S - i), m, k, b, relu, load(short, s_at), load(short, q_at))
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
@@ -156,7 +155,7 @@ def moments(x, stats, kind, N, C, S, eps, claim):
         for r in range(N):
             for c in range(lo, hi):
                 start = get(stats, 2 * C + c)
-                sum_channel(x, None, None, None, (r * C + c) * S, S, 0, start, 0.0, 0.0, None, short, long, c - lo)
+                sum_channel(x, None, None, None, (r * C + c) * S, S, start, 0.0, 0.0, None, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _settle(x, long, stats, stats, stats, False, N, C, S, lo, hi, eps, 0.0)
@@ -175,14 +174,14 @@ def write_head(x, residual, y, at, S, c, relu):
 
 
 @part
-def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, far, start, short, long, j, S):
+def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, start, short, long, j, S):
     """Write the run at ``at`` from i on and add the ``other`` one to the sums of the block's channel j; returns i."""
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for o in range(at, at + S, RUN):
         n = least(RUN, at + S - o)
         s, q = load(short, s_at), load(short, q_at)
-        i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + other, n, far, start, s, q)
+        i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + other, n, start, s, q)
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
@@ -201,9 +200,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         end = at + S
         if lo + j < hi:
             start = get(stats, 2 * C + lo + j)
-            i = write_and_sum(
-                x, residual, y, at, i, c, relu, streamed, (lo - old) * S, ahead(least(RUN, S)), start, short, long, j, S
-            )
+            i = write_and_sum(x, residual, y, at, i, c, relu, streamed, (lo - old) * S, start, short, long, j, S)
         else:
             i = normalise_run(x, residual, y, i, end, c, relu, streamed)
         if old + j + 1 < old_hi:
@@ -217,7 +214,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         store_n(y, i, normalise_part(x, residual, y, i, at - i, c, relu), at - i)
     for j in range(most(0, old_hi - old), hi - lo):
         start = get(stats, 2 * C + lo + j)
-        sum_channel(x, None, None, None, (r * C + lo + j) * S, S, 0, start, 0.0, 0.0, None, short, long, j)
+        sum_channel(x, None, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
 
 
 @jit

@@ -27,7 +27,7 @@ from fastbn.cpu.simd import (
     split,
     store_n,
 )
-from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam
+from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
 
 
 @helper
@@ -108,9 +108,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
         for r in range(N):
             for c in range(lo, hi):
                 m, k, b = constants(table, per, c - lo)
-                sum_channel(
-                    x, g, y, early, (r * C + c) * S, S, ahead(least(RUN, S)), m, k, b, relu, short, long, c - lo
-                )
+                sum_channel(x, g, y, early, (r * C + c) * S, S, m, k, b, relu, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)

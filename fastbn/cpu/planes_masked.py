@@ -50,7 +50,6 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.simd import first as first_lanes
 from fastbn.cpu.sweep import (
-    ahead,
     normalise_part,
     normalise_run,
     normalise_seam,
@@ -130,7 +129,7 @@ def _sum_pivoted(x, stats, first, begin, size, r, C, S, lo, hi, j, short, long):
             pass_over(x, run + end, begin[p] - end)
             end = begin[p] + size[p]
             sum_channel(
-                x, None, None, None, run + begin[p], size[p], 0, start, 0.0, 0.0, None, short, long, c - lo
+                x, None, None, None, run + begin[p], size[p], start, 0.0, 0.0, None, short, long, c - lo
             )  # fmt: skip
         if end > 0:
             pass_over(x, run + end, S - end)
@@ -199,7 +198,7 @@ def _train_row(
             if summed:
                 start = get(stats, 2 * C + lo + j)
                 i = write_and_sum(
-                    x, residual, y, at, i, d, relu, streamed, other, ahead(n), start, short, long, j, n
+                    x, residual, y, at, i, d, relu, streamed, other, start, short, long, j, n
                 )  # fmt: skip
             else:
                 i = normalise_run(x, residual, y, i, at + n, d, relu, streamed)

@@ -99,18 +99,18 @@ def sum_part(x, g, y, i, n, m, k, b, relu, s, q):
 
 
 @part
-def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
+def sum_run(x, g, y, dr, at, n, m, k, b, relu, s, q):
     """Add u and u*v of n elements to the vectors s and q. Floor: n reads a tensor.
 
     v = x - m; u = v without g, else the gradient in front of the ReLU, which goes past the cache to whole lines of dr
-    unless that is None. Lines are asked for ``far`` elements ahead. ``normalise_and_sum_run`` must add in the same
-    order, or the result would depend on which thread sums a run: four vectors at a time to four sums, which hides the
-    latency of the additions, then one by one to the first, the tail to the second.
+    unless that is None. ``normalise_and_sum_run`` must add in the same order, or the result would depend on which
+    thread sums a run: four vectors at a time to four sums, which hides the latency of the additions, then one by one to
+    the first, the tail to the second.
     """
     W = lanes(x)
     m, k, b, zero = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0)
     s1 = s2 = s3 = q1 = q2 = q3 = zero
-    i, end = at, at + n
+    i, end, far = at, at + n, ahead(n)
     while i + 4 * W <= end:
         if g is not None:
             ask_four(x, i + far)
@@ -185,7 +185,7 @@ def normalise_seam(x, r, y, i, n, c, d, relu, streamed):
 
 
 @part
-def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, far, start, s, q):
+def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q):
     """``normalise_run`` from i to end, and ``sum_run`` of n elements from ``at`` about ``start``; both about as long.
 
     Summing alone leaves the memory's write side idle, normalising from the cache leaves its read side idle: one after
@@ -194,6 +194,7 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, far, start,
     W, stop = lanes(x), at + n
     m, k, b, start, zero = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, start), splat(x, 0.0)
     s1 = s2 = s3 = q1 = q2 = q3 = zero
+    far = ahead(n)
     while at + 4 * W <= stop and i + 4 * W <= end:
         ask_four(x, at + far)
         if r is not None:  # 0.93-0.98

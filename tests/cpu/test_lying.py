@@ -220,4 +220,4 @@ def test_short_runs_are_packed(rng, monkeypatch):
     for shape, axis in (((8, 5, 400), 1), ((8, 400, 5), 2)):
         x = rng.standard_normal(shape).astype(np.float32)
         assert fastbn.batch_norm_train(x, axis=axis, mask=mask)[1].places.lying is None
-    assert launch_masked.find((np.zeros(2, np.int64), np.zeros(0, np.int64), None), 3, 1, (1, 1, 4), True, 4) is None
+    assert launch_masked.find((np.zeros(2, np.int64), np.zeros(0, np.int64), None), 3, 1, (1, 1, 4), True, x) is None
