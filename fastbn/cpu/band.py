@@ -162,6 +162,12 @@ def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
     store_n(y, at, output(v, load_n(r, at, n), load_n(k, i, n), load_n(b, i, n), relu), n)
 
 
+@part
+def _normal(x, r, at, m, k, b, i, relu):
+    """Return one vector of the output by the constants of columns from i on."""
+    return output(load(x, at) - load(m, i), load(r, at), load(k, i), load(b, i), relu)
+
+
 @helper
 def _normalise_two(x, r, y, V, r0, r1, m, k, b, relu, away):
     """As ``band_normalise`` for whole rows of whole vectors, two at a time: constants are fetched once for both.
@@ -202,11 +208,19 @@ def band_normalise(x, r, y, T, away, V, r0, r1, v0, v1, o, m, k, b, relu, stream
                 _normalise_n(x, r, y, at, h, m, k, b, at + off, relu)
             i = at + h
         last = least(end - 1, stop - W) if whole else end - W
-        while i <= last:
+        while streamed and i + W <= last:  # two are read before one is written, see ``sweep.normalise_run``
             if r is None:  # with r 1.01-1.07; r's lines too 1.02-1.09
                 ask(x, i + far)
-            v = load(x, i) - load(m, i + off)
-            write(y, i, output(v, load(r, i), load(k, i + off), load(b, i + off), relu), streamed)
+                ask(x, i + far + W)
+            z0 = _normal(x, r, i, m, k, b, i + off, relu)
+            z1 = _normal(x, r, i + W, m, k, b, i + off + W, relu)
+            stream(y, i, z0)
+            stream(y, i + W, z1)
+            i += 2 * W
+        while i <= last:
+            if r is None:
+                ask(x, i + far)
+            write(y, i, _normal(x, r, i, m, k, b, i + off, relu), streamed)
             i += W
         if i < end and (row == r1 - 1 or not whole):
             _normalise_n(x, r, y, i, end - i, m, k, b, i + off + (V if i < at else 0), relu)
@@ -221,12 +235,11 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
 
 
 @part
-def _gradient_at(x, g, y, dx, dr, at, c, relu, streamed, alike):
-    """Write one vector of dx and dr by the constants c = (m, k, b, c1, c0) of its columns; ``alike``: dr streamed."""
-    v = load(x, at) - c[0]
-    u = through_relu(load(g, at), v, load(y, at), c[1], c[2], relu)
-    write(dr, at, u, alike)
-    write(dx, at, gradient_value(v, u, c[1], c[3], c[4]), streamed)
+def _gradient_of(x, g, y, at, m, k, b, c1, c0, i, relu):
+    """Return one vector of dx and of u by the constants of columns from i on."""
+    v, kv = load(x, at) - load(m, i), load(k, i)
+    u = through_relu(load(g, at), v, load(y, at), kv, load(b, i), relu)
+    return gradient_value(v, u, kv, load(c1, i), load(c0, i)), u
 
 
 @helper
@@ -235,9 +248,12 @@ def _gradient_two(x, g, y, dx, dr, V, r0, r1, m, k, b, c1, c0, relu):
     W = lanes(x)
     for at in range(r0 * V, r1 * V, 2 * V):
         for i in range(0, V, W):
-            c = load(m, i), load(k, i), load(b, i), load(c1, i), load(c0, i)
-            _gradient_at(x, g, y, dx, dr, at + i, c, relu, False, False)
-            _gradient_at(x, g, y, dx, dr, at + i + V, c, relu, False, False)
+            z0, u0 = _gradient_of(x, g, y, at + i, m, k, b, c1, c0, i, relu)
+            z1, u1 = _gradient_of(x, g, y, at + i + V, m, k, b, c1, c0, i, relu)
+            store(dr, at + i, u0)
+            store(dx, at + i, z0)
+            store(dr, at + i + V, u1)
+            store(dx, at + i + V, z1)
 
 
 @helper
@@ -262,13 +278,23 @@ def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c
             i = at + h
             alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
         last = least(end - 1, stop - W) if whole else end - W
-        while i <= last:
-            j = i + off
+        while i + W <= last:
             if V > WIDE:
                 ask(x, i + far)
+                ask(x, i + far + W)
                 ask(g, i + far)
-            c = load(m, j), load(k, j), load(b, j), load(c1, j), load(c0, j)
-            _gradient_at(x, g, y, dx, dr, i, c, relu, streamed, alike)
+                ask(g, i + far + W)
+            z0, u0 = _gradient_of(x, g, y, i, m, k, b, c1, c0, i + off, relu)
+            z1, u1 = _gradient_of(x, g, y, i + W, m, k, b, c1, c0, i + W + off, relu)
+            write(dr, i, u0, alike)
+            write(dx, i, z0, streamed)
+            write(dr, i + W, u1, alike)
+            write(dx, i + W, z1, streamed)
+            i += 2 * W
+        if i <= last:
+            z0, u0 = _gradient_of(x, g, y, i, m, k, b, c1, c0, i + off, relu)
+            write(dr, i, u0, alike)
+            write(dx, i, z0, streamed)
             i += W
         if i < end and (row == r1 - 1 or not whole):
             _gradient_n(x, g, y, dx, dr, i, end - i, m, k, b, c1, c0, i + off + (V if i < at else 0), relu)
