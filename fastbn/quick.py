@@ -1,15 +1,16 @@
-"""Small plain calls in the fewest steps: (64, 100) in a third of the time that ``core`` takes, most of which is checks.
+"""Plain calls in the fewest steps: (64, 100) in a third of the time that ``core`` takes, most of which is checks.
 
-Plain: x is a C-contiguous, aligned, writeable float32 array of less than ``PARALLEL`` elements, so is the output,
-parameters and statistics are such vectors, a residual is like x, eps and momentum are floats. What the shape, the axis
-and the activation decide is looked up; compiled code asks whether the arrays are such ones (``cpu.gates``). Where they
-are not, the answer is None, nothing has been written, and ``core`` does it or says what is wrong.
+Plain: x is a C-contiguous, aligned, writeable float32 array, of less than ``PARALLEL`` elements where other threads
+would help (a call of 4 MB is a tenth faster still), so is the output, parameters and statistics are such vectors, a
+residual is like x, eps and momentum are floats. What the shape, the axis and the activation decide is looked up;
+compiled code asks whether the arrays are such ones (``cpu.gates``). Where they are not, the answer is None, nothing has
+been written, and ``core`` does it or says what is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from fastbn import layout, recycled, views
 from fastbn.arguments import F32
 from fastbn.cpu.tuning import PARALLEL
+from fastbn.threads import get_num_threads
 
 __all__ = ["Call", "Done", "backward", "infer", "train"]
 
@@ -30,7 +32,7 @@ class Call(NamedTuple):
     """What a shape, an axis and an activation decide: the gate (``cpu.gates``), and how the shape is worked off."""
 
     enter: Callable[..., int]
-    numbers: tuple[int | None, ...]
+    numbers: tuple[int | bool | None, ...]
     relu: bool | None
     channels: int
     where: layout.Layout
@@ -41,7 +43,7 @@ class Call(NamedTuple):
 
 # The result, how it was found, its statistics, weight and bias as kernels take them, and which of the two were given.
 Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool]]
-_Known = dict[tuple[tuple[int, ...], int, Any, bool], Call]
+_Known = dict[tuple[tuple[int, ...], int, Any, bool], Call | None]  # None: goes the long way for good
 _train: _Known = {}
 _infer: _Known = {}
 _backward: _Known = {}
@@ -51,27 +53,34 @@ def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: b
     """Return the call that is known, or gets to be known now that its kernel is compiled."""
     if type(axis) is not int or (activation is not None and type(activation) is not str) or x.dtype is not F32:
         return None  # True is 1 to a dictionary
+    if x.size >= PARALLEL and get_num_threads() > 1:
+        return None
     key = x.shape, axis, activation, fused
-    call = known.get(key)
-    if call is None and x.size < PARALLEL and (call := _learn(op, *key)) is not None:
-        if len(known) >= REMEMBERED:
-            known.clear()
-        known[key] = call
-    return call
+    call: Call | Literal[False] | None = known.get(key, False)
+    if call is False:
+        call = _learn(op, *key)
+        if call is not False:
+            if len(known) >= REMEMBERED:
+                known.clear()
+            known[key] = call
+    return None if call is False else call
 
 
-def _learn(op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool) -> Call | None:
+def _learn(
+    op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool
+) -> Call | Literal[False] | None:  # fmt: skip
+    """Find a call; None if there is none, False if its kernel is not compiled yet."""
     if len(shape) < 2 or 0 in shape or not -len(shape) <= axis < len(shape) or activation not in (None, "relu"):
         return None
     from fastbn.cpu import entries
 
     where = layout.contiguous(shape, axis % len(shape))
     N, C, S = where.dims
-    relu = True if activation == "relu" else None
-    if N * S == 1 and op == "train":
+    if (N * S == 1 and op == "train") or not entries.gated(op, where.dims, fused):
         return None
+    relu = True if activation == "relu" else None
     found = entries.find(op, where.dims, relu, fused)
-    return None if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused)
+    return False if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused)
 
 
 def train(

@@ -90,6 +90,30 @@ def test_same_bits_as_the_long_way(shape, axis, activation, rng, long_way, monke
     assert all(same_bits(a, b) for a, b in zip(short, full, strict=True))
 
 
+ONE_KERNEL = [((8, 16, 64, 72), 1), ((16, 24, 100, 100), 1), ((600, 3000), 1)]
+SWEPT = [((9000, 64), 1), ((40000, 130), 1)]  # sums, then values: only inference is one call
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), ONE_KERNEL + SWEPT, ids=str)
+def test_large_calls_of_one_thread(shape, axis, fused, rng, long_way, threads):
+    c, activation = Case(rng, shape, axis), "relu" if fused else None
+    residual = rng.standard_normal(shape, dtype=np.float32) if fused else None
+    threads(2)
+    full = results(c, activation, residual)
+    assert set(long_way) == {0, 1}
+    threads(1)
+    c.infer(out=None, activation=activation, residual=residual)
+    long_way.clear()
+    c.infer(out=None, activation=activation, residual=residual)
+    assert not long_way
+    assert all(same_bits(a, b) for a, b in zip(results(c, activation, residual), full, strict=True))
+    fastbn.backward(c.grad, c.train(out=None)[1])
+    long_way.clear()
+    fastbn.backward(c.grad, c.train(out=None)[1])
+    assert set(long_way) == ({0, 1} if (shape, axis) in SWEPT else set())
+
+
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_with_a_residual(shape, axis, activation, rng, long_way, monkeypatch):

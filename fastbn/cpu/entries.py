@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,13 @@ from fastbn.cpu import (
     sets,
     sets_backward,
     sets_short,
+    tuning,
 )
 from fastbn.cpu.objects import handle, readable
 
 Dims = tuple[int, int, int]
 Entry = Callable[..., int]
-Numbers = tuple[int | None, ...]
+Numbers = tuple[int | bool | None, ...]
 
 _INT, _FLOAT = types.intp, types.float64
 _F32, _F64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
@@ -69,7 +71,7 @@ def _compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
 def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     """Compile a gate."""
     gate, _, behind = _GATES[op]
-    place = [_INT, _INT] if by_rows else [types.none, types.none]
+    place = [*([_INT, _INT] if by_rows else [types.none, types.none]), types.boolean]
     other = handle if fused else types.none
     objects = (
         [handle, handle, other, handle, other, *[handle] * 7] if op == "backward" else [handle, other, *[handle] * 8]
@@ -78,18 +80,33 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     return _compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
-def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:
-    """Return the gate of a small contiguous float32 tensor, and the numbers that it takes behind the objects.
+def _streamed(op: str, size: int, fused: bool) -> bool:
+    tensors = 3 + 2 * fused if op == "backward" else 2 + fused
+    return 4 * size * tensors >= (tuning.READ_ONCE if op == "infer" else tuning.STREAM)
 
-    None before its kernel is compiled, and where there can be none. ``fused``: with a residual. It is called as
+
+def gated(op: str, dims: Dims, fused: bool) -> bool:
+    """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
+    p = launch.plan(dims, once=op == "infer")
+    if p.kind == "planes":
+        return not (op == "backward" and fused and _streamed(op, math.prod(dims), fused))
+    return launch.in_one_call(p, dims[1], alone=True) if op == "infer" else p.kind == "rows"
+
+
+def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:
+    """Return the gate of a contiguous float32 tensor for one thread, and the numbers that it takes behind the objects.
+
+    None before its kernel is compiled, and where gates cannot work; only for what is ``gated``. ``fused``: with a
+    residual. It is called as
     ``train(x, residual, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers, moved, eps,
     momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)``
     or ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
     """
-    p = launch.plan(dims, once=op == "infer")
-    if p.kind == "swept" or p.parallel or not readable():
+    if not readable():
         return None
-    by_rows, activation = p.kind == "rows", types.none if relu is None else types.boolean
+    p, size = launch.plan(dims, once=op == "infer"), math.prod(dims)
+    by_rows = p.kind != "planes"
+    activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]
     addresses = [_address(kernel, _kernel_arguments(op, by_rows, activation, _F32 if fused else types.none))]
     if op == "infer":
@@ -97,7 +114,7 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     if None in addresses or (code := _code(op, by_rows, activation, fused)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
-    return code, (*addresses, dims[0] * dims[1] * dims[2], *dims, *place)
+    return code, (*addresses, size, *dims, *place, _streamed(op, size, fused))
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 A gate takes the arrays as they come from Python (``objects.Handle``), asks itself whether they are plain float32 ones
 that fit, and calls the kernel by the address of its code: a call of (64, 100) in half the time that unpacking, checks
 in Python and Numba's dispatcher take. ``kind`` and ``dtype`` are ``numpy.ndarray`` and its float32; (N, C, S) is the
-shape, V and ``per`` belong to the kernels in ``rows`` and are None for those in ``planes``.
+shape, V and ``per`` belong to the kernels in ``rows`` and are None for those in ``planes``; ``streamed`` as there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _fits(residual, x, q, kind, dtype, size):
 @jit
 def train(
     x, residual, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
-    size, N, C, S, V, per, moved, eps, momentum, relu,
+    size, N, C, S, V, per, streamed, moved, eps, momentum, relu,
 ):  # fmt: skip
     """Training forward of size elements; 1 if done, 0 if refused. ``moved`` is C or, without running statistics, 0."""
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
@@ -58,14 +58,17 @@ def train(
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
     rs = float32s_of(residual, size)
     if V is None:
-        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, streamed, zeros2())
     else:
-        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, streamed, zeros2())
     return 1
 
 
 @jit
-def infer(x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, kernel, size, N, C, S, V, per, eps, relu):
+def infer(
+    x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, kernel,
+    size, N, C, S, V, per, streamed, eps, relu,
+):  # fmt: skip
     """Inference by a mean and a variance, which go to ``stats`` through ``given``; y may be x."""
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
     m, v = vector(mean, kind, dtype, C), vector(var, kind, dtype, C)
@@ -80,16 +83,17 @@ def infer(x, residual, y, mean, var, weight, bias, stats, kind, dtype, given, ke
     known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
     call(given, float32s(m, C), float32s(v, C), known, eps)
     if V is None:
-        call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, streamed, zeros2())
     else:
-        call(kernel, xs, rs, ys, ws, bs, known, (N, C, S), V, per, relu, False, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, (N, C, S), V, per, relu, streamed, zeros2())
     return 1
 
 
 @jit
 def backward(
-    x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, kind, dtype, kernel, size, N, C, S, V, per, frozen, relu
-):
+    x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, kind, dtype, kernel,
+    size, N, C, S, V, per, streamed, frozen, relu,
+):  # fmt: skip
     """Gradients; dx may be grad if y and dr are None. ``dr``, ``dweight``, ``dbias`` and ``stats`` are ours."""
     p, g, q = plain(x, kind, dtype, size), plain(grad, kind, dtype, size), plain(dx, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
@@ -105,7 +109,7 @@ def backward(
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
     ys, rs = float32s_of(y, size), float32s_of(dr, size)
     if V is None:
-        call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, False, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, streamed, zeros2())
     else:
-        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, False, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, streamed, zeros2())
     return 1

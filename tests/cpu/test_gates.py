@@ -193,7 +193,7 @@ def test_a_kernel_that_fails_raises_here(rng):
     """Its exception comes through the call by address."""
     a = Arguments(rng)
     code, numbers = entries.find("train", (N, C, 1), None)
-    much = (*numbers[:-2], 1 << 58, numbers[-1])  # columns that no memory holds
+    much = (*numbers[:-3], 1 << 58, *numbers[-2:])  # columns that no memory holds
     vectors = a.weight, a.bias, a.mean, a.var
     with pytest.raises(MemoryError):
         code(a.x, None, a.y, *vectors, a.stats, np.ndarray, F32, *much, C, a.eps, a.momentum, None)
