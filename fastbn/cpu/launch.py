@@ -46,6 +46,15 @@ def side_by_side(V: int, N: int, most: int, lanes: int) -> int:
     return step if step <= N and step * V <= 4 * most else count
 
 
+def _columns(N: int, V: int, lanes: int, once: bool) -> int:
+    """Columns of the matrix that N rows of V elements are laid out as."""
+    slim = V * side_by_side(V, N, tuning.SLIM, lanes)
+    least, most = tuning.SLIM_SIZES
+    if once and lanes == 16 and slim % lanes == 0 and least < N * V < most:
+        return slim
+    return V * side_by_side(V, N, tuning.MATRIX, lanes)
+
+
 def _as_planes(N: int, C: int, S: int, lanes: int) -> bool:
     """Tell whether gradients and training of (N, C, S) read a block of channels at a time.
 
@@ -67,8 +76,7 @@ def plan(dims: Dims, lanes: int = 16, once: bool = False) -> Plan:
     parallel = size >= tuning.PARALLEL
     if lanes <= S and (once or _as_planes(N, C, S, lanes)):
         return Plan("planes", parallel)
-    V = C * S
-    V *= side_by_side(V, N, tuning.MATRIX, lanes)
+    V = _columns(N, C * S, lanes, once)
     if size <= tuning.WHOLE:
         return Plan("rows", False, V, C)
     if V == C * S and N <= tuning.TALL:
