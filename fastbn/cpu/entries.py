@@ -80,16 +80,18 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     return _compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
-def _streamed(op: str, size: int, fused: bool) -> bool:
+def _streamed(op: str, size: int, by_rows: bool, fused: bool) -> bool:
+    """Tell what ``launch`` says of tensors of so many float32 numbers."""
     tensors = 3 + 2 * fused if op == "backward" else 2 + fused
-    return 4 * size * tensors >= (tuning.READ_ONCE if op == "infer" else tuning.STREAM)
+    once = tuning.READ_ONCE if by_rows else tuning.READ_ONCE_RUNS
+    return 4 * size * tensors >= (once if op == "infer" else tuning.STREAM)
 
 
 def gated(op: str, dims: Dims, fused: bool) -> bool:
     """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
     p = launch.plan(dims, once=op == "infer")
     if p.kind == "planes":
-        return not (op == "backward" and fused and _streamed(op, math.prod(dims), fused))
+        return not (op == "backward" and fused and _streamed(op, math.prod(dims), False, fused))
     return launch.in_one_call(p, dims[1], alone=True) if op == "infer" else p.kind == "rows"
 
 
@@ -114,7 +116,7 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     if None in addresses or (code := _code(op, by_rows, activation, fused)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
-    return code, (*addresses, size, *dims, *place, _streamed(op, size, fused))
+    return code, (*addresses, size, *dims, *place, _streamed(op, size, by_rows, fused))
 
 
 @functools.cache

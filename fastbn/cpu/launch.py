@@ -191,7 +191,8 @@ def infer(
     """Inference into ``out`` with the means and invstds in ``stats``."""
     p = plan(dims, lanes_of(x), once=True)
     N, C, S = dims
-    streamed = tuning.streams(x, residual, out, least=tuning.READ_ONCE)
+    least = tuning.READ_ONCE_RUNS if p.kind == "planes" else tuning.READ_ONCE
+    streamed = tuning.streams(x, residual, out, least=least)
     if p.kind == "planes":
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, streamed)
         pool.run(planes.infer, work, N * C, p.parallel)

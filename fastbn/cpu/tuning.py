@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
 STREAM = 10 << 20  # bytes of all tensors from which streaming stores pay, see ``streams``
-READ_ONCE = 14 << 20  # the same for inference, which wants no line of x back
+READ_ONCE = 14 << 20  # the same for inference of rows, which wants no line of x back
+READ_ONCE_RUNS = 19 << 20  # and of channels-first arrays; rows take 0.75-0.95 there too, but 1.3-1.5 out of the memory
 MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slower to sum, their rows lie 4 KB apart
 SLIM = 64  # the same for inference between two caches, where each fetch of a constant counts: 0.9 of the time
 SLIM_SIZES = (1 << 17, 7 << 18)  # elements, both of them out: 1.05-1.09x below, 1.0 (half types 1.1) above
@@ -24,8 +25,8 @@ BAND = (1 << 15, 1 << 20)  # elements of a band of rows: small ones cost 1.3x, a
 def streams(*tensors: npt.NDArray[Any] | None, least: int | None = None) -> bool:
     """Tell whether a kernel that reads and writes these tensors should stream what it writes past the cache.
 
-    Ordinary stores take, of the time of streaming ones: inference 0.8 at 12 MB of tensors, 0.8-1.0 at 16, 1.2-1.5 at
-    24; training 1.0 (rows 0.9) at 8 MB, 1.02-1.08 at 12, 1.2 at 24; gradients 1.0 at 12 MB, 1.2 at 24. Who reads the
-    result next finds it in the cache.
+    Ordinary stores take, of the time of streaming ones: inference 0.7-0.8 at 12 to 18 MB of tensors, 0.8-1.0 at 20,
+    1.0-1.2 at 24; training 1.0 (rows 0.9) at 8 MB, 1.02-1.08 at 12, 1.2 at 24; gradients 1.0 at 12 MB, 1.2 at 24. Who
+    reads the result next finds it in the cache.
     """
     return sum(t.nbytes for t in tensors if t is not None) >= (STREAM if least is None else least)
