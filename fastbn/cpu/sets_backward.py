@@ -20,7 +20,7 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.elements import by_element, room
+from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.simd import (
@@ -185,12 +185,22 @@ def spread(x, c):
 def write_run(x, g, dx, w, i, end, col, c, other, streamed):
     """Write whole vectors from i on that end by ``end``; ask for the lines that lie ``other`` elements ahead."""
     W, c = lanes(x), spread(x, c)
-    while i + W <= end:
+    while i + 2 * W <= end:  # two are read before one is written, see ``sweep.normalise_run``
+        ask(x, i + other)
+        ask(x, i + other + W)
+        ask(g, i + other)
+        ask(g, i + other + W)
+        z0 = gradient(load(x, i), load(g, i), c, load_or_splat(x, w, col))
+        z1 = gradient(load(x, i + W), load(g, i + W), c, load_or_splat(x, w, col + W))
+        write(dx, i, z0, streamed)
+        write(dx, i + W, z1, streamed)
+        i += 2 * W
+        col += 2 * W
+    if i + W <= end:
         ask(x, i + other)
         ask(g, i + other)
         write(dx, i, gradient(load(x, i), load(g, i), c, load_or_splat(x, w, col)), streamed)
         i += W
-        col += W
     return i
 
 
@@ -268,7 +278,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, each, S, per, stre
     scratch = np.zeros(2 * (period + lanes(x)) if singly else 1, kind.dtype)
     short = like(x, base(scratch))
     weights = empty(room(x, period) if singly else 0, kind)
-    weight = by_element(x, weight, each, period, S, base(weights))
+    weight = by_element(x, weight, each, period, S, place(base(weights), dx, L))
     samples = sets // G
     lo = fetch_add(claim, 0, per)
     p = (0.0, 0.0, 0.0, 0.0, 0.0)  # constants of the set before

@@ -128,8 +128,15 @@ def normalise(x, y, weight, bias, stats, sets, L, streamed, claim):
         if n > 0:
             _write_part(x, y, weight, bias, i, n, at, c)
             i += n
-        while i + W <= end:
+        while i + 2 * W <= end:
             ask(x, i + FAR)
+            ask(x, i + FAR + W)
+            z0 = output(load(x, i), c[0], c[1], c[2], load(weight, i - at), load(bias, i - at))
+            z1 = output(load(x, i + W), c[0], c[1], c[2], load(weight, i + W - at), load(bias, i + W - at))
+            write(y, i, z0, streamed)
+            write(y, i + W, z1, streamed)
+            i += 2 * W
+        if i + W <= end:
             write(y, i, output(load(x, i), c[0], c[1], c[2], load(weight, i - at), load(bias, i - at)), streamed)
             i += W
         if i < end:
@@ -279,7 +286,13 @@ def gradients(x, g, dx, weight, stats, part, sets, L, streamed, claim):
         if n > 0:
             _write_gradient(x, g, dx, weight, i, n, at, c)
             i += n
-        while i + W <= end:
+        while i + 2 * W <= end:
+            z0 = gradient(load(x, i), load(g, i), c, load(weight, i - at))
+            z1 = gradient(load(x, i + W), load(g, i + W), c, load(weight, i + W - at))
+            write(dx, i, z0, streamed)
+            write(dx, i + W, z1, streamed)
+            i += 2 * W
+        if i + W <= end:
             write(dx, i, gradient(load(x, i), load(g, i), c, load(weight, i - at)), streamed)
             i += W
         if i < end:

@@ -14,8 +14,8 @@ import math
 import numpy as np
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.elements import by_element, room
-from fastbn.cpu.sets import block_sets, constants, output, output_part, settle, sum_set, write_seam
+from fastbn.cpu.elements import by_element, place, room
+from fastbn.cpu.sets import block_sets, constants, output_part, settle, sum_set, value, write_seam
 from fastbn.cpu.sets_backward import ROWS, add_to, put_away, sum_elements, weighed, wide_sums, write_set
 from fastbn.cpu.simd import (
     ask,
@@ -164,7 +164,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, each, per, streamed, 
     notes, scratch = empty(20, stats), np.zeros(2 * (L + 32), kind.dtype)
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
     weights = empty(room(x, L), kind)
-    weight = by_element(x, weight, each, L, None, base(weights))
+    weight = by_element(x, weight, each, L, None, place(base(weights), dx, L))
     table, short, sums = base(notes), like(x, base(scratch)), base(sums)
     whole, p = lanes(x) <= L, (0.0, 0.0, 0.0, 0.0, 0.0)  # p: constants of the set before
     lo = fetch_add(claim, 0, per)
@@ -250,8 +250,13 @@ def normalise_set(x, y, w, b, at, L, p, c, joined, followed, streamed):
         else:
             store_n(y, at, output_part(x, at, n, c, load_or_splat(x, w, 0), load_or_splat(x, b, 0)), n)
         i += n
-    while i + W <= at + L:
-        write(y, i, output(load(x, i), m, k, r, load_or_splat(x, w, i - at), load_or_splat(x, b, i - at)), streamed)
+    while i + 2 * W <= at + L:
+        z0, z1 = value(x, w, b, i, i - at, m, k, r), value(x, w, b, i + W, i + W - at, m, k, r)
+        write(y, i, z0, streamed)
+        write(y, i + W, z1, streamed)
+        i += 2 * W
+    if i + W <= at + L:
+        write(y, i, value(x, w, b, i, i - at, m, k, r), streamed)
         i += W
     n = at + L - i
     if n > 0 and not followed:
@@ -265,8 +270,8 @@ def train(x, y, weight, bias, stats, kind, sets, L, each, eps, streamed, claim):
     x, y, weight, bias, stats, claim = base(x), base(y), base(weight), base(bias), base(stats), base(claim)
     table, per, whole, p = base(notes), block_sets(sets, L), lanes(x) <= L, (0.0, 0.0, 0.0)
     scratch = empty(2 * room(x, L), kind)
-    weight = by_element(x, weight, each, L, None, base(scratch))
-    bias = by_element(x, bias, each, L, None, base(scratch) + room(x, L))
+    weight = by_element(x, weight, each, L, None, place(base(scratch), y, L))
+    bias = by_element(x, bias, each, L, None, place(base(scratch) + room(x, L), y, L))
     lo = fetch_add(claim, 0, per)
     while lo < sets:
         t, end = lo, least(lo + per, sets)
