@@ -180,9 +180,10 @@ def _normalise_two(x, r, y, V, r0, r1, m, k, b, relu, away):
             if away:
                 ask(x, at + i + AHEAD)
                 ask(x, at + i + V + AHEAD)
-            mv, kv, bv = load(m, i), load(k, i), load(b, i)
-            store(y, at + i, output(load(x, at + i) - mv, load(r, at + i), kv, bv, relu))
-            store(y, at + i + V, output(load(x, at + i + V) - mv, load(r, at + i + V), kv, bv, relu))
+            z0 = _normal(x, r, at + i, m, k, b, i, relu)
+            z1 = _normal(x, r, at + i + V, m, k, b, i, relu)
+            store(y, at + i, z0)
+            store(y, at + i + V, z1)
 
 
 @helper
