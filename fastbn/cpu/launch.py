@@ -85,14 +85,26 @@ def plan(dims: Dims, lanes: int = 16, once: bool = False) -> Plan:
     return _swept(Plan("rows", parallel, V, C), size)
 
 
-def _swept(p: Plan, size: int) -> Plan:
-    """Return the plan that sweeps the same matrix in bands: a sixteenth of the tensor each, within BAND."""
-    if p.kind == "swept":
-        return p
-    width = p.V if p.V <= 2 * tuning.WIDTH else tuning.WIDTH
+def _banded(p: Plan, size: int, width: int) -> Plan:
+    """Return the plan in bands of so many columns: a sixteenth of the tensor each, within BAND."""
     least, most = tuning.BAND
     height = max(4, min(most, max(least, size // 16)) // width // 4 * 4)
     return p._replace(kind="swept", height=height, width=width)
+
+
+def _swept(p: Plan, size: int) -> Plan:
+    """Return the plan that sweeps the same matrix in bands."""
+    if p.kind == "swept":
+        return p
+    parts = max(1, p.V // tuning.SIDE)
+    return _banded(p, size, p.V if parts == 1 else -(-p.V // (32 * parts)) * 32)
+
+
+def _written(p: Plan, out: Array) -> Plan:
+    """Return the plan for writing: in whole rows where lines cross their ends, parts of rows would take 1.4-2x."""
+    if p.width == p.V or lined(out, p.V):
+        return p
+    return _banded(p, out.size, p.V if p.V <= 2 * tuning.WIDTH else tuning.WIDTH)
 
 
 def lanes_of(x: Array) -> int:
@@ -152,6 +164,7 @@ def _swept_moments(
 def _swept_normalise(
     x: Array, residual: Array | None, out: Array, columns: Array, p: Plan, relu: bool | None, streamed: bool
 ) -> None:
+    p = _written(p, out)
     down, across = p.bands(x.size)
     work = (x, residual, out, columns, p.V, p.height, p.width, relu, streamed)
     pool.run(rows_swept.normalise, work, down * across, p.parallel)
@@ -226,20 +239,32 @@ def backward(
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
         pool.run(rows.backward, matrix, C, p.parallel)
     else:
-        down, across = p.bands(x.size)
-        columns, part = room_for_columns(weight, p.V, 5), room_for_sums(p.V, down)
-        bands = (p.V, p.height, p.width, relu)
-        rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
-        early = grad_residual if streamed and lined(grad_residual, p.V) else None
-        pool.run(rows_swept.sums, (x, grad, y, early, out, columns, part, *bands, streamed), down * across, p.parallel)
-        rows_swept.settle_backward(
-            x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down,
-            frozen, relu, streamed, False,
-        )  # fmt: skip
-        if early is not None:  # it holds u
-            tensors, bands = (x, early, None, out, None), (p.V, p.height, p.width, None)
-        pool.run(rows_swept.gradient, (*tensors, columns, *bands, streamed), down * across, p.parallel)
+        _swept_gradients(tensors, params, dims, p, frozen, relu, streamed)
     return dweight, dbias
+
+
+def _swept_gradients(
+    tensors: tuple[Array, Array, Array | None, Array, Array | None], params: tuple[Array, ...],
+    dims: Dims, p: Plan, frozen: bool, relu: bool | None, streamed: bool,
+) -> None:  # fmt: skip
+    x, grad, y, out, grad_residual = tensors
+    weight, bias, dweight, dbias, stats = params
+    down, across = p.bands(x.size)
+    columns, part = room_for_columns(weight, p.V, 5), room_for_sums(p.V, down)
+    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+    early = grad_residual if streamed and lined(grad_residual, p.V) else None
+    sums = (x, grad, y, early, out, columns, part, p.V, p.height, p.width, relu, streamed)
+    pool.run(rows_swept.sums, sums, down * across, p.parallel)
+    rows_swept.settle_backward(
+        x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed,
+        False,
+    )  # fmt: skip
+    if early is not None:  # it holds u
+        tensors, relu = (x, early, None, out, None), None
+    p = _written(p, out)
+    down, across = p.bands(x.size)
+    work = (*tensors, columns, p.V, p.height, p.width, relu, streamed)
+    pool.run(rows_swept.gradient, work, down * across, p.parallel)
 
 
 def pieces(mask: Array, samples: int, per: int) -> Table:

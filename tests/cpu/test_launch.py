@@ -114,7 +114,7 @@ class Room:
 # Rows in one block, rows laid side by side, rows swept in bands (some whole vectors, some not, one wide), and runs.
 OFFSET_SHAPES = [
     (64, 100), (61, 100), (33, 48), (29, 7, 3), (2, 37), (4099, 80), (3001, 130), (2100, 65, 2), (1100, 4133),
-    (3, 40, 57), (5, 9, 196), (2, 33, 16, 128),
+    (1100, 2112), (150, 2112), (150, 704, 3), (3, 40, 57), (5, 9, 196), (2, 33, 16, 128),
 ]  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
 
 # Added row by row and two at a time, a matrix of rows laid side by side whose last one is short, runs.
 EARLY_SHAPES = [
-    (4099, 80), (3001, 128), (8200, 130), (1100, 1024), (1100, 1536), (3, 40, 64), (2, 5, 1000), (2, 3, 4128),
+    (4099, 80), (3001, 128), (8200, 130), (1100, 1024), (1100, 1536), (1100, 2112), (3, 40, 64), (2, 5, 1000), (2, 3, 4128),
 ]  # fmt: skip
 
 
