@@ -231,3 +231,27 @@ assert not [s for s in stores if "movaps" in s or "movdqa" in s], stores
 def test_every_store_past_the_caches_is_one(python, tmp_path):
     """Ordinary stores of whole tensors are unaligned: an aligned one was to be streamed, and LLVM forgot."""
     python(STREAMED, FASTBN_CACHE_DIR=tmp_path)
+
+
+BESIDE = """
+import fastbn, numba, numpy
+from numba.core.registry import cpu_target
+from numba.extending import overload
+
+fastbn.batch_norm_train(numpy.ones((8, 4), "f4"))
+assert "refresh" not in vars(cpu_target.target_context)
+
+def twice(x):
+    raise NotImplementedError
+
+@overload(twice)
+def _twice(x):
+    return lambda x: x + x
+
+assert numba.njit(lambda x: twice(x))(2) == 4
+"""
+
+
+def test_numba_is_left_as_it_was(python, tmp_path):
+    """While a kernel is compiled Numba looks for new declarations less often; afterwards as ever."""
+    python(BESIDE, FASTBN_CACHE_DIR=tmp_path)

@@ -150,7 +150,8 @@ def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
 
 # Added row by row and two at a time, a matrix of rows laid side by side whose last one is short, runs.
 EARLY_SHAPES = [
-    (4099, 80), (3001, 128), (8200, 130), (1100, 1024), (1100, 1536), (1100, 2112), (3, 40, 64), (2, 5, 1000), (2, 3, 4128),
+    (4099, 80), (3001, 128), (8200, 130), (1100, 1024), (1100, 1536), (1100, 2112), (3, 40, 64),
+    (2, 5, 1000), (2, 3, 4128),
 ]  # fmt: skip
 
 
