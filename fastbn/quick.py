@@ -43,27 +43,42 @@ class Call(NamedTuple):
 
 # The result, how it was found, its statistics, weight and bias as kernels take them, and which of the two were given.
 Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool]]
-_Known = dict[tuple[tuple[int, ...], int, Any, bool], Call | None]  # None: goes the long way for good
+_Key = tuple[tuple[int, ...], int, Any, bool]
+_Known = dict[_Key, Call]
 _train: _Known = {}
 _infer: _Known = {}
 _backward: _Known = {}
+_others: dict[tuple[str, _Key], Call | None] = {}  # large ones, and None for what goes the long way for good
 
 
 def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: bool) -> Call | None:
     """Return the call that is known, or gets to be known now that its kernel is compiled."""
     if type(axis) is not int or (activation is not None and type(activation) is not str) or x.dtype is not F32:
         return None  # True is 1 to a dictionary
-    if x.size >= PARALLEL and get_num_threads() > 1:
-        return None
     key = x.shape, axis, activation, fused
-    call: Call | Literal[False] | None = known.get(key, False)
+    call = known.get(key)
+    return _find_other(op, known, x, key) if call is None else call
+
+
+def _find_other(op: str, known: _Known, x: Array, key: _Key) -> Call | None:
+    """Return the call for a large array if there is one thread, or one that gets to be known now."""
+    large = x.size >= PARALLEL
+    if large and get_num_threads() > 1:
+        return None
+    call: Call | Literal[False] | None = _others.get((op, key), False)
+    if call is not False:
+        return call
+    call = _learn(op, *key)
     if call is False:
-        call = _learn(op, *key)
-        if call is not False:
-            if len(known) >= REMEMBERED:
-                known.clear()
-            known[key] = call
-    return None if call is False else call
+        return None
+    if len(known) + len(_others) >= REMEMBERED:
+        known.clear()
+        _others.clear()
+    if call is None or large:
+        _others[op, key] = call
+    else:
+        known[key] = call
+    return call
 
 
 def _learn(

@@ -15,8 +15,8 @@ from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import NEAR, band_gradient, band_normalise, band_sums, nothing_yet
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.simd import base, empty, fence, fetch_add, head, lanes, least, like
+from fastbn.cpu.tuning import SIDE
 
-SIDE = 1024  # columns of a block whose lines do not cross its ends, up to half as many more
 PAD = 32  # spare elements of an array of columns from NumPy, so that its first one can begin a vector
 
 

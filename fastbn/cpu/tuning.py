@@ -14,8 +14,10 @@ MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slo
 SLIM = 64  # the same for inference between two caches, where each fetch of a constant counts: 0.9 of the time
 SLIM_SIZES = (1 << 17, 7 << 18)  # elements, both of them out: 1.05-1.09x below, 1.0 (half types 1.1) above
 WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four rows
-SIDE = 1024  # columns of a band, up to twice as many: their sums and constants share L1 with two rows. 2048 columns as
-# one band take 1.35x (gradients) and 1.2x (training) at 1568 rows, 1.03 and 1.1 at 8192; 1280 cut in two 1.1 and 1.3
+# Columns of a band or block whose lines do not cross its ends, up to half as many more: their sums and constants share
+# L1 with two rows. 2048 columns take 1.35x (gradients) and 1.2x (training) at 1568 rows, 1.03 and 1.1 at 8192; 1280
+# columns cut in two 1.1 and 1.3.
+SIDE = 1024
 WHOLE = 1 << 18  # elements of a tensor that is one block
 TALL = 1024  # rows from which a block of columns no longer fits in the cache
 LYING = 1 << 18  # valid values from which they are read where they lie instead of packed

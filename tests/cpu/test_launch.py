@@ -140,7 +140,7 @@ def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
     expected = every_result(c, Room(0), grad)
     for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
         monkeypatch.setattr(tuning, name, 0)
-    for known in ("_train", "_infer", "_backward"):  # what is known remembers not to stream
+    for known in ("_train", "_infer", "_backward", "_others"):  # what is known remembers not to stream
         monkeypatch.setattr(quick, known, {})
     for offset in (0, 1, 4, 8, 13, 27):
         room = Room(offset)
