@@ -30,7 +30,7 @@ def calls(case: Case) -> Iterator[Call]:
     """Return the call into an output at each place, checked."""
     data = Data(case)
     for place in PLACES:
-        data.__dict__["out"] = empty(data.shape, data.dtype, 64 + place)
+        data.out = empty(data.shape, data.dtype, 64 + place)
         call = PEERS["fastbn"](data)
         call()
         if not error(data) <= TOLERANCE[case.dtype]:

@@ -28,7 +28,7 @@ from fastbn.cpu.simd import (
     stream,
     widen_add,
 )
-from fastbn.cpu.sweep import gradient_value, output, term, through_relu, write
+from fastbn.cpu.sweep import gradient_at, gradient_value, output, term, through_relu, value, write
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
 NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
@@ -165,7 +165,7 @@ def _normalise_n(x, r, y, at, n, m, k, b, i, relu):
 @part
 def _normal(x, r, at, m, k, b, i, relu):
     """Return one vector of the output by the constants of columns from i on."""
-    return output(load(x, at) - load(m, i), load(r, at), load(k, i), load(b, i), relu)
+    return value(x, r, at, load(m, i), load(k, i), load(b, i), relu)
 
 
 @helper
@@ -238,9 +238,7 @@ def _gradient_n(x, g, y, dx, dr, at, n, m, k, b, c1, c0, i, relu):
 @part
 def _gradient_of(x, g, y, at, m, k, b, c1, c0, i, relu):
     """Return one vector of dx and of u by the constants of columns from i on."""
-    v, kv = load(x, at) - load(m, i), load(k, i)
-    u = through_relu(load(g, at), v, load(y, at), kv, load(b, i), relu)
-    return gradient_value(v, u, kv, load(c1, i), load(c0, i)), u
+    return gradient_at(x, g, y, at, load(m, i), load(k, i), load(b, i), load(c1, i), load(c0, i), relu)
 
 
 @helper

@@ -21,7 +21,6 @@ from fastbn.cpu import (
     sets,
     sets_backward,
     sets_short,
-    tuning,
 )
 from fastbn.cpu.objects import handle, readable
 
@@ -80,18 +79,17 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
     return _compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
-def _streamed(op: str, size: int, by_rows: bool, fused: bool) -> bool:
-    """Tell what ``launch`` says of tensors of so many float32 numbers."""
+def _streamed(op: str, p: launch.Plan, dims: Dims, fused: bool) -> bool:
+    """Tell what ``tuning.streams`` says of float32 tensors."""
     tensors = 3 + 2 * fused if op == "backward" else 2 + fused
-    once = tuning.READ_ONCE if by_rows else tuning.READ_ONCE_RUNS
-    return 4 * size * tensors >= (once if op == "infer" else tuning.STREAM)
+    return 4 * math.prod(dims) * tensors >= launch.streams_from(p, once=op == "infer")
 
 
 def gated(op: str, dims: Dims, fused: bool) -> bool:
     """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
     p = launch.plan(dims, once=op == "infer")
     if p.kind == "planes":
-        return not (op == "backward" and fused and _streamed(op, math.prod(dims), False, fused))
+        return not (op == "backward" and fused and _streamed(op, p, dims, fused))
     return launch.in_one_call(p, dims[1], alone=True) if op == "infer" else p.kind == "rows"
 
 
@@ -106,7 +104,7 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     """
     if not readable():
         return None
-    p, size = launch.plan(dims, once=op == "infer"), math.prod(dims)
+    p = launch.plan(dims, once=op == "infer")
     by_rows = p.kind != "planes"
     activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]
@@ -116,7 +114,7 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     if None in addresses or (code := _code(op, by_rows, activation, fused)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
-    return code, (*addresses, size, *dims, *place, _streamed(op, size, by_rows, fused))
+    return code, (*addresses, math.prod(dims), *dims, *place, _streamed(op, p, dims, fused))
 
 
 @functools.cache

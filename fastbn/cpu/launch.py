@@ -189,6 +189,13 @@ def given(mean: Array, var: Array, eps: float) -> Array:
     return stats
 
 
+def streams_from(p: Plan, once: bool) -> int:
+    """Return from how many bytes of all tensors on a kernel streams what it writes (see ``tuning.streams``)."""
+    if not once:
+        return tuning.STREAM
+    return tuning.READ_ONCE_RUNS if p.kind == "planes" else tuning.READ_ONCE
+
+
 def in_one_call(p: Plan, C: int, alone: bool) -> bool:
     """Tell whether inference on a matrix is one call of ``rows.infer``: 0.8-0.97 of the time of bands.
 
@@ -204,13 +211,12 @@ def infer(
     """Inference into ``out`` with the means and invstds in ``stats``."""
     p = plan(dims, lanes_of(x), once=True)
     N, C, S = dims
-    least = tuning.READ_ONCE_RUNS if p.kind == "planes" else tuning.READ_ONCE
-    streamed = tuning.streams(x, residual, out, least=least)
+    streamed = tuning.streams(x, residual, out, least=streams_from(p, once=True))
     if p.kind == "planes":
         work = (x, residual, out, weight, bias, stats, N, C, S, relu, streamed)
         pool.run(planes.infer, work, N * C, p.parallel)
         return
-    if in_one_call(p, C, pool.get_num_threads() == 1):
+    if in_one_call(p, C, alone=not p.parallel or pool.get_num_threads() == 1):
         matrix = (x, residual, out, weight, bias, stats, dims, p.V, p.per, relu, streamed)
         pool.run(rows.infer, matrix, C, p.parallel)
         return

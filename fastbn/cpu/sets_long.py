@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.sets import output, pivot, settle, sum_set
+from fastbn.cpu.sets import output, pivot, settle, sum_set, value
 from fastbn.cpu.sets_backward import gradient, spread, weighed, wide_sums
 from fastbn.cpu.sets_short import centred, centred_part, known, spread3
 from fastbn.cpu.simd import (
@@ -131,13 +131,13 @@ def normalise(x, y, weight, bias, stats, sets, L, streamed, claim):
         while i + 2 * W <= end:
             ask(x, i + FAR)
             ask(x, i + FAR + W)
-            z0 = output(load(x, i), c[0], c[1], c[2], load(weight, i - at), load(bias, i - at))
-            z1 = output(load(x, i + W), c[0], c[1], c[2], load(weight, i + W - at), load(bias, i + W - at))
+            z0 = value(x, weight, bias, i, i - at, *c)
+            z1 = value(x, weight, bias, i + W, i + W - at, *c)
             write(y, i, z0, streamed)
             write(y, i + W, z1, streamed)
             i += 2 * W
         if i + W <= end:
-            write(y, i, output(load(x, i), c[0], c[1], c[2], load(weight, i - at), load(bias, i - at)), streamed)
+            write(y, i, value(x, weight, bias, i, i - at, *c), streamed)
             i += W
         if i < end:
             _write_part(x, y, weight, bias, i, end - i, at, c)

@@ -145,6 +145,12 @@ def sum_run(x, g, y, dr, at, n, m, k, b, relu, s, q):
 
 
 @part
+def value(x, r, i, m, k, b, relu):
+    """``output`` of the vector at i."""
+    return output(load(x, i) - m, load(r, i), k, b, relu)
+
+
+@part
 def normalise_part(x, r, y, i, n, c, relu):
     """activation((x - m)*k + b + r) of n < W elements, c = (m, k, b)."""
     return output(load_n(x, i, n) - splat(x, c[0]), load_n(r, i, n), splat(x, c[1]), splat(x, c[2]), relu)
@@ -156,10 +162,10 @@ def _normalise_few(x, r, y, i, end, m, k, b, relu, streamed):
     W = lanes(x)
     if streamed:
         while i + 2 * W <= end:
-            z0 = output(load(x, i) - m, load(r, i), k, b, relu)
-            z1 = output(load(x, i + W) - m, load(r, i + W), k, b, relu)
+            z0 = value(x, r, i, m, k, b, relu)
+            z1 = value(x, r, i + W, m, k, b, relu)
             if i + 3 * W <= end:
-                z2 = output(load(x, i + 2 * W) - m, load(r, i + 2 * W), k, b, relu)
+                z2 = value(x, r, i + 2 * W, m, k, b, relu)
                 stream(y, i, z0)
                 stream(y, i + W, z1)
                 stream(y, i + 2 * W, z2)
@@ -169,11 +175,11 @@ def _normalise_few(x, r, y, i, end, m, k, b, relu, streamed):
                 stream(y, i + W, z1)
                 i += 2 * W
         if i + W <= end:
-            stream(y, i, output(load(x, i) - m, load(r, i), k, b, relu))
+            stream(y, i, value(x, r, i, m, k, b, relu))
             i += W
     else:
         while i + W <= end:
-            store(y, i, output(load(x, i) - m, load(r, i), k, b, relu))
+            store(y, i, value(x, r, i, m, k, b, relu))
             i += W
     return i
 
@@ -188,10 +194,10 @@ def normalise_run(x, r, y, i, end, c, relu, streamed):
     W = lanes(x)
     m, k, b = splat(x, c[0]), splat(x, c[1]), splat(x, c[2])
     while i + 4 * W <= end:
-        z0 = output(load(x, i) - m, load(r, i), k, b, relu)
-        z1 = output(load(x, i + W) - m, load(r, i + W), k, b, relu)
-        z2 = output(load(x, i + 2 * W) - m, load(r, i + 2 * W), k, b, relu)
-        z3 = output(load(x, i + 3 * W) - m, load(r, i + 3 * W), k, b, relu)
+        z0 = value(x, r, i, m, k, b, relu)
+        z1 = value(x, r, i + W, m, k, b, relu)
+        z2 = value(x, r, i + 2 * W, m, k, b, relu)
+        z3 = value(x, r, i + 3 * W, m, k, b, relu)
         write(y, i, z0, streamed)
         write(y, i + W, z1, streamed)
         write(y, i + 2 * W, z2, streamed)
@@ -206,7 +212,7 @@ def normalise_seam(x, r, y, i, n, c, d, relu, streamed):
     m = blend(n, splat(x, c[0]), splat(x, d[0]))
     k = blend(n, splat(x, c[1]), splat(x, d[1]))
     b = blend(n, splat(x, c[2]), splat(x, d[2]))
-    write(y, i, output(load(x, i) - m, load(r, i), k, b, relu), streamed)
+    write(y, i, value(x, r, i, m, k, b, relu), streamed)
 
 
 @part
@@ -225,15 +231,15 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, start, s, q
         ask_four(x, at + far)
         if r is not None:  # 0.93-0.98
             ask_four(r, i + far)
-        z0 = output(load(x, i) - m, load(r, i), k, b, relu)
-        z1 = output(load(x, i + W) - m, load(r, i + W), k, b, relu)
+        z0 = value(x, r, i, m, k, b, relu)
+        z1 = value(x, r, i + W, m, k, b, relu)
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         s, s1, q, q1 = s + v0, s1 + v1, fma(v0, v0, q), fma(v1, v1, q1)
         write(y, i, z0, streamed)
         write(y, i + W, z1, streamed)
         i += 2 * W
-        z0 = output(load(x, i) - m, load(r, i), k, b, relu)
-        z1 = output(load(x, i + W) - m, load(r, i + W), k, b, relu)
+        z0 = value(x, r, i, m, k, b, relu)
+        z1 = value(x, r, i + W, m, k, b, relu)
         v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
         s2, s3, q2, q3 = s2 + v2, s3 + v3, fma(v2, v2, q2), fma(v3, v3, q3)
         write(y, i, z0, streamed)
@@ -263,6 +269,14 @@ def gradient_value(v, u, k, c1, c0):
 
 
 @part
+def gradient_at(x, g, y, i, m, k, b, c1, c0, relu):
+    """Return dx and u of the vector at i."""
+    v = load(x, i) - m
+    u = through_relu(load(g, i), v, load(y, i), k, b, relu)
+    return gradient_value(v, u, k, c1, c0), u
+
+
+@part
 def gradient_part(x, g, y, i, n, c, relu):
     """Return dx and u of n < W elements, c = (m, k, b, c1, c0): dx = k*(u + c1*(x - m) + c0)."""
     v, k = load_n(x, i, n) - splat(x, c[0]), splat(x, c[1])
@@ -287,22 +301,20 @@ def gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, other):
         if y is not None:  # more to write: time for both
             ask(g, i + other)
             ask(g, i + other + W)
-        v0, v1 = load(x, i) - m, load(x, i + W) - m
-        u0 = through_relu(load(g, i), v0, load(y, i), k, b, relu)
-        u1 = through_relu(load(g, i + W), v1, load(y, i + W), k, b, relu)
+        z0, u0 = gradient_at(x, g, y, i, m, k, b, c1, c0, relu)
+        z1, u1 = gradient_at(x, g, y, i + W, m, k, b, c1, c0, relu)
         write(dr, i, u0, aligned)
-        write(dx, i, gradient_value(v0, u0, k, c1, c0), streamed)
+        write(dx, i, z0, streamed)
         write(dr, i + W, u1, aligned)
-        write(dx, i + W, gradient_value(v1, u1, k, c1, c0), streamed)
+        write(dx, i + W, z1, streamed)
         i += 2 * W
-    while i + W <= end:
+    if i + W <= end:
         ask(x, i + other)
         if y is not None:
             ask(g, i + other)
-        v = load(x, i) - m
-        u = through_relu(load(g, i), v, load(y, i), k, b, relu)
-        write(dr, i, u, aligned)
-        write(dx, i, gradient_value(v, u, k, c1, c0), streamed)
+        z0, u0 = gradient_at(x, g, y, i, m, k, b, c1, c0, relu)
+        write(dr, i, u0, aligned)
+        write(dx, i, z0, streamed)
         i += W
     return i
 
@@ -313,7 +325,6 @@ def gradient_seam(x, g, y, dx, dr, i, n, c, d, relu, streamed):
     m, k = blend(n, splat(x, c[0]), splat(x, d[0])), blend(n, splat(x, c[1]), splat(x, d[1]))
     b = blend(n, splat(x, c[2]), splat(x, d[2]))
     c1, c0 = blend(n, splat(x, c[3]), splat(x, d[3])), blend(n, splat(x, c[4]), splat(x, d[4]))
-    v = load(x, i) - m
-    u = through_relu(load(g, i), v, load(y, i), k, b, relu)
+    z, u = gradient_at(x, g, y, i, m, k, b, c1, c0, relu)
     write(dr, i, u, streamed and head(dr, i) == 0)
-    write(dx, i, gradient_value(v, u, k, c1, c0), streamed)
+    write(dx, i, z, streamed)
