@@ -35,9 +35,17 @@ def _zen(family: int, model: int) -> str:
     return {23: " (Zen 1/2)", 26: " (Zen 5)"}.get(family, "")
 
 
+def _xeon(family: int, model: int) -> str:
+    """Return the generation of an Intel server processor, "" if unknown; models as in Linux's ``intel-family.h``."""
+    names = {85: "Skylake", 106: "Ice Lake", 143: "Sapphire Rapids", 173: "Granite Rapids", 207: "Emerald Rapids"}
+    return f" ({names[model]})" if family == 6 and model in names else ""
+
+
 def name() -> str:
     """Return for instance "2-core AMD EPYC (Zen 5)"."""
     cpu, family, model = _cpu()
+    if "Intel" in cpu:
+        cpu = cpu.replace("(R)", "").removesuffix(" Processor") + _xeon(family, model)
     return f"{os.cpu_count()}-core {cpu}{_zen(family, model) if 'AMD' in cpu else ''}"
 
 

@@ -62,6 +62,14 @@ def _features() -> str:
     return ", ".join(name for name in _FEATURES if have.get(name)) or "none of those used"
 
 
+def _blocks() -> str:
+    from fastbn.cpu import tuning
+
+    size = tuning.CORE_CACHE
+    set_by = " (FASTBN_CORE_CACHE)" if os.environ.get("FASTBN_CORE_CACHE", "").isdecimal() else ""
+    return (f"a core's own cache, {bytes_text(size)}" if size else "the cache that cores share") + set_by
+
+
 def _threads() -> str:
     from fastbn import get_num_threads
 
@@ -117,6 +125,7 @@ _FINDERS: dict[str, Callable[[], str]] = {
     "cpu": _cpu,
     "cpu features": _features,
     "threads": _threads,
+    "blocks are made for": _blocks,
     "threading layer": _threading_layer,
     "kernel cache": _cache,
     "cuda": _cuda,

@@ -4,8 +4,9 @@
 - ``nogil``: threads are ours (``pool.py``), so a kernel exists in one variant only. A ``parallel=True`` twin was the
   alternative: twice the compile time, a cache entry that the serial variant can pick up by mistake (numba#6845),
   OpenMP that kills a forked child and ``workqueue`` that aborts the process under concurrent calls.
-- The cache lies in a folder per user, named after a hash of all our sources and of Numba's version. Numba itself
-  looks only at the file of the kernel, so a helper changed in another file would keep its old code.
+- The cache lies in a folder per user, named after a hash of all our sources, of Numba's version and of the cache that
+  blocks are made for (``tuning.CORE_CACHE``). Numba itself looks only at the file of the kernel, so a helper changed in
+  another file would keep its old code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from numba.core.caching import FunctionCache
 
 from fastbn import disk
+from fastbn.cpu import tuning
 from fastbn.cpu._parts import KERNEL_OPTIONS, OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,7 +33,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def source_digest() -> str:
     """Hash of every source file of the kernels, which import from this folder alone, and of what compiles them."""
     return disk.digest(
-        Path(__file__).resolve().parent, numba.__version__, llvmlite.__version__, np.__version__, sys.version
+        Path(__file__).resolve().parent,
+        numba.__version__,
+        llvmlite.__version__,
+        np.__version__,
+        sys.version,
+        str(tuning.CORE_CACHE),
     )
 
 

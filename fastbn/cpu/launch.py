@@ -63,7 +63,7 @@ def _as_planes(N: int, C: int, S: int, lanes: int) -> bool:
     border lies where both take as long: S - lanes = 3*sqrt(N), 4*sqrt(N) for half types whose runs end inside of
     vectors, or stretches of 8 KB, less where the cache helps.
     """
-    stretch = max(S, min(C * S // 8, planes.SLAB * lanes // N))
+    stretch = max(S, min(C * S // 8, planes.SHARED * lanes // N))
     dear = 18 if lanes == 32 and S % lanes else 9
     return (S - lanes) ** 2 > dear * N and stretch >= min(128 * lanes, N * C * S // 4096)
 

@@ -14,6 +14,7 @@ A channel's sums are kept as vectors, float32 ones (``short``) for at most RUN e
 
 from __future__ import annotations
 
+from fastbn.cpu import tuning
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import affine, keep, resolve
 from fastbn.cpu.simd import (
@@ -38,6 +39,7 @@ from fastbn.cpu.simd import (
     widen_add,
 )
 from fastbn.cpu.sweep import (
+    ahead,
     normalise_and_sum_run,
     normalise_part,
     normalise_run,
@@ -46,9 +48,12 @@ from fastbn.cpu.sweep import (
 )
 
 BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
-# Longer stretches read faster (C*S apart), up to what the shared cache holds four times, two blocks a thread. Twice as
-# many lines: training 1.05x, with two threads 1.15-1.25x the time; half as many: float16 1.2x.
-SLAB = 50_000  # lines of a block
+# Lines of a block. Longer stretches read faster (C*S apart), up to what the shared cache holds four times, two blocks a
+# thread. Twice as many lines: training 1.05x, with two threads 1.15-1.25x the time; half as many: float16 1.2x.
+SHARED = 50_000
+# Or a sixth of the core's own cache, which then holds x and the gradient of one block and x of the next. Gradients take
+# 1.03-1.15 with half or twice as much, 1.5 out of the shared cache.
+SLAB = tuning.CORE_CACHE // (6 * 64) or SHARED
 RUN = 4096  # elements of a channel that are summed in float32: 64 additions a lane
 
 
@@ -85,12 +90,14 @@ def total_of(long, vector, W):
 
 
 @part
-def sum_channel(x, g, y, dr, at, S, m, k, b, relu, short, long, j):
-    """Add a run to the sums of the block's channel j; RUN elements at a time."""
+def sum_channel(x, g, y, dr, at, S, far, m, k, b, relu, short, long, j):
+    """Add a run to the sums of the block's channel j; RUN elements at a time; asks for lines ``far`` ahead."""
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for i in range(0, S, RUN):
-        s, q = sum_run(x, g, y, dr, at + i, least(RUN, S - i), m, k, b, relu, load(short, s_at), load(short, q_at))
+        s, q = sum_run(
+            x, g, y, dr, at + i, least(RUN, S - i), far, m, k, b, relu, load(short, s_at), load(short, q_at)
+        )  # fmt: skip
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
@@ -154,8 +161,8 @@ def moments(x, stats, kind, N, C, S, eps, claim):
         _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
             for c in range(lo, hi):
-                start = get(stats, 2 * C + c)
-                sum_channel(x, None, None, None, (r * C + c) * S, S, start, 0.0, 0.0, None, short, long, c - lo)
+                start, far = get(stats, 2 * C + c), ahead(S, C * S, r + 1 < N)
+                sum_channel(x, None, None, None, (r * C + c) * S, S, far, start, 0.0, 0.0, None, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _settle(x, long, stats, stats, stats, False, N, C, S, lo, hi, eps, 0.0)
@@ -174,14 +181,14 @@ def write_head(x, residual, y, at, S, c, relu):
 
 
 @part
-def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, start, short, long, j, S):
+def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, far, start, short, long, j, S):
     """Write the run at ``at`` from i on and add the ``other`` one to the sums of the block's channel j; returns i."""
     W = lanes(x)
     s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for o in range(at, at + S, RUN):
         n = least(RUN, at + S - o)
         s, q = load(short, s_at), load(short, q_at)
-        i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + other, n, start, s, q)
+        i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + other, n, far, start, s, q)
         store(short, s_at, s)
         store(short, q_at, q)
         if S >= RUN:
@@ -190,17 +197,18 @@ def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, start, short,
 
 
 @helper
-def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long):
-    """Row r: write the channels old..old_hi - 1, one stretch, while summing lo..hi - 1."""
-    at = (r * C + old) * S
+def _train_row(x, residual, y, table, per, stats, r, back, N, C, S, old, old_hi, lo, hi, relu, streamed, short, long):
+    """Write the channels old..old_hi - 1 of row ``back``, one stretch, while summing lo..hi - 1 of row r."""
+    at, far = (back * C + old) * S, ahead(S, C * S, r + 1 < N)
     i, c = at, constants(table, per, 0)
+    other = ((r - back) * C + lo - old) * S
     if old < old_hi:
         i = write_head(x, residual, y, at, S, c, relu)
     for j in range(old_hi - old):
         end = at + S
         if lo + j < hi:
             start = get(stats, 2 * C + lo + j)
-            i = write_and_sum(x, residual, y, at, i, c, relu, streamed, (lo - old) * S, start, short, long, j, S)
+            i = write_and_sum(x, residual, y, at, i, c, relu, streamed, other, far, start, short, long, j, S)
         else:
             i = normalise_run(x, residual, y, i, end, c, relu, streamed)
         if old + j + 1 < old_hi:
@@ -214,7 +222,7 @@ def _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, 
         store_n(y, i, normalise_part(x, residual, y, i, at - i, c, relu), at - i)
     for j in range(most(0, old_hi - old), hi - lo):
         start = get(stats, 2 * C + lo + j)
-        sum_channel(x, None, None, None, (r * C + lo + j) * S, S, start, 0.0, 0.0, None, short, long, j)
+        sum_channel(x, None, None, None, (r * C + lo + j) * S, S, far, start, 0.0, 0.0, None, short, long, j)
 
 
 @jit
@@ -240,7 +248,10 @@ def train(
         hi = least(lo + per, C)
         _begin(x, stats, N, C, S, lo, hi, short, long)
         for r in range(N):
-            _train_row(x, residual, y, table, per, stats, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long)
+            back = N - 1 - r if tuning.CORE_CACHE else r  # what the near cache got last: 0.92 where a channel is 1.6 MB
+            _train_row(
+                x, residual, y, table, per, stats, r, back, N, C, S, old, old_hi, lo, hi, relu, streamed, short, long
+            )
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _settle(x, long, stats, running_mean, running_var, tracked, N, C, S, lo, hi, eps, momentum)

@@ -27,7 +27,7 @@ from fastbn.cpu.simd import (
     split,
     store_n,
 )
-from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
+from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam
 
 
 @helper
@@ -106,9 +106,10 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
         clear(long, 2 * W * (hi - lo))
         tabulate(x, stats, weight, bias, table, per, C, lo, hi)
         for r in range(N):
+            far = ahead(S, C * S, r + 1 < N)
             for c in range(lo, hi):
                 m, k, b = constants(table, per, c - lo)
-                sum_channel(x, g, y, early, (r * C + c) * S, S, m, k, b, relu, short, long, c - lo)
+                sum_channel(x, g, y, early, (r * C + c) * S, S, far, m, k, b, relu, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
         _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)

@@ -50,6 +50,7 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.simd import first as first_lanes
 from fastbn.cpu.sweep import (
+    ahead,
     normalise_part,
     normalise_run,
     normalise_seam,
@@ -129,7 +130,7 @@ def _sum_pivoted(x, stats, first, begin, size, r, C, S, lo, hi, j, short, long):
             pass_over(x, run + end, begin[p] - end)
             end = begin[p] + size[p]
             sum_channel(
-                x, None, None, None, run + begin[p], size[p], start, 0.0, 0.0, None, short, long, c - lo
+                x, None, None, None, run + begin[p], size[p], 0, start, 0.0, 0.0, None, short, long, c - lo
             )  # fmt: skip
         if end > 0:
             pass_over(x, run + end, S - end)
@@ -182,8 +183,9 @@ def _reach(x, residual, y, i, pos, at, end, c, d, relu, streamed):
 
 @helper
 def _train_row(
-    x, residual, y, table, per, stats, first, begin, size, r, C, S, old, old_hi, lo, hi, relu, streamed, short, long
-):
+    x, residual, y, table, per, stats, first, begin, size, r, N, C, S, old, old_hi, lo, hi,
+    relu, streamed, short, long,
+):  # fmt: skip
     """Row r: write the channels old..old_hi - 1, one stretch, while summing lo..hi - 1."""
     i = pos = (r * C + old) * S
     c, other = constants(table, per, 0), (lo - old) * S
@@ -197,8 +199,9 @@ def _train_row(
             i = _reach(x, residual, y, i, pos, at, at + n, c, d, relu, streamed)
             if summed:
                 start = get(stats, 2 * C + lo + j)
+                far = ahead(n, C * S, r + 1 < N)
                 i = write_and_sum(
-                    x, residual, y, at, i, d, relu, streamed, other, start, short, long, j, n
+                    x, residual, y, at, i, d, relu, streamed, other, far, start, short, long, j, n
                 )  # fmt: skip
             else:
                 i = normalise_run(x, residual, y, i, at + n, d, relu, streamed)
@@ -230,7 +233,7 @@ def train(
         _begin(x, stats, some, C, S, lo, hi, short, long)
         for r in range(N):
             _train_row(
-                x, residual, y, table, per, stats, first, begin, size, r, C, S, old, old_hi, lo, hi,
+                x, residual, y, table, per, stats, first, begin, size, r, N, C, S, old, old_hi, lo, hi,
                 relu, streamed, short, long,
             )  # fmt: skip
             if (r + 1) % every == 0 or r == N - 1:

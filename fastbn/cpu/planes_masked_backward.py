@@ -31,7 +31,7 @@ from fastbn.cpu.simd import (
     store_n,
 )
 from fastbn.cpu.simd import first as first_lanes
-from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam, write
+from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam, write
 
 
 @helper
@@ -160,7 +160,8 @@ def backward(
                 for p in range(first[r], first[r + 1]):
                     pass_over_all(x, g, y, run + end, begin[p] - end)
                     at, end = run + begin[p], begin[p] + size[p]
-                    sum_channel(x, g, y, None, at, size[p], m, k, b, relu, short, long, c - lo)
+                    far = ahead(size[p], C * S, r + 1 < N)
+                    sum_channel(x, g, y, None, at, size[p], far, m, k, b, relu, short, long, c - lo)
                 if end > 0:
                     pass_over_all(x, g, y, run + end, S - end)
             if (r + 1) % every == 0 or r == N - 1:

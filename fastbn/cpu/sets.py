@@ -88,7 +88,7 @@ def sum_set(x, at, L, S, start):
     for run in range(at, at + L, S):
         for i in range(run, run + S, RUN):
             n = min(RUN, run + S - i)
-            a, b = sum_run(x, None, None, None, i, n, start, 0.0, 0.0, None, a, b)
+            a, b = sum_run(x, None, None, None, i, n, 0, start, 0.0, 0.0, None, a, b)
             count += n
             if count >= RUN:
                 s, q, a, b, count = s + total(a), q + total(b), zero, zero, 0

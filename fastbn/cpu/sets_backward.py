@@ -47,7 +47,7 @@ from fastbn.cpu.simd import (
     total,
     widen_add,
 )
-from fastbn.cpu.sweep import sum_run, write
+from fastbn.cpu.sweep import ahead, sum_run, write
 
 ROWS = 64  # samples whose parameter gradients are added in the lanes' type
 
@@ -113,9 +113,9 @@ def sum_runs(x, g, w, sums, sets, t, L, S, period, mean, c):
     zero, s, q, runs = splat(x, 0.0), 0.0, 0.0, sets * (L // S)
     for j in range(L // S):
         run = t * (L // S) + j
-        at, gs, gq = run * S, 0.0, 0.0
+        at, gs, gq, far = run * S, 0.0, 0.0, ahead(S, S, True)
         for o in range(0, S, RUN):
-            a, b = sum_run(x, g, None, None, at + o, min(RUN, S - o), c[0], 0.0, 0.0, None, zero, zero)
+            a, b = sum_run(x, g, None, None, at + o, min(RUN, S - o), far, c[0], 0.0, 0.0, None, zero, zero)
             gs, gq = gs + total(a), gq + total(b)
         gs, gq = trusted(gs, gq, x, g, None, 1, runs, S, run, c[0], 0.0, 0.0, None)
         dweight = (gq - (mean - c[0]) * gs) * c[1]

@@ -1,4 +1,7 @@
-"""The numbers that decide which kernel runs; each with the measurement behind it (2-core AMD EPYC, Zen 4 and Zen 5)."""
+"""The numbers that decide which kernel runs, each with the measurement behind it.
+
+Measured on 2-core AMD EPYC (Zen 4 and Zen 5); where ``CORE_CACHE`` is not 0, on a 2-core Intel Xeon (Emerald Rapids).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,15 @@ from typing import Any
 
 import numpy.typing as npt
 
+from fastbn.cpu import caches
+
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
-STREAM = 10 << 20  # bytes of all tensors from which streaming stores pay, see ``streams``
-READ_ONCE = 14 << 20  # the same for inference of rows, which wants no line of x back
-READ_ONCE_RUNS = 19 << 20  # and of channels-first arrays; rows take 0.75-0.95 there too, but 1.3-1.5 out of the memory
+CORE_CACHE = caches.core()  # bytes of the cache that blocks should fit in; 0: the one that cores share
+_OWN = 5 * CORE_CACHE // 4  # above, ordinary stores take 1.2-1.35, and the shared cache is no nearer than the memory
+STREAM = _OWN or 10 << 20  # bytes of all tensors from which streaming stores pay, see ``streams``
+READ_ONCE = _OWN or 14 << 20  # the same for inference of rows, which wants no line of x back
+# And of channels-first arrays; rows take 0.75-0.95 there too, but 1.3-1.5 out of the memory.
+READ_ONCE_RUNS = _OWN or 19 << 20
 MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slower to sum, their rows lie 4 KB apart
 SLIM = 64  # the same for inference between two caches, where each fetch of a constant counts: 0.9 of the time
 SLIM_SIZES = (1 << 17, 7 << 18)  # elements, both of them out: 1.05-1.09x below, 1.0 (half types 1.1) above
