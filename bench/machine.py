@@ -49,9 +49,9 @@ def name() -> str:
     return f"{os.cpu_count()}-core {cpu}{_zen(family, model) if 'AMD' in cpu else ''}"
 
 
-def slug() -> str:
-    """Return the machine's name for a file."""
-    return re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+def slug(of: str | None = None) -> str:
+    """Return a machine's name, by default this one's, for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", (of or name()).lower()).strip("-")
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From results to the README: the table between its markers, and the plot; ``python -m bench.report`` writes both.
+"""From results to the README: the tables between its markers, and the plots; ``python -m bench.report`` writes both.
 
 No number in the README is written by hand.
 """
@@ -12,9 +12,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench import cases
+from bench import cases, machine
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+MACHINES = 2  # in the README: those measured last
 BEGIN, END = "<!-- benchmark table: written by python -m bench -->", "<!-- end of benchmark table -->"
 LIBRARIES = {
     "torch": "PyTorch", "torch_compile": "torch.compile", "onednn": "oneDNN", "onnxruntime": "onnxruntime",
@@ -55,7 +57,7 @@ def table(result: dict[str, Any]) -> str:
     found = by_case(result)
     others = [lib for lib in LIBRARIES if any(lib in found[case] for _, case in README_CASES if case in found)]
     lines = [
-        "| float32, one thread | fastbn | of a streaming copy | " + " | ".join(LIBRARIES[o] for o in others) + " |",
+        f"| {result['machine']} | fastbn | of a streaming copy | " + " | ".join(LIBRARIES[o] for o in others) + " |",
         "|---|---|---|" + "---|" * len(others),
     ]
     for label, case in README_CASES:
@@ -67,9 +69,24 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {label} | {seconds(ours)} | {ours / rows['copy']['min']:.2f} | " + " | ".join(cells) + " |")
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("torch", "onnxruntime", "numba"))
     lines.append("")
-    lines.append(f"{result['machine']}; {versions}; minima of interleaved runs, each library in its own process,")
-    lines.append(f"outputs preallocated; {result['date']}. All rows: `bench/results/`.")
+    slug = machine.slug(result["machine"])
+    pictures = [
+        f"[{name}](bench/results/{name}-{slug}.png)" for name in PLOTS if (RESULTS / f"{name}-{slug}.png").exists()
+    ]
+    shown = f" Plots: {', '.join(pictures)}." if pictures else ""
+    lines.append(f"{versions}; {result['date']}. All rows: [`bench/results/`](bench/results/{slug}.json).{shown}")
     return "\n".join(lines)
+
+
+def tables(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """Return the README's tables: of this result and of the other machines that were measured last."""
+    names = [name for _, name in README_CASES]
+    others = [json.loads(path.read_text()) for path in folder.glob("[0-9]*-core-*.json")]
+    others = [r for r in others if r["machine"] != result["machine"] and any(n in by_case(r) for n in names)]
+    latest = sorted(others, key=lambda r: str(r["date"]))[-(MACHINES - 1) :]
+    shown = sorted([result, *latest], key=lambda r: str(r["machine"]))
+    head = "float32, one thread; minima of interleaved runs, each library in its own process, outputs preallocated.\n\n"
+    return head + "\n\n".join(table(r) for r in shown)
 
 
 def replace_between(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
@@ -154,13 +171,16 @@ def plot_growth(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+PLOTS = {"floor": plot, "growth": plot_growth}
+
+
 def geometric_mean(values: list[float]) -> float:
     """Return the geometric mean; NaN of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
 def write(result: dict[str, Any]) -> None:
-    """Print all cases and write the README's table and the plot."""
+    """Print all cases and write the README's tables and the plots."""
     for case, rows in by_case(result).items():
         if "fastbn" in rows and "copy" in rows:
             ours, copied = rows["fastbn"]["min"], rows["copy"]["min"]
@@ -168,13 +188,12 @@ def write(result: dict[str, Any]) -> None:
             floor = rows["copy"]["floor_copies"]
             print(f"{case:58} {seconds(ours):>10} {ours / copied:5.2f} copies (floor {floor})  {peers}")
     readme = ROOT / "README.md"
-    readme.write_text(replace_between(readme.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
-    plot(result, ROOT / "bench" / "results" / "floor.png")
-    plot_growth(result, ROOT / "bench" / "results" / "growth.png")
+    slug = machine.slug(result["machine"])
+    for name, draw in PLOTS.items():
+        draw(result, RESULTS / f"{name}-{slug}.png")
+    readme.write_text(replace_between(readme.read_text(encoding="utf-8"), tables(result)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    from bench import machine
-
-    source = sys.argv[1] if len(sys.argv) > 1 else ROOT / "bench" / "results" / f"{machine.slug()}.json"
+    source = sys.argv[1] if len(sys.argv) > 1 else RESULTS / f"{machine.slug()}.json"
     write(json.loads(Path(source).read_text()))

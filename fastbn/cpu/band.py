@@ -29,9 +29,10 @@ from fastbn.cpu.simd import (
     widen_add,
 )
 from fastbn.cpu.sweep import gradient_at, gradient_value, output, term, through_relu, value, write
+from fastbn.cpu.tuning import DISTANT
 
 ROWS = 64  # rows that are summed in float32 before they join the float64 sums: 32 additions a lane
-NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then
+NARROW = 512  # columns up to which gradients are added row by row: the CPU itself reads ahead well then (``DISTANT``)
 NARROW_TOO = 1280  # the same where y is read and dr written: 0.8-0.87 at 576 to 1024, 1.04 at 1536, 1.1 at 2048
 WIDE = 1024  # columns from which lines are asked for where gradients are written: 1.1-1.3x, below 0.95-1
 NEAR = 1 << 20  # elements up to which a tensor lies in a cache: asking for its lines is waste, 1.1x at (64, 100)
@@ -76,9 +77,13 @@ def _add_whole(x, g, y, dr, at, V, width, m, k, b, relu, s, q, away):
 
 
 @helper
-def _add_narrow(x, g, y, dr, at, width, m, k, b, relu, s, q):
+def _add_narrow(x, g, y, dr, at, width, m, k, b, relu, s, q, distant):
     """Add one row of ``width`` columns, whole vectors, to the sums s and q; u goes to dr."""
     for i in range(0, width, lanes(x)):
+        if distant:
+            ask(x, at + i + AHEAD)
+            ask(g, at + i + AHEAD)
+            ask(y, at + i + AHEAD)
         u, v = _one(x, g, y, at + i, load(m, i), load(k, i), load(b, i), relu)
         stream(dr, at + i, u)
         store(s, i, load(s, i) + u)
@@ -143,8 +148,8 @@ def band_sums(x, g, y, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, relu, s, q, t
         stop = least(r + ROWS, whole)
         while r < stop:
             if narrow:
-                _add_narrow(x, g, y, dr, r * V + v0, vectors, m, k, b, relu, s, q)
-                _add_narrow(x, g, y, dr, (r + 1) * V + v0, vectors, m, k, b, relu, s, q)
+                _add_narrow(x, g, y, dr, r * V + v0, vectors, m, k, b, relu, s, q, T > DISTANT)
+                _add_narrow(x, g, y, dr, (r + 1) * V + v0, vectors, m, k, b, relu, s, q, T > DISTANT)
             else:
                 _add_whole(x, g, y, dr, r * V + v0, V, vectors, m, k, b, relu, s, q, away)
             if vectors < width:
@@ -261,7 +266,7 @@ def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c
 
     Floor: two reads and one write of the band.
     """
-    W, whole, i, alike = lanes(x), v1 - v0 == V, 0, False
+    W, whole, i, alike, far_off = lanes(x), v1 - v0 == V, 0, False, V > WIDE or T > DISTANT
     stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
     if not streamed and V % W == 0 and whole and not away:
         odd, n = r0 + (stop // V - r0) // 2 * 2, v0 - o
@@ -278,7 +283,7 @@ def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c
             alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
         last = least(end - 1, stop - W) if whole else end - W
         while i + W <= last:
-            if V > WIDE:
+            if far_off:
                 ask(x, i + far)
                 ask(x, i + far + W)
                 ask(g, i + far)

@@ -18,6 +18,9 @@ STREAM = _OWN or 10 << 20  # bytes of all tensors from which streaming stores pa
 READ_ONCE = _OWN or 14 << 20  # the same for inference of rows, which wants no line of x back
 # And of channels-first arrays; rows take 0.75-0.95 there too, but 1.3-1.5 out of the memory.
 READ_ONCE_RUNS = _OWN or 19 << 20
+# Elements of a tensor from which the CPU reads two of them too slowly by itself: then gradients of rows of any length
+# ask for lines. 0.85-0.95, float16 0.65; 1.03 at half as many elements. AMD's CPUs need it for wide rows alone.
+DISTANT = 10 << 20 if CORE_CACHE else 1 << 62
 MATRIX = 256  # columns that a short matrix row is widened to; 1024 are 1.1x slower to sum, their rows lie 4 KB apart
 SLIM = 64  # the same for inference between two caches, where each fetch of a constant counts: 0.9 of the time
 SLIM_SIZES = (1 << 17, 7 << 18)  # elements, both of them out: 1.05-1.09x below, 1.0 (half types 1.1) above
