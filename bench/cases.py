@@ -72,6 +72,7 @@ RESNET50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024,
 DENSENET = [(32, 64, 56, 56), (32, 128, 28, 28), (32, 32, 14, 14), (32, 1000, 7, 7)]
 MOBILENET = [(32, 32, 112, 112), (32, 144, 56, 56), (32, 192, 28, 28), (32, 576, 14, 14), (32, 1280, 7, 7)]
 BN_INCEPTION = [(32, 192, 56, 56), (32, 320, 28, 28), (32, 576, 14, 14), (32, 1056, 7, 7)]
+BATCHES = [(64, 256, 28, 28), (256, 256, 14, 14)]  # many samples: short stretches, or blocks too large
 ROWS = [(60, 100), (64, 100), (1024, 256), (8192, 1024), (65536, 128)]
 SEQUENCES = [(32, 512, 768), (64, 1000, 80)]  # (batch, time, channels)
 
@@ -107,6 +108,7 @@ def full() -> list[Case]:
         for shape in shapes:
             for layout in ("channels_first", "channels_last"):
                 cases += [Case(op, shape, layout) for op in READS_WRITES]
+    cases += [Case(op, shape) for op in ("train", "backward") for shape in BATCHES]
     for shape in ROWS:
         cases += [Case(op, shape) for op in READS_WRITES]
     for shape in SEQUENCES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.finalize import gradients, trusted
-from fastbn.cpu.planes import RUN, block_channels, constants, put_away, sum_channel, tabulate, total_of
+from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
 from fastbn.cpu.simd import (
     base,
     clear,
@@ -93,7 +93,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
     x, g, y = split(base(x)), split(base(g)), split(base(y))
     dx, dr, early = split(base(dx)), split(base(dr)), split(base(early))
     W = lanes(x)
-    per, every = block_channels(N, C, S, W), most(1, RUN // S)
+    per, every = block_channels(N, C, S, W, SLAB), most(1, RUN // S)
     size = 2 * W * per
     scratch, sums = empty(size + 5 * per, weight), empty(size, stats)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)

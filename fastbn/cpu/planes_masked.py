@@ -19,6 +19,8 @@ from fastbn.cpu._raw import pass_over
 from fastbn.cpu.finalize import keep, near
 from fastbn.cpu.planes import (
     RUN,
+    SHARED,
+    SLAB,
     block_channels,
     constants,
     put_away,
@@ -57,6 +59,8 @@ from fastbn.cpu.sweep import (
     output,
     write,
 )
+
+LINES = min(SHARED, 3 * SLAB)  # lines of a block: with gaps in them stretches must be longer, 0.7-0.95
 
 
 @helper
@@ -219,7 +223,7 @@ def train(
     """Training forward, as ``planes.train``."""
     tracked = running_mean.size > 0
     x, y, residual = split(base(x)), split(base(y)), split(base(residual))
-    per, every = block_channels(N, C, S, lanes(x)), most(1, RUN // S)
+    per, every = block_channels(N, C, S, lanes(x), LINES), most(1, RUN // S)
     room = 2 * lanes(x) * per
     scratch, sums = empty(room + 3 * per, weight), empty(room, stats)
     weight, bias, stats, claim = base(weight), base(bias), base(stats), base(claim)
@@ -256,7 +260,7 @@ def train(
 def moments(x, stats, kind, first, begin, size, some, M, N, C, S, eps, claim):
     """Statistics alone, as ``planes.moments``."""
     x = split(base(x))
-    per, every = block_channels(N, C, S, lanes(x)), most(1, RUN // S)
+    per, every = block_channels(N, C, S, lanes(x), LINES), most(1, RUN // S)
     room = 2 * lanes(x) * per
     scratch, sums = empty(room, kind), empty(room, stats)
     stats, claim = base(stats), base(claim)

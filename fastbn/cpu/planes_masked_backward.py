@@ -10,7 +10,7 @@ import math
 
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.finalize import gradients, wide_term
-from fastbn.cpu.planes import RUN, block_channels, constants, put_away, sum_channel, tabulate, total_of
+from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
 from fastbn.cpu.planes_backward import gradient_constants
 from fastbn.cpu.planes_masked import pass_over_all
 from fastbn.cpu.simd import (
@@ -141,7 +141,7 @@ def backward(
 ):
     """Gradients, as ``planes_backward.backward``."""
     x, g, y, dx, dr = split(base(x)), split(base(g)), split(base(y)), split(base(dx)), split(base(dr))
-    per, every = block_channels(N, C, S, lanes(x)), most(1, RUN // S)
+    per, every = block_channels(N, C, S, lanes(x), SLAB), most(1, RUN // S)
     room = 2 * lanes(x) * per
     scratch, sums = empty(room + 5 * per, weight), empty(room, stats)
     weight, bias, dweight, dbias = base(weight), base(bias), base(dweight), base(dbias)

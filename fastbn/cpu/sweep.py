@@ -30,7 +30,8 @@ from fastbn.cpu.simd import (
 )
 
 SHORT, NEAR, FAR = 128, 256, 2048  # elements of a run, and how far ahead of it lines are asked for (``ahead``)
-LONG = 512  # elements of a run from which the next sample's is asked for
+LONG, ENDLESS = 512, 1 << 14  # elements of a run between which the next sample's is asked for
+AWAY = 4096  # how far ahead in longer ones: the next sample's lines would be gone before they are wanted, 1.1-1.2x
 
 
 @part
@@ -45,6 +46,8 @@ def ahead(n, step, more):
     for S = 49, 4.6; 512 for half types, float16 training 1.15x the time.
     """
     if tuning.CORE_CACHE:
+        if n > ENDLESS:
+            return AWAY
         return step if more and n >= LONG else 0
     return NEAR if n >= SHORT else FAR
 
