@@ -8,47 +8,27 @@ next block's x are asked for.
 
 from __future__ import annotations
 
-from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.finalize import gradients, trusted
-from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
+from fastbn.cpu import planes_joined, tuning
+from fastbn.cpu._jit import helper, jit
+from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate
+from fastbn.cpu.planes_gradients import block_gradients, gradient_constants
 from fastbn.cpu.simd import (
     base,
     clear,
     empty,
     fence,
     fetch_add,
-    get,
     head,
     lanes,
     least,
     like,
     most,
-    put,
     split,
     store_n,
 )
 from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam
 
-
-@helper
-def _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu):
-    """Parameter gradients of a block's channels from its sums; c1 and c0 to table[3*per + j] and table[4*per + j]."""
-    W = lanes(x)
-    for c in range(lo, hi):
-        j = c - lo
-        m, k, b = constants(table, per, j)
-        s, q = total_of(long, 2 * j, W), total_of(long, 2 * j + 1, W)
-        s, q = trusted(s, q, x, g, y, N, C, S, c, m, k, b, relu)
-        c1, c0 = gradients(stats, weight, dweight, dbias, C, c, N * S, m, s, q, frozen)
-        put(table, 3 * per + j, c1)
-        put(table, 4 * per + j, c0)
-
-
-@part
-def gradient_constants(table, per, j):
-    """(m, k, b, c1, c0) of the block's channel j."""
-    m, k, b = constants(table, per, j)
-    return m, k, b, get(table, 3 * per + j), get(table, 4 * per + j)
+JOINED, joined = tuning.CORE_CACHE > 0, planes_joined.backward
 
 
 @helper
@@ -83,13 +63,20 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
     The residual's gradient is written to dr with dx, or where its runs are whole lines to ``early`` with the sums, when
     memory has nothing else to write: 0.92-0.95 of the time. The other one is None.
 
-    Tried and rejected: writing one block while summing the next, as ``train`` does. Four streams to read at once (two
-    from memory, two from the cache) took 2.1-2.9 copies where one after the other takes 2.1-2.4; blocks of one channel
+    Where blocks lie in the core's own cache and there is no residual ``planes_joined`` does it.
+
+    Tried and rejected elsewhere: writing one block while summing the next, as ``train`` does. Four streams to read at
+    once (two from memory, two from the cache) took 2.1-2.9 copies, one after the other 2.1-2.4; blocks of one channel
     whose two slabs fit in the cache next to the core, 2.8 at S = 3136 and 3.5 at S = 784: what counts is how long the
     stretches are that are read from memory. With the lines of x asked for a block earlier, so that sums
     read one stream from memory, 1.0-1.14x. One core reads 35 GB/s and the cache gives it 100: x and g once, dx written
     and x and g again from the cache take 2.0 copies at 45 GB/s a copy.
     """
+    if JOINED:  # noqa: SIM102 - of ifs of one argument each Numba compiles one way only
+        if y is None:  # noqa: SIM102
+            if dr is None:  # noqa: SIM102
+                if early is None:
+                    return joined(x, g, dx, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim)
     x, g, y = split(base(x)), split(base(g)), split(base(y))
     dx, dr, early = split(base(dx)), split(base(dr)), split(base(early))
     W = lanes(x)
@@ -112,7 +99,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
                 sum_channel(x, g, y, early, (r * C + c) * S, S, far, m, k, b, relu, short, long, c - lo)
             if (r + 1) % every == 0 or r == N - 1:
                 put_away(short, long, 2 * (hi - lo))
-        _gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)
+        block_gradients(x, g, y, long, table, per, stats, weight, dweight, dbias, N, C, S, lo, hi, frozen, relu)
         following = fetch_add(claim, 0, per)
         next_lo = following if following < C else lo
         for r in range(N - 1, -1, -1):

@@ -289,7 +289,7 @@ def infer(x, residual, y, weight, bias, stats, first, begin, size, N, C, S, relu
     r = fetch_add(claim, 0, 1)
     while r < N:
         _train_row(
-            x, residual, y, table, C, stats, first, begin, size, r, C, S, 0, C, C, C,
+            x, residual, y, table, C, stats, first, begin, size, r, N, C, S, 0, C, C, C,
             relu, streamed, like(x, table), stats,
         )  # fmt: skip
         fence()

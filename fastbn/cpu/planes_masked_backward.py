@@ -11,7 +11,7 @@ import math
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.finalize import gradients, wide_term
 from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
-from fastbn.cpu.planes_backward import gradient_constants
+from fastbn.cpu.planes_gradients import gradient_constants
 from fastbn.cpu.planes_masked import pass_over_all
 from fastbn.cpu.simd import (
     base,
