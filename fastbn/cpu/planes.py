@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from fastbn.cpu import tuning
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.ahead import ahead
 from fastbn.cpu.finalize import affine, keep, resolve
 from fastbn.cpu.simd import (
     base,
@@ -38,14 +39,7 @@ from fastbn.cpu.simd import (
     total,
     widen_add,
 )
-from fastbn.cpu.sweep import (
-    ahead,
-    normalise_and_sum_run,
-    normalise_part,
-    normalise_run,
-    normalise_seam,
-    sum_run,
-)
+from fastbn.cpu.sweep import normalise_and_sum_run, normalise_part, normalise_run, normalise_seam, sum_run
 
 BLOCK = 1 << 16  # elements: below, claiming a block costs more than it is worth
 # Lines of a block. Longer stretches read faster (C*S apart), up to what the shared cache holds four times, two blocks a
@@ -93,18 +87,29 @@ def total_of(long, vector, W):
 
 
 @part
+def sums_of(short, j):
+    """Return the two vectors that the block's channel j has been summed to."""
+    at, W = 2 * j * lanes(short), lanes(short)
+    return load(short, at), load(short, at + W)
+
+
+@part
+def keep_sums(short, long, j, S, s, q):
+    """Keep what ``sums_of`` returns; those of long runs join the float64 ones at once."""
+    at, W = 2 * j * lanes(short), lanes(short)
+    store(short, at, s)
+    store(short, at + W, q)
+    if S >= RUN:
+        put_away(short + at, long + at, 2)
+
+
+@part
 def sum_channel(x, g, y, dr, at, S, far, m, k, b, relu, short, long, j):
     """Add a run to the sums of the block's channel j; RUN elements at a time; asks for lines ``far`` ahead."""
-    W = lanes(x)
-    s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for i in range(0, S, RUN):
-        s, q = sum_run(
-            x, g, y, dr, at + i, least(RUN, S - i), far, m, k, b, relu, load(short, s_at), load(short, q_at)
-        )  # fmt: skip
-        store(short, s_at, s)
-        store(short, q_at, q)
-        if S >= RUN:
-            put_away(short + s_at, long + s_at, 2)
+        s, q = sums_of(short, j)
+        s, q = sum_run(x, g, y, dr, at + i, least(RUN, S - i), far, m, k, b, relu, s, q)
+        keep_sums(short, long, j, S, s, q)
 
 
 @helper
@@ -186,16 +191,11 @@ def write_head(x, residual, y, at, S, c, relu):
 @part
 def write_and_sum(x, residual, y, at, i, c, relu, streamed, other, far, start, short, long, j, S):
     """Write the run at ``at`` from i on and add the ``other`` one to the sums of the block's channel j; returns i."""
-    W = lanes(x)
-    s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for o in range(at, at + S, RUN):
         n = least(RUN, at + S - o)
-        s, q = load(short, s_at), load(short, q_at)
+        s, q = sums_of(short, j)
         i, s, q = normalise_and_sum_run(x, residual, y, i, o + n, c, relu, streamed, o + other, n, far, start, s, q)
-        store(short, s_at, s)
-        store(short, q_at, q)
-        if S >= RUN:
-            put_away(short + s_at, long + s_at, 2)
+        keep_sums(short, long, j, S, s, q)
     return i
 
 

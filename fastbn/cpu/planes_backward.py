@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fastbn.cpu import planes_joined, tuning
 from fastbn.cpu._jit import helper, jit
+from fastbn.cpu.ahead import ahead
 from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate
 from fastbn.cpu.planes_gradients import block_gradients, gradient_constants
 from fastbn.cpu.simd import (
@@ -26,7 +27,7 @@ from fastbn.cpu.simd import (
     split,
     store_n,
 )
-from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam
+from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
 
 JOINED, joined = tuning.CORE_CACHE > 0, planes_joined.backward
 

@@ -9,7 +9,18 @@ both took 0.82-0.9 of the time joined, also where one channel is more than the c
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, part
-from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate
+from fastbn.cpu.ahead import ahead, ask_four
+from fastbn.cpu.planes import (
+    RUN,
+    SLAB,
+    block_channels,
+    constants,
+    keep_sums,
+    put_away,
+    sum_channel,
+    sums_of,
+    tabulate,
+)
 from fastbn.cpu.planes_gradients import block_gradients, gradient_constants
 from fastbn.cpu.simd import (
     base,
@@ -26,20 +37,9 @@ from fastbn.cpu.simd import (
     most,
     splat,
     split,
-    store,
     store_n,
 )
-from fastbn.cpu.sweep import (
-    ahead,
-    ask_four,
-    gradient_at,
-    gradient_part,
-    gradient_run,
-    gradient_seam,
-    sum_part,
-    term,
-    write,
-)
+from fastbn.cpu.sweep import gradient_at, gradient_part, gradient_run, gradient_seam, sum_rest, term, write
 
 LINES = SLAB * 7 // 8  # lines of a block: two of them, and x and the gradient of each; with SLAB 1.02-1.06
 
@@ -75,39 +75,18 @@ def gradient_and_sum_run(x, g, dx, i, end, c, relu, streamed, at, n, far, d, s, 
         s2, s3, q2, q3 = s2 + u2, s3 + u3, fma(u2, v2, q2), fma(u3, v3, q3)
         at, i = at + 2 * W, i + 2 * W
     i = gradient_run(x, g, None, dx, None, i, end, c, relu, streamed, 0)
-    if at + 4 * W <= stop:
-        v0, v1 = load(x, at) - start, load(x, at + W) - start
-        v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
-        u0 = term(load(g, at), v0, None, scale, shift, relu)
-        u1 = term(load(g, at + W), v1, None, scale, shift, relu)
-        u2 = term(load(g, at + 2 * W), v2, None, scale, shift, relu)
-        u3 = term(load(g, at + 3 * W), v3, None, scale, shift, relu)
-        s, s1, s2, s3 = s + u0, s1 + u1, s2 + u2, s3 + u3
-        q, q1, q2, q3 = fma(u0, v0, q), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
-        at += 4 * W
-    while at + W <= stop:
-        v0 = load(x, at) - start
-        u0 = term(load(g, at), v0, None, scale, shift, relu)
-        s, q = s + u0, fma(u0, v0, q)
-        at += W
-    if at < stop:
-        s1, q1 = sum_part(x, g, None, at, stop - at, start, scale, shift, relu, s1, q1)
-    return i, (s + s1) + (s2 + s3), (q + q1) + (q2 + q3)
+    s, q = sum_rest(x, g, at, stop, start, scale, shift, relu, (s, s1, s2, s3), (q, q1, q2, q3))
+    return i, s, q
 
 
 @part
 def _write_and_sum(x, g, dx, at, i, c, relu, streamed, other, far, d, short, long, j, S):
     """Write the run at ``at`` from i on and add the ``other`` one to the sums of the next block's channel j."""
-    W = lanes(x)
-    s_at, q_at = 2 * j * W, (2 * j + 1) * W
     for o in range(at, at + S, RUN):
         n = least(RUN, at + S - o)
-        s, q = load(short, s_at), load(short, q_at)
+        s, q = sums_of(short, j)
         i, s, q = gradient_and_sum_run(x, g, dx, i, o + n, c, relu, streamed, o + other, n, far, d, s, q)
-        store(short, s_at, s)
-        store(short, q_at, q)
-        if S >= RUN:
-            put_away(short + s_at, long + s_at, 2)
+        keep_sums(short, long, j, S, s, q)
     return i
 
 

@@ -16,6 +16,7 @@ import math
 
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu._raw import pass_over
+from fastbn.cpu.ahead import ahead
 from fastbn.cpu.finalize import keep, near
 from fastbn.cpu.planes import (
     RUN,
@@ -51,14 +52,7 @@ from fastbn.cpu.simd import (
     total,
 )
 from fastbn.cpu.simd import first as first_lanes
-from fastbn.cpu.sweep import (
-    ahead,
-    normalise_part,
-    normalise_run,
-    normalise_seam,
-    output,
-    write,
-)
+from fastbn.cpu.sweep import normalise_part, normalise_run, normalise_seam, output, write
 
 LINES = min(SHARED, 3 * SLAB)  # lines of a block: with gaps in them stretches must be longer, 0.7-0.95
 

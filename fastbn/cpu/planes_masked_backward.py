@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from fastbn.cpu._jit import helper, jit
+from fastbn.cpu.ahead import ahead
 from fastbn.cpu.finalize import gradients, wide_term
 from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
 from fastbn.cpu.planes_gradients import gradient_constants
@@ -31,7 +32,7 @@ from fastbn.cpu.simd import (
     store_n,
 )
 from fastbn.cpu.simd import first as first_lanes
-from fastbn.cpu.sweep import ahead, gradient_part, gradient_run, gradient_seam, write
+from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam, write
 
 
 @helper

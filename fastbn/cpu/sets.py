@@ -28,6 +28,7 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.ahead import ask_four
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import near, wide_sums
 from fastbn.cpu.simd import (
@@ -51,7 +52,7 @@ from fastbn.cpu.simd import (
     store_n,
     total,
 )
-from fastbn.cpu.sweep import ask_four, sum_part, sum_run, write
+from fastbn.cpu.sweep import sum_part, sum_run, write
 
 RUN = 4096  # elements that are summed in the lanes' type
 BLOCK = (1 << 16, 1 << 18)  # elements of a block: a sixteenth of all within these

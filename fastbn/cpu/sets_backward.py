@@ -20,6 +20,7 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.ahead import ahead
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
@@ -47,7 +48,7 @@ from fastbn.cpu.simd import (
     total,
     widen_add,
 )
-from fastbn.cpu.sweep import ahead, sum_run, write
+from fastbn.cpu.sweep import sum_run, write
 
 ROWS = 64  # samples whose parameter gradients are added in the lanes' type
 

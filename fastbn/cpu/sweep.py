@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from fastbn.cpu import tuning
 from fastbn.cpu._jit import part
+from fastbn.cpu.ahead import NEAR, ask_four
 from fastbn.cpu.simd import (
     ask,
     blend,
@@ -28,39 +29,6 @@ from fastbn.cpu.simd import (
     where_nonzero,
     where_positive,
 )
-
-SHORT, NEAR, FAR = 128, 256, 2048  # elements of a run, and how far ahead of it lines are asked for (``ahead``)
-LONG, ENDLESS = 512, 1 << 14  # elements of a run between which the next sample's is asked for
-AWAY = 4096  # how far ahead in longer ones: the next sample's lines would be gone before they are wanted, 1.1-1.2x
-
-
-@part
-def ahead(n, step, more):
-    """How many elements ahead lines are asked for into the second cache, for runs of n elements.
-
-    ``step`` elements further on lies the run that is summed after this one's neighbours, if there is ``more``. Blocks
-    in the core's own cache ask for that, or for nothing: gradients 0.84-0.97 of the time. Rejected there: one line of
-    four, the CPU itself reads the others ahead: 0.92-0.98 up to 26 MB, 1.06-1.15 above.
-
-    Backward, S = 784: 2.25 copies instead of 2.35; S = 196: 2.5 instead of 2.85; S = 49: 3.2 instead of 3.5, training
-    1.65 instead of 1.85. Rejected: into the first cache, no gain; 1024 for long runs, 2.5; FAR for S = 196, 2.9; NEAR
-    for S = 49, 4.6; 512 for half types, float16 training 1.15x the time.
-    """
-    if tuning.CORE_CACHE:
-        if n > ENDLESS:
-            return AWAY
-        return step if more and n >= LONG else 0
-    return NEAR if n >= SHORT else FAR
-
-
-@part
-def ask_four(x, i):
-    """Ask for the lines of four vectors."""
-    W = lanes(x)
-    ask(x, i)
-    ask(x, i + W)
-    ask(x, i + 2 * W)
-    ask(x, i + 3 * W)
 
 
 @part
@@ -153,6 +121,32 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
     if i < end:
         s1, q1 = sum_part(x, g, y, i, end - i, m, k, b, relu, s1, q1)
     return (s + s1) + (s2 + s3), (q + q1) + (q2 + q3)
+
+
+@part
+def sum_rest(x, g, at, stop, m, k, b, relu, s, q):
+    """Add the elements from ``at`` to ``stop``, fewer than eight vectors, as ``sum_run``; s and q are its four sums."""
+    W = lanes(x)
+    s0, s1, s2, s3 = s
+    q0, q1, q2, q3 = q
+    if at + 4 * W <= stop:
+        v0, v1 = load(x, at) - m, load(x, at + W) - m
+        v2, v3 = load(x, at + 2 * W) - m, load(x, at + 3 * W) - m
+        u0 = term(load(g, at), v0, None, k, b, relu)
+        u1 = term(load(g, at + W), v1, None, k, b, relu)
+        u2 = term(load(g, at + 2 * W), v2, None, k, b, relu)
+        u3 = term(load(g, at + 3 * W), v3, None, k, b, relu)
+        s0, s1, s2, s3 = s0 + u0, s1 + u1, s2 + u2, s3 + u3
+        q0, q1, q2, q3 = fma(u0, v0, q0), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
+        at += 4 * W
+    while at + W <= stop:
+        v0 = load(x, at) - m
+        u0 = term(load(g, at), v0, None, k, b, relu)
+        s0, q0 = s0 + u0, fma(u0, v0, q0)
+        at += W
+    if at < stop:
+        s1, q1 = sum_part(x, g, None, at, stop - at, m, k, b, relu, s1, q1)
+    return (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3)
 
 
 @part
@@ -257,19 +251,8 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, far, start,
         i += 2 * W
         at += 4 * W
     i = _normalise_few(x, r, y, i, end, m, k, b, relu, streamed)
-    if at + 4 * W <= stop:
-        v0, v1 = load(x, at) - start, load(x, at + W) - start
-        v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
-        s, s1, s2, s3 = s + v0, s1 + v1, s2 + v2, s3 + v3
-        q, q1, q2, q3 = fma(v0, v0, q), fma(v1, v1, q1), fma(v2, v2, q2), fma(v3, v3, q3)
-        at += 4 * W
-    while at + W <= stop:
-        v0 = load(x, at) - start
-        s, q = s + v0, fma(v0, v0, q)
-        at += W
-    if at < stop:
-        s1, q1 = sum_part(x, None, None, at, stop - at, start, start, start, None, s1, q1)
-    return i, (s + s1) + (s2 + s3), (q + q1) + (q2 + q3)
+    s, q = sum_rest(x, None, at, stop, start, start, start, None, (s, s1, s2, s3), (q, q1, q2, q3))
+    return i, s, q
 
 
 @part
