@@ -21,6 +21,7 @@ import llvmlite
 import numba
 import numpy as np
 from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 
 from fastbn import disk
 from fastbn.cpu import tuning
@@ -52,8 +53,13 @@ class _QuietCache(FunctionCache):  # type: ignore[misc]
     """A disk cache that gives up silently: a full disk or a race must not fail a normalisation."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load machine code, which needs Numba's memory alone.
+
+        Numba would first import all that it can compile, 0.2 to 0.3 s of a process's first call.
+        """
         try:
-            return super().load_overload(sig, target_context)
+            rtsys.initialize(target_context)
+            return self._load_overload(sig, target_context)
         except Exception:
             return None
 

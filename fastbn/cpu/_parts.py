@@ -8,10 +8,8 @@ changed, ``OPTIONS`` and ``KERNEL_OPTIONS`` are empty and all is compiled as usu
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 LINE = 64  # bytes: a vector
@@ -21,8 +19,9 @@ try:
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import CompilerBase, DefaultPassBuilder
     from numba.core.compiler_machinery import register_pass
-    from numba.core.registry import cpu_target
     from numba.core.typed_passes import NativeLowering
+
+    from fastbn.cpu._remembered import remembered
 
     class _Kernel(JITCodeLibrary):  # type: ignore[misc]
         """A library whose functions begin at a multiple of LINE on the stack.
@@ -112,29 +111,6 @@ try:
         def define_pipelines(self) -> list[Any]:
             return _pipeline(self.state, _PartLowering)
 
-    @contextlib.contextmanager
-    def _few_refreshes() -> Iterator[None]:
-        """Take in new declarations where there are some: Numba imports and asks all it knows, 500 times a kernel.
-
-        0.9 of the time of a first compilation.
-        """
-        context = cpu_target.target_context
-        context.refresh()
-        registries = list(context._registries)
-        known = [len(registry.functions) for registry in registries]
-
-        def refresh() -> None:
-            for i, registry in enumerate(registries):
-                if known[i] != len(registry.functions):
-                    known[i] = len(registry.functions)
-                    context.install_registry(registry)
-
-        context.refresh = refresh
-        try:
-            yield
-        finally:
-            del context.refresh
-
     class _KernelCompiler(CompilerBase):  # type: ignore[misc]
         def define_pipelines(self) -> list[Any]:
             return _pipeline(self.state, _KernelLowering)
@@ -144,7 +120,7 @@ try:
             collecting = gc.isenabled()
             gc.disable()
             try:
-                with _few_refreshes():
+                with remembered():
                     return super().compile_extra(func)
             finally:
                 if collecting:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import llvmlite.ir as ir
 from numba import types
 from numba.core.extending import intrinsic
-from numba.np import arrayobj
 
 from fastbn.cpu._parts import LINE
 from fastbn.cpu._vectors import I64
@@ -31,20 +30,27 @@ least = _choosing("<")
 most = _choosing(">")
 
 
+def array(ctx, builder, kind, data, size, owner=None):
+    """Return Numba's one-dimensional array of so many elements at ``data``, any pointer; nobody owns it by default."""
+    from numba.np import arrayobj  # 40 ms that code from the disk need not wait for
+
+    result, step = arrayobj.make_array(kind)(ctx, builder), ir.Constant(I64, kind.dtype.bitwidth // 8)
+    data = builder.bitcast(data, result.data.type)
+    arrayobj.populate_array(result, data=data, shape=[size], strides=[step], itemsize=step, meminfo=owner)
+    return result._getvalue()
+
+
 @intrinsic
 def empty(typingctx, n, kind):
     """Return an uninitialised array of n numbers of kind's dtype that begins on a line; MemoryError if there is none.
 
     Numba frees an array after its last use, that of its address does not count.
     """
-    array = types.Array(kind.dtype, 1, "C")
+    result = types.Array(kind.dtype, 1, "C")
 
     def codegen(ctx, builder, sig, args):
-        step = ir.Constant(I64, kind.dtype.bitwidth // 8)
-        memory = ctx.nrt.meminfo_alloc_aligned(builder, builder.mul(args[0], step), LINE)
-        result = arrayobj.make_array(array)(ctx, builder)
-        data = builder.bitcast(ctx.nrt.meminfo_data(builder, memory), result.data.type)
-        arrayobj.populate_array(result, data=data, shape=[args[0]], strides=[step], itemsize=step, meminfo=memory)
-        return result._getvalue()
+        size = builder.mul(args[0], ir.Constant(I64, kind.dtype.bitwidth // 8))
+        memory = ctx.nrt.meminfo_alloc_aligned(builder, size, LINE)
+        return array(ctx, builder, result, ctx.nrt.meminfo_data(builder, memory), args[0], memory)
 
-    return array(types.intp, kind), codegen
+    return result(types.intp, kind), codegen

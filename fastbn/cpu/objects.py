@@ -17,15 +17,17 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.errors import TypingError
 from numba.core.extending import NativeValue, intrinsic, register_model, unbox
-from numba.np import arrayobj
 
 from fastbn.cpu._jit import part
+from fastbn.cpu._scalars import array
 from fastbn.cpu._vectors import I32, I64, nothing
 
 # Bytes from the object's address: every object ends its head with its type; then the fields of PyArrayObject_fields.
 DATA = object.__basicsize__
 TYPE, RANK, SHAPE, DTYPE, FLAGS = DATA - 8, DATA + 8, DATA + 16, DATA + 40, DATA + 48
 CARRAY = 0x0001 | 0x0100 | 0x0400  # NPY_ARRAY_CARRAY: C-contiguous, aligned, writeable
+
+BYTES = ir.IntType(8).as_pointer()
 
 
 class Handle(types.Opaque):
@@ -126,20 +128,15 @@ def same_shape(a, b):
     return True
 
 
-def _array(ctx, builder, kind, at, size):
-    """Return a one-dimensional array of Numba's that does not own its memory."""
-    result, step = arrayobj.make_array(kind)(ctx, builder), ir.Constant(I64, kind.dtype.bitwidth // 8)
-    memory = builder.inttoptr(at, result.data.type)
-    arrayobj.populate_array(result, data=memory, shape=[size], strides=[step], itemsize=step, meminfo=None)
-    return result._getvalue()
-
-
 def _viewing(dtype):
     """Intrinsic of an address and a size that returns the array there."""
     kind = types.Array(dtype, 1, "C")
 
     def view(typingctx, at, size):
-        return kind(types.intp, types.intp), lambda ctx, builder, sig, args: _array(ctx, builder, kind, *args)
+        def codegen(ctx, builder, sig, args):
+            return array(ctx, builder, kind, builder.inttoptr(args[0], BYTES), args[1])
+
+        return kind(types.intp, types.intp), codegen
 
     return intrinsic(view)
 
@@ -156,8 +153,7 @@ def float32s_of(typingctx, a, size):
 
     def codegen(ctx, builder, sig, args):
         field = builder.add(builder.ptrtoint(args[0], I64), ir.Constant(I64, DATA))
-        at = builder.load(builder.inttoptr(field, I64.as_pointer()))
-        return _array(ctx, builder, kind, at, args[1])
+        return array(ctx, builder, kind, builder.load(builder.inttoptr(field, BYTES.as_pointer())), args[1])
 
     return kind(a, types.intp), codegen
 
@@ -169,7 +165,7 @@ def zeros2(typingctx):
 
     def codegen(ctx, builder, sig, args):
         memory = cgutils.alloca_once(builder, ir.ArrayType(I64, 2), zfill=True)
-        return _array(ctx, builder, kind, builder.ptrtoint(memory, I64), ir.Constant(I64, 2))
+        return array(ctx, builder, kind, memory, ir.Constant(I64, 2))
 
     return kind(), codegen
 
