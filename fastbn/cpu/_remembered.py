@@ -46,10 +46,11 @@ def _signature(ask: Callable[..., Any]) -> Callable[..., Any]:
     return get_call_type
 
 
-def _refresh(context: Any) -> Callable[[], None]:
-    """Return ``context.refresh`` that takes in declarations only from where there are new ones."""
-    context.refresh()
-    registries = list(context._registries)
+def _refresh(ask: Callable[[], None]) -> Callable[[], None]:
+    """Return ``refresh`` that takes in declarations only from where there are new ones."""
+    ask()
+    context = cpu_target.target_context
+    registries = list(getattr(context, "_registries", ()))
     known = [len(registry.functions) for registry in registries]
 
     def refresh() -> None:
@@ -58,14 +59,17 @@ def _refresh(context: Any) -> Callable[[], None]:
                 known[i] = len(registry.functions)
                 context.install_registry(registry)
 
-    return refresh
+    return refresh if registries else ask
 
 
 @contextlib.contextmanager
-def _answering(owner: Any, name: str, answer: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``owner.name`` is another function."""
+def _answering(owner: Any, name: str, answering: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, ``owner.name`` is another function, if Numba still has one of that name."""
+    if not hasattr(owner, name):
+        yield
+        return
     before = vars(owner).get(name)
-    setattr(owner, name, answer)
+    setattr(owner, name, answering(getattr(owner, name)))
     try:
         yield
     finally:
@@ -80,8 +84,8 @@ def remembered() -> Iterator[None]:
     """Within, Numba remembers; not nested: a kernel's compilation is one, and its parts are compiled in it."""
     context = cpu_target.target_context
     with (
-        _answering(context, "refresh", _refresh(context)),
-        _answering(context, "get_abi_sizeof", _size(context.get_abi_sizeof)),
-        _answering(BaseFunction, "get_call_type", _signature(BaseFunction.get_call_type)),
+        _answering(context, "refresh", _refresh),
+        _answering(context, "get_abi_sizeof", _size),
+        _answering(BaseFunction, "get_call_type", _signature),
     ):
         yield
