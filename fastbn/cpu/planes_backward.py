@@ -12,7 +12,7 @@ from fastbn.cpu import planes_joined, tuning
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.ahead import ahead
 from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate
-from fastbn.cpu.planes_gradients import block_gradients, gradient_constants
+from fastbn.cpu.planes_gradients import block_gradients, gradient_constants, write_part
 from fastbn.cpu.simd import (
     base,
     clear,
@@ -25,9 +25,8 @@ from fastbn.cpu.simd import (
     like,
     most,
     split,
-    store_n,
 )
-from fastbn.cpu.sweep import gradient_part, gradient_run, gradient_seam
+from fastbn.cpu.sweep import gradient_run, gradient_seam
 
 JOINED, joined = tuning.CORE_CACHE > 0, planes_joined.backward
 
@@ -37,10 +36,8 @@ def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu,
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
     i, c = at + least(head(dx, at), S), gradient_constants(table, per, 0)
-    if i > at:  # a masked store of nothing fetches the line
-        z, u = gradient_part(x, g, y, at, i - at, c, relu)
-        store_n(dx, at, z, i - at)
-        store_n(dr, at, u, i - at)
+    if i > at:
+        write_part(x, g, y, dx, dr, at, i - at, c, relu)
     for ch in range(lo, hi):
         end = at + S
         i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, (following - lo) * S)
@@ -51,9 +48,7 @@ def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu,
                 i += W
             c = d
         elif i < end:
-            z, u = gradient_part(x, g, y, i, end - i, c, relu)
-            store_n(dx, i, z, end - i)
-            store_n(dr, i, u, end - i)
+            write_part(x, g, y, dx, dr, i, end - i, c, relu)
         at = end
 
 
@@ -64,7 +59,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
     The residual's gradient is written to dr with dx, or where its runs are whole lines to ``early`` with the sums, when
     memory has nothing else to write: 0.92-0.95 of the time. The other one is None.
 
-    Where blocks lie in the core's own cache and there is no residual ``planes_joined`` does it.
+    Where blocks lie in the core's own cache ``planes_joined`` does it.
 
     Tried and rejected elsewhere: writing one block while summing the next, as ``train`` does. Four streams to read at
     once (two from memory, two from the cache) took 2.1-2.9 copies, one after the other 2.1-2.4; blocks of one channel
@@ -73,11 +68,10 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
     read one stream from memory, 1.0-1.14x. One core reads 35 GB/s and the cache gives it 100: x and g once, dx written
     and x and g again from the cache take 2.0 copies at 45 GB/s a copy.
     """
-    if JOINED:  # noqa: SIM102 - of ifs of one argument each Numba compiles one way only
-        if y is None:  # noqa: SIM102
-            if dr is None:  # noqa: SIM102
-                if early is None:
-                    return joined(x, g, dx, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim)
+    if JOINED:
+        return joined(
+            x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim
+        )
     x, g, y = split(base(x)), split(base(g)), split(base(y))
     dx, dr, early = split(base(dx)), split(base(dr)), split(base(early))
     W = lanes(x)

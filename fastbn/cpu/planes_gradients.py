@@ -6,7 +6,8 @@ from __future__ import annotations
 from fastbn.cpu._jit import helper, part
 from fastbn.cpu.finalize import gradients, trusted
 from fastbn.cpu.planes import constants, total_of
-from fastbn.cpu.simd import get, lanes, put
+from fastbn.cpu.simd import get, lanes, put, store_n
+from fastbn.cpu.sweep import gradient_part
 
 
 @helper
@@ -28,3 +29,11 @@ def gradient_constants(table, per, j):
     """(m, k, b, c1, c0) of the block's channel j."""
     m, k, b = constants(table, per, j)
     return m, k, b, get(table, 3 * per + j), get(table, 4 * per + j)
+
+
+@part
+def write_part(x, g, y, dx, dr, i, n, c, relu):
+    """Write dx and dr of n < W elements, more than none: a masked store of nothing fetches the line."""
+    z, u = gradient_part(x, g, y, i, n, c, relu)
+    store_n(dx, i, z, n)
+    store_n(dr, i, u, n)

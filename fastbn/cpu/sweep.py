@@ -124,7 +124,7 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
 
 
 @part
-def sum_rest(x, g, at, stop, m, k, b, relu, s, q):
+def sum_rest(x, g, y, dr, at, stop, m, k, b, relu, s, q):
     """Add the elements from ``at`` to ``stop``, fewer than eight vectors, as ``sum_run``; s and q are its four sums."""
     W = lanes(x)
     s0, s1, s2, s3 = s
@@ -132,20 +132,25 @@ def sum_rest(x, g, at, stop, m, k, b, relu, s, q):
     if at + 4 * W <= stop:
         v0, v1 = load(x, at) - m, load(x, at + W) - m
         v2, v3 = load(x, at + 2 * W) - m, load(x, at + 3 * W) - m
-        u0 = term(load(g, at), v0, None, k, b, relu)
-        u1 = term(load(g, at + W), v1, None, k, b, relu)
-        u2 = term(load(g, at + 2 * W), v2, None, k, b, relu)
-        u3 = term(load(g, at + 3 * W), v3, None, k, b, relu)
+        u0 = term(load(g, at), v0, load(y, at), k, b, relu)
+        u1 = term(load(g, at + W), v1, load(y, at + W), k, b, relu)
+        u2 = term(load(g, at + 2 * W), v2, load(y, at + 2 * W), k, b, relu)
+        u3 = term(load(g, at + 3 * W), v3, load(y, at + 3 * W), k, b, relu)
+        stream(dr, at, u0)
+        stream(dr, at + W, u1)
+        stream(dr, at + 2 * W, u2)
+        stream(dr, at + 3 * W, u3)
         s0, s1, s2, s3 = s0 + u0, s1 + u1, s2 + u2, s3 + u3
         q0, q1, q2, q3 = fma(u0, v0, q0), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
         at += 4 * W
     while at + W <= stop:
         v0 = load(x, at) - m
-        u0 = term(load(g, at), v0, None, k, b, relu)
+        u0 = term(load(g, at), v0, load(y, at), k, b, relu)
+        stream(dr, at, u0)
         s0, q0 = s0 + u0, fma(u0, v0, q0)
         at += W
     if at < stop:
-        s1, q1 = sum_part(x, g, None, at, stop - at, m, k, b, relu, s1, q1)
+        s1, q1 = sum_part(x, g, y, at, stop - at, m, k, b, relu, s1, q1)
     return (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3)
 
 
@@ -251,7 +256,7 @@ def normalise_and_sum_run(x, r, y, i, end, c, relu, streamed, at, n, far, start,
         i += 2 * W
         at += 4 * W
     i = _normalise_few(x, r, y, i, end, m, k, b, relu, streamed)
-    s, q = sum_rest(x, None, at, stop, start, start, start, None, (s, s1, s2, s3), (q, q1, q2, q3))
+    s, q = sum_rest(x, None, None, None, at, stop, start, start, start, None, (s, s1, s2, s3), (q, q1, q2, q3))
     return i, s, q
 
 

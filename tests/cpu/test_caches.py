@@ -54,22 +54,25 @@ def test_what_blocks_fit_in(vendor, second, expected, monkeypatch):
 
 
 # Channels-first of several blocks under a small cache, with ends that are no whole vectors, into an output that begins
-# inside of a line, behind a ReLU or not, of one sample and of half precision; and a mask of long runs.
+# inside of a line, behind a ReLU and a residual or not, of one sample and of half precision; a residual's gradient that
+# is written with the sums; and a mask of long runs.
 DIGEST = """
 import hashlib
 import numpy as np, fastbn
 from fastbn.cpu import planes, tuning
 found = hashlib.sha256()
-shapes = {(7, 19, 80, 16): "f2", (9, 21, 31, 37): "f4", (1, 130, 71, 73): "f4", (5, 34, 1031): "f4"}
+shapes = {
+    (7, 19, 80, 16): "f2", (9, 21, 31, 37): "f4", (7, 67, 32, 40): "f4", (1, 130, 71, 73): "f4", (5, 34, 1031): "f4",
+}
 for shape, kind in shapes.items():
     rng = np.random.default_rng(1)
     x, g = (rng.standard_normal(shape).astype(kind) for _ in range(2))
     w, b = (rng.standard_normal(shape[1]).astype("f4") for _ in range(2))
     out = np.empty(x.size + 3, kind)[3:].reshape(shape)
-    for relu in (None, "relu") if kind == "f4" else (None,):
-        y, saved = fastbn.batch_norm_train(x, w, b, activation=relu)
+    for relu, residual in ((None, None), ("relu", None), ("relu", g)) if kind == "f4" else ((None, None), ("relu", g)):
+        y, saved = fastbn.batch_norm_train(x, w, b, activation=relu, residual=residual)
         gradients = fastbn.backward(g, saved, out=out)
-        found.update(b"".join(a.tobytes() for a in (y, *gradients[:3])))
+        found.update(b"".join(a.tobytes() for a in (y, *gradients) if a is not None))
 lengths = np.array([1031, 900, 400, 1000, 77])
 y, saved = fastbn.batch_norm_train(x, w, b, lengths=lengths)
 found.update(b"".join(a.tobytes() for a in (y, *fastbn.backward(g, saved)[:3])))
