@@ -160,8 +160,9 @@ def test_what_pytorch_must_see_goes_to_its_operator():
         assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
     assert ours(x.to("meta"), None, *(t.to("meta") for t in (w, b, m, v)), False, None).device.type == "meta"
     y = batch_norm(x.requires_grad_(), m, v, w, b)
-    with pytest.raises(RuntimeError, match="memory NumPy can see"):
-        torch.autograd.grad(y, x, torch.stack([r, r]), is_grads_batched=True)
+    both = [torch.autograd.grad(y, x, torch.stack([r, r + 1]), is_grads_batched=True, retain_graph=True)[0]]
+    both.append(torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in (r, r + 1)]))
+    torch.testing.assert_close(*both)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -169,6 +170,22 @@ def test_traces_hold_the_operator_not_its_result():
     x, _, w, b, m, v = make((6, 5, 8), torch.float32)
     traced = torch.jit.trace(lambda x: ours(x, None, w, b, m, v, False, "relu"), (x,))
     torch.testing.assert_close(traced(x + 1), ours(x + 1, None, w, b, m, v, False, "relu"))
+
+
+def test_recorded_operations_are_the_operator_not_its_result():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, _, w, b, m, v = make((6, 5, 8), torch.float32)
+    recorded = make_fx(lambda x: ours(x, None, w, b, m, v, False, "relu"))(x)
+    torch.testing.assert_close(recorded(x + 1), ours(x + 1, None, w, b, m, v, False, "relu"))
+
+
+def test_parameters_may_go_on_being_resized():
+    """As sharded models do with the memory of parameters that they have gathered; ``Tensor.numpy`` rules it out."""
+    x, _, w, b, m, v = make((6, 5), torch.float32)
+    w.requires_grad_()
+    batch_norm(x, m, v, w, b, True).sum().backward()
+    assert w.untyped_storage().resizable() and b.untyped_storage().resizable()
 
 
 WRONG = {
@@ -188,7 +205,7 @@ WRONG = {
     "residual: expected the dtype of input, float32, got float64": {"residual": torch.ones(6, 5, dtype=torch.float64)},
     "eps: expected a number > 0, got 0.0": {"eps": 0.0},
     "momentum: expected a number, got NoneType": {"momentum": None},
-    'activation: expected None or "relu", got \'gelu\'': {"activation": "gelu"},
+    'activation: expected None or "relu", got \'x\'': {"activation": "x"},
 }  # fmt: skip
 
 

@@ -43,6 +43,84 @@ def test_a_gradient_penalty_is_pytorchs():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("create", [True, False])
+def test_arguments_that_were_computed_from_each_other(create):
+    """A layer that is used twice, a weight made from the input, one tensor as weight and bias."""
+    x, _, w, b, _, _ = (t.requires_grad_(i < 4) for i, t in enumerate(make((6, 3), torch.float64)))
+
+    def net(call):
+        y = call(x, None, w, b, None, None, True, None).tanh()
+        y = call(y, None, y.mean(0), b, None, None, True, None)
+        return call(y, None, b, b, None, None, True, None).pow(3).sum()
+
+    found = [torch.autograd.grad(net(call), (x, w, b), create_graph=create) for call in (ours, theirs)]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("absent", [2, 3])
+def test_second_derivatives_of_one_parameter_alone(absent):
+    x, _, w, b, _, _ = (t.requires_grad_(i < 4) for i, t in enumerate(make((6, 3), torch.float64)))
+    leaves = (x, b) if absent == 2 else (x, w)
+
+    def call(x, p):
+        return batch_norm(x, None, None, *((None, p) if absent == 2 else (p, None)), training=True)
+
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_strides_that_pytorchs_own_gradient_gets_wrong():
+    x, g = torch.randn(4, 6, 5, 1, requires_grad=True), torch.randn(4, 5, 1, 6).permute(0, 3, 1, 2)
+    y = batch_norm(x, None, None, torch.randn(6, 2)[:, 0], None, True)
+    (want,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    (got,) = torch.autograd.grad(y, x, g, create_graph=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    (negative,) = torch.autograd.grad(y, x, torch._neg_view(g))
+    torch.testing.assert_close(negative, -want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tangent_of_the_gradient():
+    x, g, w, b, _, _ = make((6, 5), torch.float32)
+    x.requires_grad_()
+    tangents = []
+    for call in (ours, theirs):
+        y = call(x, None, w, b, None, None, True, None)
+        with torch.autograd.forward_ad.dual_level():
+            (dx,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(g, g * g))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(dx).tangent.clone())
+    torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_hooks_keep_the_parameters_of_the_forward_pass(activation):
+    x, g, w, b, _, _ = make((6, 5), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y, z = (call(x, None, w, b, None, None, True, activation) for call in (ours, theirs))
+    with torch.no_grad():
+        w.mul_(3)
+        b.add_(1)
+    for got, want in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(z, leaves, g), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bias_may_change_where_backward_does_not_need_it():
+    x, g, w, b, _, _ = make((6, 5), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    y = batch_norm(x, None, None, w, b, True)
+    want = torch.autograd.grad(y, leaves, g, retain_graph=True)
+    with torch.no_grad():
+        b.add_(1)
+    for got, first in zip(torch.autograd.grad(y, leaves, g, create_graph=True), want, strict=True):
+        torch.testing.assert_close(got, first, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_have_no_gradient():
+    x, _, w, b, m, v = make((6, 5), torch.float32)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_mean'"):
+        batch_norm(x, m.requires_grad_(), v, w.requires_grad_(), b)
+
+
 def test_backward_twice():
     x, r, w, b, m, v = make((3, 5, 7, 9), torch.float32, last)
     x.requires_grad_()

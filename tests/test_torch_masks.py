@@ -96,6 +96,18 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradcheck(call, x) and torch.autograd.gradgradcheck(call, x)
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda v: torch.tensor(v, dtype=torch.uint16)])
+def test_lengths_of_the_forward_pass(kind):
+    """They may change before gradients are taken, be these PyTorch's."""
+    x, g = draw()[0].detach().requires_grad_(), torch.randn(N, C, T)
+    lengths = kind(LENGTHS)
+    y = ft.batch_norm(x, None, None, training=True, lengths=lengths)
+    (want,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    lengths[0] = 2
+    (got,) = torch.autograd.grad(y, x, g, create_graph=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_modules_count_batches_with_values():
     x = draw()[0].detach()
     module = ft.BatchNorm1d(C, momentum=None)
@@ -135,8 +147,9 @@ def test_images_and_rows():
         ({"lengths": [1, 0, 0, 0, 0]}, ValueError, "input"),
     ],
 )
-def test_errors_name_the_argument(options, error, named):
-    module, x = ft.BatchNorm1d(C), draw()[0].detach()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # parameters of half types are PyTorch's
+def test_errors_name_the_argument(options, error, named, dtype):
+    module, x = ft.BatchNorm1d(C).to(dtype), draw()[0].detach().to(dtype)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     with pytest.raises(error, match=rf"^{named}: expected"):
         module(x, **options)

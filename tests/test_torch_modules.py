@@ -122,6 +122,44 @@ def test_only_exact_types_are_converted():
     assert type(fused[0]) is ft.BatchNorm1d
 
 
+def test_modules_that_are_not_converted_are_not_touched():
+    """Some forward every assignment to a module they wrap."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, wrapped):
+            super().__init__()
+            self.wrapped = wrapped
+
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = Wrapper(nn.Sequential(nn.BatchNorm2d(3)))
+    assert type(ft.convert(model).wrapped[0]) is ft.BatchNorm2d
+    assert type(ft.revert(model).wrapped[0]) is nn.BatchNorm2d
+
+
+def test_recomputed_batches_count_as_pytorchs():
+    """A checkpoint stops recomputing where it has all it needs, in the midst of the last module."""
+    from torch.utils.checkpoint import checkpoint
+
+    found = []
+    for kind in (ft.BatchNorm2d, nn.BatchNorm2d):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, momentum=None))
+        for i in range(1, 4):
+            x = (torch.randn(8, 3, 9, 9) * i + i).requires_grad_()
+            checkpoint(model, x, use_reentrant=False).square().sum().backward()
+        found.append(model[1])
+    assert int(found[0].num_batches_tracked) == 6
+    same_state(*found)
+
+
+def test_without_initialisation():
+    assert type(nn.utils.skip_init(ft.BatchNorm2d, 3)) is ft.BatchNorm2d
+
+
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_network_learns_the_same(memory):
     """Converted after its optimizer was made; the losses agree to rounding."""
@@ -216,11 +254,29 @@ def test_autocast_and_half_models():
     assert ours[1].num_batches_tracked == 2
 
 
-def test_export_without_a_trace_of_us():
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_without_a_trace_of_us(strict):
     model = ft.convert(network()).eval()
     x = torch.randn(2, 3, 10, 10)
-    exported = torch.export.export(model, (x,)).module()
+    exported = torch.export.export(model, (x,), strict=strict).module()
     torch.testing.assert_close(exported(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_training_with_lengths(strict):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = ft.BatchNorm1d(3)
+
+        def forward(self, x, lengths):
+            return self.bn(x, lengths=lengths)
+
+    x, lengths = torch.randn(4, 3, 10), torch.tensor([10, 5, 3, 7])
+    exported = torch.export.export(Padded(), (x, lengths), strict=strict).module()
+    plain = Padded()
+    torch.testing.assert_close(exported(x, lengths - 1), plain(x, lengths - 1), rtol=1e-4, atol=1e-5)
+    assert int(exported.bn.num_batches_tracked) == int(plain.bn.num_batches_tracked) == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns of itself

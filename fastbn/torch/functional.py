@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastbn import arguments, functional
+from fastbn import functional
 from fastbn.errors import ArgumentTypeError, FastbnError
-from fastbn.torch import masked
-from fastbn.torch.tensors import Opaque, array, dense, laid_out, tensor, vector
-
-Args = tuple[Any, ...]
+from fastbn.torch import gradients, masked, native
+from fastbn.torch.native import Args
+from fastbn.torch.tensors import Opaque, array, dense, parameter, tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
 _grad_enabled, _compiling, _tracing = torch.is_grad_enabled, torch.compiler.is_compiling, torch.jit.is_tracing
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def batch_norm(
@@ -89,15 +90,19 @@ def batch_norm(
     args = (
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, mask, lengths,
     )  # fmt: skip
-    return _uncompiled(args) if _compiling() else _run(args)
+    if not _compiling():
+        return _run(args)
+    return _native(args) if _exporting() else _uncompiled(args)
 
 
 def _run(args: Args) -> Tensor:
     """Do it by kernels, recorded for backward where autograd asks for it."""
     input, residual, weight, bias, running_mean = args[:5]
     try:
-        if _watched() or _half_parameters(input, weight, running_mean):
+        if _watched() or _half_parameters(input, weight, bias, running_mean):
             return _native(args)
+        if running_mean is not None and running_mean.requires_grad and not args[6] and _grad_enabled():
+            return _native(args)  # raises: no gradient of it
         if (own := dense(input)) is not input:
             input, args = own, (own, *args[1:])
         if _grad_enabled() and (
@@ -119,18 +124,32 @@ def _run(args: Args) -> Tensor:
 
 def _watched() -> bool:
     """Tell whether PyTorch must see every operation: a function transform, a trace, forward-mode differentiation."""
-    return _transforming() or _tracing() or getattr(forward_ad, "_current_level", -1) >= 0
+    watched: bool = _transforming() or _tracing() or getattr(forward_ad, "_current_level", -1) >= 0
+    return watched or _recording()
 
 
-def _half_parameters(input: Tensor, weight: Tensor | None, running_mean: Tensor | None) -> bool:
+def _recording() -> bool:
+    """Tell whether ``make_fx`` records operations."""
+    if not _modes():
+        return False
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return mode is not None
+
+
+def _half_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None) -> bool:
     """Tell whether parameters are half types as the input is, which these kernels do not have."""
-    first = running_mean if weight is None else weight
+    first = running_mean if weight is None and bias is None else bias if weight is None else weight
     return input.dtype in HALF and first is not None and first.dtype is input.dtype
+
+
+def hidden() -> bool:
+    """Tell whether values cannot be looked at: a graph is made of operations on them."""
+    return _compiling() or _watched()
 
 
 def count(counter: Tensor) -> None:
     """Add 1 in place, as a number: between other work an addition of arrays, PyTorch's or NumPy's, takes 12 us."""
-    if not (_compiling() or _watched()):
+    if not hidden():
         with contextlib.suppress(Opaque):
             array(counter)[()] += 1
             return
@@ -139,14 +158,9 @@ def count(counter: Tensor) -> None:
 
 def _native(args: Args) -> Tensor:
     """Do it by PyTorch's own operators."""
-    input, residual, weight, bias, mean, var, training, momentum, eps, activation, mask, lengths = args
-    relu = arguments.activation(activation)
-    if mask is not None or lengths is not None:
-        return masked.native(input, residual, weight, bias, mean, var, training, momentum, eps, relu, mask, lengths)
-    y: Tensor = torch.nn.functional.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    if residual is not None:
-        y = y + residual
-    return torch.relu(y) if relu else y
+    if _compiling() or _tracing() or _recording():  # a check would become part of the graph
+        return native.run(args)
+    return native.checked(args, hidden())
 
 
 def _uncompiled(args: Args) -> Tensor:
@@ -157,8 +171,10 @@ def _uncompiled(args: Args) -> Tensor:
 
 def _forward(args: Args, keep: bool) -> tuple[Tensor, Any]:
     """Return y and, if it is to be kept, what backward needs."""
-    training, momentum, eps, activation, mask, lengths = args[6:]
-    x, r, w, b, m, v = [None if t is None else array(t) for t in args[:6]]
+    input, residual, weight, bias, mean, var, training, momentum, eps, activation, mask, lengths = args
+    x, r = array(input), None if residual is None else array(residual)
+    w, b = None if weight is None else parameter(weight), None if bias is None else parameter(bias)
+    m, v = None if mean is None else array(mean), None if var is None else array(var)
     given = {"eps": eps, "activation": activation, "residual": r}
     some = mask is not None or lengths is not None
     if some:
@@ -169,7 +185,7 @@ def _forward(args: Args, keep: bool) -> tuple[Tensor, Any]:
         y, saved = functional.frozen(x, m, v, w, b, **given)
     else:
         y, saved = functional.batch_norm_infer(x, m, v, w, b, **given), None
-    return tensor(y, args[0]), saved
+    return tensor(y, input), saved
 
 
 class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
@@ -179,62 +195,24 @@ class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, input: Tensor, residual: Any, weight: Any, bias: Any, args: Args) -> Tensor:
         y, saved = _forward(args, keep=True)
         saved.release()
-        mask, lengths = args[10:]
-        ctx.save_for_backward(input, weight, bias, y if saved.relu and saved.residual else None, mask)
-        ctx.saved, ctx.strides, ctx.eps, ctx.lengths = saved, input.stride(), args[8], lengths
+        gradients.keep(ctx, saved, y, args)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return (_differentiable if _grad_enabled() else _gradients)(ctx, grad_output)
+        seen = _grad_enabled() or _watched()
+        return (gradients.differentiable if seen else gradients.by_kernels)(ctx, grad_output)
 
 
 # The ``apply`` below ``Function.apply``, which looks for what is ruled out here and takes 3 us for it.
 _record = super(torch.autograd.Function, _BatchNorm).apply
 
 
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of input, residual, weight and bias."""
-    input, _, _, y, _ = ctx.saved_tensors
-    input = laid_out(input, ctx.strides)
-    saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
-    grad = array(grad_output)
-    dx, dw, db, dr = functional.backward(grad, saved)
-    wanted = ctx.needs_input_grad
-    if dr is not None:
-        dr = grad_output if dr is grad else tensor(dr, input)
-    return (
-        tensor(dx, input) if wanted[0] else None,
-        dr if wanted[1] else None,
-        vector(dw) if wanted[2] else None,
-        vector(db) if wanted[3] else None,
-        None,
-    )
-
-
-def _differentiable(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients with a graph of their own (``create_graph=True``): PyTorch's operator has second derivatives."""
-    input, weight, bias, y, mask = ctx.saved_tensors
-    saved, mean, var = ctx.saved, None, None
-    if saved.frozen:
-        kind = torch.float64 if input.dtype is torch.float64 else torch.float32
-        mean, var = (torch.as_tensor(s).to(kind) for s in (saved.mean, saved.variance))
-    before = grad_output if y is None else grad_output.masked_fill(y <= 0, 0.0)
-    if mask is not None or ctx.lengths is not None:
-        before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
-    relu = "relu" if saved.relu and y is None else None
-    again = _native((input, None, weight, bias, mean, var, not saved.frozen, 0.0, ctx.eps, relu, mask, ctx.lengths))
-    wanted = ctx.needs_input_grad
-    sources = {i: t for i, t in ((0, input), (2, weight), (3, bias)) if wanted[i]}
-    found = torch.autograd.grad(again, list(sources.values()), before, create_graph=True) if sources else ()
-    by_place = dict(zip(sources, found, strict=True)) | ({1: before} if wanted[1] else {})
-    return tuple(by_place.get(i) for i in range(5))
-
-
 def _renamed(error: Any) -> Exception:
     """Return an error of the public functions, which call it x, about the input."""
     parts = getattr(error, "_parts", error.args)
-    renamed: Exception = type(error)(*(re.sub(r"\bx\b", "input", part) for part in parts))
+    named = [re.sub(r"\bx\b", "input", part) for part in parts[:2]]  # not in what was given
+    renamed: Exception = type(error)(*named, *parts[2:])
     return renamed
 
 

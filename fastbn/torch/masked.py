@@ -11,20 +11,30 @@ from fastbn.errors import ArgumentTypeError
 from fastbn.torch.tensors import array
 
 
+def check(mask: Any) -> None:
+    """Raise if this is no mask."""
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        got = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ArgumentTypeError("mask", "a torch.Tensor of bool", got)
+
+
 def options(mask: Any, lengths: Any) -> dict[str, Any]:
     """Return mask and lengths as the public functions take them."""
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            got = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ArgumentTypeError("mask", "a torch.Tensor of bool", got)
+        check(mask)
         mask = array(mask)
     return {"mask": mask, "lengths": array(lengths) if isinstance(lengths, Tensor) else lengths}
+
+
+def kept(lengths: Any) -> Any:
+    """Return lengths that stay what they are."""
+    return lengths if lengths is None else torch.as_tensor(lengths).clone()
 
 
 def valid(input: Tensor, mask: Tensor | None, lengths: Any) -> Tensor:
     """Return where values count, broadcastable to the input."""
     if mask is None:
-        counts = torch.as_tensor(lengths, device=input.device)
+        counts = torch.as_tensor(lengths, device=input.device).long()
         mask = torch.arange(input.shape[2], device=input.device) < counts[:, None]
     rest = (*input.shape[:1], *input.shape[2:])
     return mask.expand(rest).unsqueeze(1)

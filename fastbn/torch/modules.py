@@ -13,9 +13,11 @@ from torch import Tensor
 
 from fastbn import arguments
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
-from fastbn.torch.functional import batch_norm, count
+from fastbn.torch.functional import batch_norm, count, hidden
 
 Module = TypeVar("Module", bound=Any)
+
+REFUSED = (TypeError, ValueError, RuntimeError, MemoryError)  # before anything moves
 
 
 class _Forward:
@@ -23,8 +25,9 @@ class _Forward:
 
     activation: str | None = None  # here too: a converted module has none of its own
 
-    def __init__(self, *args: Any, activation: str | None = None, **options: Any):
-        super().__init__(*args, **options)
+    # ``torch.nn.utils.skip_init`` looks for ``device``.
+    def __init__(self, *args: Any, activation: str | None = None, device: Any = None, **options: Any):
+        super().__init__(*args, **({"device": device} if device is not None else {}), **options)
         arguments.activation(activation)
         self.activation = activation
 
@@ -61,12 +64,17 @@ class _Forward:
                 mean = var = None
         if momentum is None:
             momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-        y = batch_norm(
-            input, mean, var, weight, bias, training or (mean is None and var is None), momentum, self.eps,
-            activation=self.activation, residual=residual, mask=mask, lengths=lengths,
-        )  # fmt: skip
-        if counter is not None and not _nothing(mask, lengths):
-            count(counter)
+        try:
+            y = batch_norm(
+                input, mean, var, weight, bias, training or (mean is None and var is None), momentum, self.eps,
+                activation=self.activation, residual=residual, mask=mask, lengths=lengths,
+            )  # fmt: skip
+        except Exception as error:
+            if counter is not None and not isinstance(error, REFUSED):
+                _count(counter, mask, lengths)  # a checkpoint that has recomputed enough; the statistics have moved
+            raise
+        if counter is not None:
+            _count(counter, mask, lengths)
         return y
 
     def extra_repr(self: Any) -> str:
@@ -74,10 +82,15 @@ class _Forward:
         return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
 
 
-def _nothing(mask: Tensor | None, lengths: Any) -> bool:
-    """Tell whether no value counts."""
+def _count(counter: Tensor, mask: Tensor | None, lengths: Any) -> None:
+    """Count a batch, unless no value counts."""
     some = lengths if mask is None else mask
-    return some is not None and not torch.as_tensor(some).any()
+    if some is None:
+        count(counter)
+    elif hidden():
+        counter.add_(torch.as_tensor(some).any().to(counter.dtype))
+    elif torch.as_tensor(some).any():
+        count(counter)
 
 
 class BatchNorm1d(_Forward, torch.nn.BatchNorm1d):  # type: ignore[misc]
@@ -115,8 +128,8 @@ def convert(module: Module) -> Module:
 
     Each stays the object it was, with its parameters, buffers, settings and hooks, and only changes its class (as
     PyTorch's lazy modules do): an optimizer made before goes on working. Subclasses, and ``SyncBatchNorm``, are left
-    alone. Convert back (``revert``) before tools that look for PyTorch's exact classes: ``torch.fx``, quantization,
-    ``torch.jit.script``.
+    alone. A result has the memory order of its input, where PyTorch's is contiguous for some. Convert back
+    (``revert``) before tools that look for PyTorch's exact classes: ``torch.fx``, quantization, ``torch.jit.script``.
 
     Parameters
     ----------
@@ -134,12 +147,13 @@ def convert(module: Module) -> Module:
         Not a module.
     """
     for found in _modules(module):
-        found.__class__ = OURS.get(type(found), type(found))
+        if type(found) in OURS:
+            found.__class__ = OURS[type(found)]
     return module
 
 
 def revert(module: Module) -> Module:
-    """Undo ``convert``: every module of ours becomes PyTorch's, in place.
+    """Undo ``convert``: every module of ours becomes PyTorch's, in place; subclasses are left alone.
 
     Parameters
     ----------

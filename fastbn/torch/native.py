@@ -1,0 +1,83 @@
+"""Batch norm by PyTorch's own operators: where it must see every operation, and where these kernels cannot work."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbn import arguments
+from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.torch import masked
+from fastbn.torch.tensors import Opaque, array
+
+Args = tuple[Any, ...]  # of ``functional.batch_norm``, input and residual first
+
+
+def checked(args: Args, hidden: bool) -> Tensor:
+    """Do it, once the arguments are what ``functional.batch_norm`` takes; ``hidden``: values cannot be looked at."""
+    input, residual, weight, bias, mean, var, training, _, eps, _, mask, lengths = args
+    shape = tuple(input.shape)
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise ArgumentValueError("residual", f"the shape of input, {shape}", tuple(residual.shape))
+        if residual.dtype is not input.dtype:
+            raise ArgumentTypeError("residual", f"the dtype of input, {input.dtype}", residual.dtype)
+    for name, given in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
+        if given is not None and given.shape != input.shape[1:2]:
+            raise ArgumentValueError(name, f"one number per channel, shape {shape[1:2]}", f"shape {tuple(given.shape)}")
+    if (mean is None) != (var is None):
+        absent = "running_mean" if mean is None else "running_var"
+        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    if mean is None and not training:
+        raise ArgumentTypeError("running_mean", "one number per channel", "NoneType")
+    arguments.epsilon(eps, positive=training)
+    if mask is not None or lengths is not None:
+        _check_places(input, mask, lengths, training, hidden)
+    return run(args)
+
+
+def _check_places(input: Tensor, mask: Any, lengths: Any, training: bool, hidden: bool) -> None:
+    """Raise if these do not say which values count, as the kernels do."""
+    if mask is not None and lengths is not None:
+        raise ArgumentValueError("mask, lengths", "one of them", "both")
+    shape = tuple(input.shape)
+    rest = shape[:1] + shape[2:]
+    if mask is not None:
+        masked.check(mask)
+        try:
+            mask.expand(rest)
+        except RuntimeError:
+            expected = f"a shape that broadcasts to {rest}, that of input without its channel axis"
+            raise ArgumentValueError("mask", expected, tuple(mask.shape)) from None
+    else:
+        _check_lengths(input, lengths, hidden)
+    if training and not hidden and int(masked.valid(input, mask, lengths).sum()) == 1:
+        raise ArgumentValueError("input", "more than 1 value per channel when training", "1 that counts")
+
+
+def _check_lengths(input: Tensor, lengths: Any, hidden: bool) -> None:
+    like: Any = SimpleNamespace(shape=tuple(input.shape), ndim=input.dim())
+    if isinstance(lengths, Tensor):
+        try:
+            seen = None if hidden else array(lengths.detach().cpu())
+        except Opaque:
+            seen = None
+        if seen is None:  # its shape and dtype can be
+            seen = torch.zeros(lengths.shape, dtype=lengths.dtype).numpy()
+        lengths = seen
+    arguments.from_lengths(lengths, like, 1)
+
+
+def run(args: Args) -> Tensor:
+    """Do it."""
+    input, residual, weight, bias, mean, var, training, momentum, eps, activation, mask, lengths = args
+    relu = arguments.activation(activation)
+    if mask is not None or lengths is not None:
+        return masked.native(input, residual, weight, bias, mean, var, training, momentum, eps, relu, mask, lengths)
+    y: Tensor = torch.nn.functional.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
