@@ -178,6 +178,13 @@ def apart(name: str, out: Array, other: Array, exact_allowed: bool) -> None:
     raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
 
 
+def apart_from_parameters(out: Array, weight: Array | None, bias: Array | None) -> None:
+    """Raise if out overlaps weight or bias."""
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and not (out.flags.owndata and vector.flags.owndata):
+            apart(name, out, vector, exact_allowed=False)
+
+
 def share(a: Array, b: Array) -> bool:
     """Tell whether two arrays have a byte in common, or may have one where that is hard to say."""
     if not np.may_share_memory(a, b):

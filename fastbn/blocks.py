@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastbn import arguments, dispatch, layout, recycled, views
 from fastbn.core import Reordered
 from fastbn.errors import ArgumentValueError
-from fastbn.saved import Gradients, check_gradient
+from fastbn.saved import Gradients, check_gradient, delivered
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +61,8 @@ class BlockForward(Reordered):
         if axis == 0:
             raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
         self.target = None
-        if not (_samples_outermost(x, axis) and (out is None or not x.size or _samples_outermost(out, axis))):
+        fits = out is None or not x.size or (getattr(out, "shape", 0) == x.shape and _samples_outermost(out, axis))
+        if not (_samples_outermost(x, axis) and fits):
             x, out = self.copied(x, axis, out), None
         super().__init__(x, weight, bias, axis, activation, residual, out, in_place=False)
         before, C, S = self.layout.dims
@@ -77,12 +78,13 @@ class BlockForward(Reordered):
     def gradients(self, pieces: list[Piece], grad_output: Any, to: Any) -> Gradients:
         """Gradients through all pieces; see ``fastbn.backward``."""
         kept = self.residual is not None
-        grad, to = check_gradient(grad_output, self.x, self.layout, self.axis, to, grad_kept=kept)
+        params = self.weight, self.bias
+        grad, dx = check_gradient(grad_output, self.x, self.layout, self.axis, to, kept, params)
         y = self.out if self.relu and kept else None
-        if y is not None:
+        if y is not None and to is not None:
             arguments.apart("the output that the forward pass saved", to, y, exact_allowed=False)
         gated = layout.empty_like(self.x, self.layout) if self.relu and kept else None
-        tensors = [None if a is None else views.flat(a, self.layout) for a in (self.x, grad, y, to, gated)]
+        tensors = [None if a is None else views.flat(a, self.layout) for a in (self.x, grad, y, dx, gated)]
         dweight, dbias = np.zeros(self.weight.size), np.zeros(self.weight.size)
         for part, d, stats in pieces:
             cut: list[Any] = [None if t is None else t[part] for t in tensors]
@@ -90,7 +92,7 @@ class BlockForward(Reordered):
             dweight += dw
             dbias += db
         return Gradients(
-            to,
+            delivered(dx, to),
             dweight.astype(self.dtype) if self.affine[0] else None,
             dbias.astype(self.dtype) if self.affine[1] else None,
             (grad_output if gated is None else gated) if kept else None,

@@ -53,9 +53,7 @@ class Forward:
             arguments.apart("x", out, x, exact_allowed=in_place)
             if residual is not None:
                 arguments.apart("residual", out, residual, exact_allowed=True)
-            for name, vector in (("weight", self.weight), ("bias", self.bias)):
-                if not (out.flags.owndata and vector.flags.owndata):
-                    arguments.apart(name, out, vector, exact_allowed=False)
+            arguments.apart_from_parameters(out, self.weight, self.bias)
             self.out = out
             self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
         self.in_place = in_place and out is not None and np.may_share_memory(self.out, self.x)

@@ -126,14 +126,29 @@ class SyncSaved(Saved):
         if dx.size and self.part.count:
             scale = self.part.weight * self.invstd / -self.count
             weight, bias = (scale * sum(sums) for sums in zip(*found, strict=True))
-            dtype, axis = self.part.weight.dtype, self.part.axis
-            f = masked.forward(
-                self.part.x, weight.astype(dtype), bias.astype(dtype), axis, None, dx, dx, self.mask, self.lengths
-            )
-            f.normalise(self.stats)
-            dx = f.result()
+            dx = self._with_sums(dx, weight, bias)
         affine = self.part.affine
         return Gradients(dx, dweight if affine[0] else None, dbias if affine[1] else None, residual)
+
+    def _with_sums(self, dx: Array, weight: Array, bias: Array) -> Array:
+        """Return dx + weight*xhat + bias, where values count."""
+        x, axis, dtype = self.part.x, self.part.axis, self.part.weight.dtype
+        scale = np.abs(weight * self.invstd)
+        if not ((scale > 0) & (scale < np.finfo(dtype).tiny)).any():
+            w, b = weight.astype(dtype), bias.astype(dtype)
+            f = masked.forward(x, w, b, axis, None, dx, dx, self.mask, self.lengths)
+            f.normalise(self.stats)
+            return f.result()
+        # A standard deviation of 1e20 and more: weight*invstd, which the kernel multiplies x by, is not a float32.
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        mean, invstd, w, b = (v.reshape(shape) for v in (self.mean, self.invstd, weight, bias))
+        whole: Array = (dx + (w * ((x - mean) * invstd) + b)).astype(dx.dtype)
+        if self.mask is None and self.lengths is None:
+            return whole
+        valid = np.expand_dims(masked.valid(self.mask, self.lengths, x, axis), axis)
+        found: Array = np.where(valid, whole, dx)
+        return found
 
 
 def batch_norm_train(

@@ -145,6 +145,7 @@ class GroupSaved(Saved):
             saved.output(out, self.x, 0)
             arguments.apart("x", out, self.x, exact_allowed=False)
             arguments.apart("grad_output", out, grad, exact_allowed=True)
+            arguments.apart_from_parameters(out, self.weight, None)
         shapes, kind = self.affine, arguments.arithmetic(self.x.dtype)
         dweight = dbias = np.zeros(self.sizes.C)
         if self.x.size:
@@ -199,6 +200,7 @@ def _normalise(
     else:
         saved.output(out, x, 0)
         arguments.apart("x", out, x, exact_allowed=False)
+        arguments.apart_from_parameters(out, w, b)
         y = out
     result = GroupSaved()
     result.axis, result.sizes, result.shape, result.count = axis, d, shape, d.length

@@ -85,9 +85,11 @@ class TurnSaved(Ghosts):
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
         """See ``fastbn.backward``."""
         grad = arguments.same_kind("grad_output", grad_output, self.x)
-        target = _target(out, self.x, self.axis)
+        target = checked_output(out, self.x, self.axis)
         if out is not None:
             arguments.apart("grad_output", out, grad, exact_allowed=True)
+            for part in self.parts:
+                arguments.apart_from_parameters(out, getattr(part, "weight", None), getattr(part, "bias", None))
         each = [part.gradients(grad[a:b], None) for (a, b), part in zip(self.bounds, self.parts, strict=True)]
         kept = each[0].residual is not None
         residual = np.concatenate([g.residual for g in each if g.residual is not None]) if kept else None
@@ -100,7 +102,7 @@ class TurnSaved(Ghosts):
         return Gradients(target, dweight, dbias, residual)
 
 
-def _target(out: Any, x: Array, axis: int) -> Array:
+def checked_output(out: Any, x: Array, axis: int) -> Array:
     """Return the checked output, or a new array like x."""
     if out is None:
         return recycled.empty_like(x)
@@ -120,7 +122,7 @@ def in_turn(step: Turn, x: Array, axis: int, residual: Any, out: Any, size: int)
     """Normalise every ghost by a call of its own. Nothing is written to ``out`` before all have gone well."""
     if axis == 0:
         raise ArgumentValueError("axis", "a channel axis other than 0, that of the samples", 0)
-    target = _target(out, x, axis)
+    target = checked_output(out, x, axis)
     if residual is not None:
         residual = arguments.same_kind("residual", residual, x)
         arguments.apart("residual", target, residual, exact_allowed=True)

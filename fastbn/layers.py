@@ -137,11 +137,14 @@ class BatchNorm(Layer):
             update_stats=not tracked or (update and not each), unbiased=self.unbiased,
         )  # fmt: skip
         if each and hasattr(saved[1], "ghosts"):
+            before = self.num_batches_tracked
             for ghost in saved[1].ghosts:
                 if ghost.count > 1:  # one value was normalised by the running statistics (``on_single``)
                     self.update(ghost)
+            saved[1].updated = self.num_batches_tracked - before
         elif update:
-            self.num_batches_tracked += saved[1].updated or (0 if saved[1].count else 1)
+            nothing = saved[1].count == 0 and not hasattr(saved[1], "ghosts")
+            self.num_batches_tracked += saved[1].updated or int(nothing)
         return y
 
     def _next_momentum(self) -> float:

@@ -107,6 +107,8 @@ class Moments:
         with np.errstate(all="ignore"):  # NaN and inf stay in their channel
             delta = other.mean - self.mean
             mean = self.mean + delta * (other.count / count)
+            apart = self.mean * (self.count / count) + other.mean * (other.count / count)
+            mean = np.where(np.isinf(delta), apart, mean)  # inf + -inf is no mean
             m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
         return Moments(count, mean, m2)
 

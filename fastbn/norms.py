@@ -181,7 +181,10 @@ class InstanceNorm(_ByChannel):
             )
             return y
         if self.running_mean is not None and not self._away:
-            running.pair(self.running_mean, self.running_var, self._channels, self.dtype)
+            moved = running.pair(self.running_mean, self.running_var, self._channels, self.dtype)
+            given = {"weight": self.weight, "bias": self.bias, "x": x, "out": out}
+            others = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+            running.refuse_shared(*moved, others, arguments.share)
         y, self._saved = saved = family.instance_norm(x, self.weight, self.bias, axis=self.axis, eps=self.eps, out=out)
         if self.running_mean is not None and self.running_var is not None:
             self._move(saved[1])
@@ -195,7 +198,7 @@ class InstanceNorm(_ByChannel):
 
             assert isinstance(saved, device_family.DeviceSetsSaved)
             device_family.move(saved, self.running_mean, self.running_var, momentum)
-        elif saved.mean.size:
+        elif saved.mean.size and saved.count:
             with np.errstate(all="ignore"):  # NaN and inf stay in their channel, as in the kernels
                 mean, var = saved.mean.mean(0), saved.variance.mean(0)
             running.move(

@@ -39,7 +39,8 @@ class StepsSaved(Saved):
     affine: bool
 
     def _row(self, i: int) -> Array:
-        return np.concatenate([part._row(i) for part in self.parts]).reshape(self.shape[1:])
+        rows = [part._row(i) for part in self.parts]
+        return np.concatenate(rows).reshape(self.shape[1:]) if rows else np.empty(self.shape[1:])
 
     @property
     def moments(self) -> Moments:
@@ -58,6 +59,10 @@ class StepsSaved(Saved):
         if out is not None:
             saved.output(out, grad, 2)
             arguments.apart("grad_output", out, grad, exact_allowed=True)
+            for part in self.parts:
+                if isinstance(part, saved.BatchSaved):
+                    arguments.apart("x", out, part.x, exact_allowed=False)
+                    arguments.apart_from_parameters(out, part.weight, part.bias)
         if len(self.parts) == 1:
             flat = functional.backward(grad.reshape(N, T * C), self.parts[0])
             grads, dx = [flat], flat.input.reshape(self.shape)

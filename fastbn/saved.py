@@ -154,18 +154,19 @@ class BatchSaved(Saved):
             grad, dx = self._checked(grad_output, out)
             return dx, *self.places.gradients(self, grad, dx)
         x, where = self.x, self.layout
-        grad, out = check_gradient(grad_output, x, where, self.axis, out, grad_kept=self.residual)
-        if self.y is not None:
+        grad, dx = check_gradient(grad_output, x, where, self.axis, out, self.residual, (self.weight, self.bias))
+        if self.y is not None and out is not None:
             arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
         gated = layout.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
-            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, out, gated)]
+            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, dx, gated)]
             dweight, dbias = dispatch.kernels().backward(
                 *tensors, self.weight, self.bias, self.stats, where.dims, self.frozen, self.relu
             )
         else:
             dweight, dbias = np.zeros_like(self.weight), np.zeros_like(self.bias)
-        return out, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
+        dx = delivered(dx, out)
+        return dx, dweight, dbias, (grad_output if gated is None else gated) if self.residual else None
 
     def _checked(self, grad_output: Any, out: Any) -> tuple[Array, Array]:
         """Return the gradient and the array for the input's, in any memory order each, apart from what is read."""
@@ -175,6 +176,7 @@ class BatchSaved(Saved):
         output(out, self.x, self.axis)
         arguments.apart("x", out, self.x, exact_allowed=False)
         arguments.apart("grad_output", out, grad, exact_allowed=True)
+        arguments.apart_from_parameters(out, self.weight, self.bias)
         if self.y is not None:
             arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
         return grad, out
@@ -228,15 +230,28 @@ def output(out: Any, x: Array, axis: int) -> layout.Layout:
 
 
 def check_gradient(
-    grad_output: Any, x: Array, where: layout.Layout, axis: int, out: Any, grad_kept: bool
-) -> tuple[Array, Array]:
-    """Return the gradient in the memory order of x and the array for the input's gradient, allocated if need be."""
+    grad_output: Any, x: Array, where: layout.Layout, axis: int, out: Any, grad_kept: bool,
+    params: tuple[Array, Array],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Return the gradient in the memory order of x and an array in that order for the input's: ``out`` if it is in it.
+
+    Else the input's gradient must be ``delivered`` to ``out``.
+    """
     grad = arguments.same_kind("grad_output", grad_output, x)
     if out is None:
         return layout.like(grad, where), layout.empty_like(x, where)
-    found = output(out, x, axis)
-    if x.size and not layout.matches(out, where, axis):
-        raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
+    output(out, x, axis)
     arguments.apart("x", out, x, exact_allowed=False)
     arguments.apart("grad_output", out, grad, exact_allowed=not grad_kept)
-    return layout.like(grad, where), out
+    arguments.apart_from_parameters(out, *params)
+    fits = not x.size or layout.matches(out, where, axis)
+    return layout.like(grad, where), out if fits else layout.empty_like(x, where)
+
+
+def delivered(dx: Array, out: Any) -> Array:
+    """Return the input's gradient where the caller wants it."""
+    if out is None or out is dx:
+        return dx
+    out[...] = dx
+    found: Array = out
+    return found

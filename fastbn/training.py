@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, core, dispatch, ghosts, layout, masked, renorm, running
+from fastbn import arguments, core, ghosts, layout, masked, renorm, running
 from fastbn.blocks import BlockForward
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.moments import Moments
@@ -59,7 +59,8 @@ def train(
 ) -> tuple[Array, Saved]:  # fmt: skip
     """See ``fastbn.batch_norm_train``."""
     o = check(o)
-    if o.ghost is not None and not (mask is None and lengths is None and o.renorm is None):
+    alike = mask is None and lengths is None and o.renorm is None and o.nonfinite != "raise"
+    if o.ghost is not None and not alike:
         return _ghosts_in_turn(x, weight, bias, running_mean, running_var, o, axis, residual, mask, lengths, out)
     if o.ghost is None:
         one = masked.forward(x, weight, bias, axis, o.activation, residual, out, mask, lengths)
@@ -93,9 +94,6 @@ def _train(f: core.Forward, running_mean: Any, running_var: Any, o: Options) -> 
 
 
 def _ghosts(f: BlockForward, rm: Array, rv: Array, size: int, o: Options) -> tuple[Array, Saved]:
-    if o.nonfinite == "raise":  # before anything is written; one channel is enough to tell
-        mean, _, var = dispatch.kernels().moments(f.flat(f.x), f.weight, f.layout.dims, o.eps).reshape(3, -1)
-        refuse_nonfinite(Moments._of_variance(f.count, mean, var), f.dtype)
     y, saved = ghosts.train(f, size, o.eps)
     saved.updated = _move(rm, rv, saved.ghosts, f.dtype, o)
     return y, saved
@@ -105,11 +103,18 @@ def _ghosts_in_turn(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, o: Options,
     axis: Any, residual: Any, mask: Any, lengths: Any, out: Any,
 ) -> tuple[Array, Saved]:  # fmt: skip
-    """Ghosts under a mask or renormalised: all by the running statistics before the call, which move at the end."""
+    """Ghosts one by one: under a mask, renormalised, or refused before anything is written where one is not finite.
+
+    All go by the running statistics before the call, which move at the end.
+    """
     x = arguments.tensor("x", x)
     axis = layout.normalise_axis(axis, x.ndim)
     moved = running.pair(running_mean, running_var, x.shape[axis], arguments.arithmetic(x.dtype))
     valid = None if mask is None and lengths is None else masked.valid(mask, lengths, x, axis)
+    if out is not None:  # ghosts have outputs of their own
+        ghosts.checked_output(out, x, axis)
+        arguments.apart_from_parameters(out, *(p if isinstance(p, np.ndarray) else None for p in (weight, bias)))
+        running.refuse_shared(*moved, {"out": out}, arguments.share)
     alone = o._replace(ghost=None, update_stats=False)
 
     def turn(samples: slice, x: Array, residual: Any) -> tuple[Array, Saved]:

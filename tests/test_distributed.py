@@ -220,3 +220,17 @@ def test_merge(rng):
 def test_imported_only_when_asked_for():
     code = "import fastbn, sys; assert 'fastbn.distributed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, cwd=Path(__file__).parent.parent)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e25, 1e30])
+@pytest.mark.parametrize("mask", [None, np.arange(64) % 5 > 0])
+def test_gradients_of_large_data(rng, scale, mask):
+    x, g = rng.standard_normal((2, 64, 4)).astype(np.float32)
+    x = (x * scale).astype(np.float32)
+    w = np.ones(4, np.float32)
+    want = fastbn.backward(g, fastbn.batch_norm_train(x, w, mask=mask)[1])
+    got = Ranks(1).run(
+        lambda rank, comm: fastbn.backward(g, distributed.batch_norm_train(x, w, mask=mask, comm=comm)[1])
+    )
+    np.testing.assert_allclose(got[0].input * scale, want.input * scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[0].weight, want.weight, rtol=1e-5)

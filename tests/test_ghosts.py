@@ -267,3 +267,38 @@ def test_sizes_may_be_small_integers(rng):
 def test_errors_name_the_argument(options, error, named):
     with pytest.raises(error, match=rf"^{named}: expected"):
         fastbn.batch_norm_train(np.zeros((4, 3), np.float32), **options)
+
+
+def test_each_ghost_is_judged_on_its_own():
+    """Finite ones may be far apart; one may be beyond float32 where the whole batch is not."""
+    far = np.array([3e19, 3e19, -3e19, -3e19], np.float32)[:, None]
+    beyond = np.array([2.5e19, -2.5e19, 0, 0, 0, 0], np.float32)[:, None]
+    for mask in (None, "all"):
+        for x, accepted in ((far, True), (beyond, False)):
+            moved = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+            options = {} if mask is None else {"mask": np.ones(len(x), bool)}
+            if accepted:
+                fastbn.batch_norm_train(x, None, None, *moved, ghost=2, nonfinite="raise", **options)
+            else:
+                with pytest.raises(ValueError, match=r"^x: expected finite batch statistics"):
+                    fastbn.batch_norm_train(x, None, None, *moved, ghost=2, nonfinite="raise", **options)
+                assert moved[0] == 0 and moved[1] == 1
+
+
+@pytest.mark.parametrize("out", [[1.0], np.zeros(30, np.float32), np.zeros((6, 5))], ids=str)
+def test_a_wrong_out_is_named(out):
+    with pytest.raises((ValueError, TypeError), match=r"^out: expected"):
+        fastbn.batch_norm_train(np.ones((6, 5), np.float32), ghost=2, out=out)
+    with pytest.raises((ValueError, TypeError), match=r"^out: expected"):
+        fastbn.instance_norm(np.ones((6, 5, 4), np.float32), axis=2, out=out)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_ghosts_that_moved_are_counted(rng, momentum):
+    layer, x = fastbn.BatchNorm(4, momentum=momentum, ghost=2), rng.standard_normal((6, 4)).astype(np.float32)
+    layer(x)
+    assert layer.saved.updated == 3 and layer.num_batches_tracked == 3
+    layer(x, mask=np.zeros(6, bool))
+    assert layer.saved.updated == 0 and layer.num_batches_tracked == 3
+    layer(x, mask=np.arange(6) < 4)
+    assert layer.saved.updated == 2 and layer.num_batches_tracked == 5

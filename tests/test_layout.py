@@ -210,3 +210,16 @@ def test_no_copy_is_made_of_dense_input(rng):
     x = normal(rng, (6, 5, 4, 3), np.float32)
     for seen in (x, x.transpose(1, 0, 2, 3), np.asfortranarray(x), x.transpose(0, 3, 1, 2)):
         assert fastbn.batch_norm_train(seen)[1].x is seen
+
+
+@pytest.mark.parametrize("ghost", [None, 2])
+def test_gradients_go_to_any_memory_order(rng, ghost):
+    """Also where x was copied because ``out`` of the forward pass had another one."""
+    x, g = rng.standard_normal((2, 6, 5, 4)).astype(np.float32)
+    for order in ("C", "F"):
+        _, saved = fastbn.batch_norm_train(x, out=np.empty(x.shape, np.float32, order=order), ghost=ghost)
+        want = fastbn.backward(g, saved).input
+        for other in ("C", "F"):
+            out = np.empty(x.shape, np.float32, order=other)
+            assert fastbn.backward(g, saved, out=out).input is out
+            np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)

@@ -159,3 +159,9 @@ def test_bad_merges():
 
 def test_repr_says_what_it_holds():
     assert repr(Moments(3, [0.0, 0.0], [1.0, 1.0])) == "Moments(count=3, channels=2)"
+
+
+def test_an_infinite_mean_whatever_the_order():
+    one, other = (Moments.of(np.array(v, np.float32)[:, None]) for v in ([np.inf, 1], [1, 2]))
+    assert one.merge(other).mean == other.merge(one).mean == np.inf
+    assert np.isnan(one.merge(Moments.of(np.array([[-np.inf], [1]], np.float32))).mean)

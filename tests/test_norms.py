@@ -163,3 +163,18 @@ def test_layers_without_parameters(rng):
 def test_errors_name_the_argument(call, error, named):
     with pytest.raises(error, match=rf"^{named}: expected"):
         call()
+
+
+def test_samples_without_values_move_nothing():
+    layer = fastbn.InstanceNorm(3, track_running_stats=True)
+    for shape in ((2, 3, 0), (0, 3, 5)):
+        layer(np.zeros(shape, np.float32))
+    assert not layer.running_mean.any() and (layer.running_var == 1).all() and layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("other", ["weight", "bias", "running_mean"])
+def test_running_statistics_that_are_another_array_are_refused(other):
+    layer = fastbn.InstanceNorm(3, track_running_stats=True, affine=True)
+    layer.running_var = getattr(layer, other)
+    with pytest.raises(ValueError, match=f"^running_var: expected memory apart from {other}"):
+        layer(np.ones((4, 3, 5), np.float32))

@@ -175,3 +175,20 @@ def test_state_and_out(rng):
 def test_errors_name_the_argument(call, error, named):
     with pytest.raises(error, match=rf"^{named}: expected"):
         call()
+
+
+def test_the_saved_input_is_not_overwritten(rng):
+    layer = fastbn.RecurrentBatchNorm(3, 5)
+    x, g = rng.standard_normal((2, 5, 5, 3)).astype(np.float32)
+    layer(x)
+    before = x.copy()
+    with pytest.raises(ValueError, match=r"^out: expected memory apart from x"):
+        layer.backward(g, out=x)
+    assert np.array_equal(x, before)
+
+
+def test_no_steps_have_statistics():
+    layer = make()
+    assert layer(np.zeros((3, 0, 3))).shape == (3, 0, 3)
+    assert layer.saved.mean.shape == layer.saved.invstd.shape == layer.saved.variance.shape == (0, 3)
+    assert layer.saved.moments.mean.size == 0

@@ -101,6 +101,8 @@ def backward(
         return 0
     if not apart(p, size, q, size) or not ((g == q and y is None) or apart(g, size, q, size)):
         return 0
+    if not (apart(q, size, w, C) and apart(q, size, b, C)):
+        return 0
     if y is not None:
         o = plain(y, kind, dtype, size)
         if o == 0 or not (same_shape(x, y) and apart(o, size, q, size)):
