@@ -93,6 +93,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    machine.without_options(__doc__)
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("needs two cores")
     main()

@@ -250,6 +250,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--once"]:
         print(json.dumps(once(*arguments[1:4])))
         return
+    machine.without_options(__doc__)
     rows = measure()
     show(rows)
     result = {"machine": machine.name(), "versions": versions(), "date": machine.today(), "rows": rows}

@@ -37,4 +37,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    machine.without_options(__doc__)
     main()

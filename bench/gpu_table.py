@@ -5,8 +5,8 @@ No number in the README is written by hand.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    source, readme = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS, ROOT / "README.md"
-    found = table(json.loads(source.read_text()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=RESULTS, help="results of a GPU (default: %(default)s)")
+    readme = ROOT / "README.md"
+    found = table(json.loads(parser.parse_args().file.read_text()))
     readme.write_text(replace_between(readme.read_text(encoding="utf-8"), found, BEGIN, END), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -78,3 +79,9 @@ def commit() -> str:
 def today() -> str:
     """Return the date."""
     return datetime.date.today().isoformat()
+
+
+def without_options(about: str | None) -> None:
+    """Answer ``--help`` for a benchmark that takes no options, and refuse any."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=about, formatter_class=raw, allow_abbrev=False).parse_args()
