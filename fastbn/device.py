@@ -155,19 +155,21 @@ class DeviceSaved(Saved):
         x, where = self.x, self.layout
         grad = checks.like("grad_output", grad_output, x)
         if out is None:
-            target = checks.empty_like(x, where)
+            target = into = checks.empty_like(x, where)
         else:
             target, found = checks.output(out, x, self.axis)
-            if x.size and found != where and not target.transpose(where.order).c_contiguous:
-                raise ArgumentValueError("out", f"the memory order of x, {where.order}", f"{found.order}")
             checks.apart("x", target, x, exact_allowed=False)
             checks.apart("grad_output", target, grad, exact_allowed=not self.residual)
             if self.y is not None:
                 checks.apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
+            fits = not x.size or found == where or target.transpose(where.order).c_contiguous
+            into = target if fits else checks.empty_like(x, where)
         gated = checks.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
             y, dr = (None if a is None else a.flat() for a in (self.y, gated))
-            dweight, dbias = self._run(checks.in_order(grad, where).flat(), y, target.flat(), dr)
+            dweight, dbias = self._run(checks.in_order(grad, where).flat(), y, into.flat(), dr)
+            if into is not target:
+                x.library.assign(target.owner, into.owner)
         else:
             dweight, dbias = x.zeros(where.dims[1]), x.zeros(where.dims[1])
         residual = (grad_output if gated is None else gated.owner) if self.residual else None

@@ -63,6 +63,10 @@ class OptionsSaved(device.DeviceSaved):
         known, found = self.moves
         return known if found is None else int(found.owner.host().sum())
 
+    @updated.setter
+    def updated(self, known: int) -> None:
+        self.moves = known, None
+
     @property
     def ghosts(self) -> list[Moments]:
         """The statistics of each piece, on the host."""

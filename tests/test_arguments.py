@@ -201,12 +201,6 @@ def test_backward_needs_what_forward_returned(saved):
         fastbn.backward(array(), saved)
 
 
-def test_backward_keeps_the_memory_order_of_x():
-    _, saved = fastbn.batch_norm_train(array())
-    with refused("out", ValueError, ""):
-        fastbn.backward(array(), saved, out=np.asfortranarray(array()))
-
-
 @pytest.mark.parametrize(("name", "value", "error", "got"), rows({"x": NOT_TENSORS, "axis": AXES, "mask": MASKS}))
 def test_moments_refuse(name, value, error, got):
     with refused(name, error, got):

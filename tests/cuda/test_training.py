@@ -224,6 +224,16 @@ def test_any_memory_order(rng):
         np.testing.assert_allclose(get(fastbn.backward(mine, own).input), dx, rtol=1e-4, atol=5e-6)
 
 
+def test_gradients_go_to_any_memory_order(rng):
+    x = rng.standard_normal((6, 4, 5)).astype(np.float32)
+    want = fastbn.backward(x, fastbn.batch_norm_train(x)[1]).input
+    for mine in (put(x), put(np.asfortranarray(x))):
+        _, saved = fastbn.batch_norm_train(mine)
+        for out in (put(np.empty_like(x)), put(np.asfortranarray(x))):
+            assert fastbn.backward(put(x), saved, out=out).input is out
+            np.testing.assert_allclose(get(out), want, rtol=1e-4, atol=5e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_batch_that_is_not_finite(rng, bad):
     x = rng.standard_normal((6, 3, 5)).astype(np.float32)
