@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "ChannelAffine", "Dims", "follow", "same_size"]
+__all__ = ["Array", "ChannelAffine", "Dims", "follow", "same_size", "stated_size"]
 
 Array = npt.NDArray[Any]
 Dims = tuple[int | str | None, ...]
@@ -110,6 +110,13 @@ class ChannelAffine:
         shape = [1] * rank
         shape[self.axis] = self.size
         return vector.reshape(shape)
+
+
+def stated_size(size: int | str | None) -> int | str | None:
+    """A size as a model states it; below zero, or an empty name, it says nothing: some exporters write -1."""
+    if isinstance(size, int):
+        return size if size >= 0 else None
+    return size or None
 
 
 def same_size(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:

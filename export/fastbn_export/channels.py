@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from .affine import Dims
+from .affine import Dims, stated_size
 
 if TYPE_CHECKING:
     from .facts import Facts
@@ -22,14 +22,14 @@ Memo = dict[ir.Value, "Dims | None"]
 Rule = Callable[["Facts", ir.Node, list["Dims | None"]], "Dims | None"]
 
 
-def declared(value: ir.Value) -> Dims | None:
-    """The shape that the model states for a value."""
-    if value.const_value is not None:
+def declared(facts: Facts, value: ir.Value) -> Dims | None:
+    """The shape that the model states for a value; that of a default says nothing of what the caller may give."""
+    if value.const_value is not None and not facts.is_overridable(value):
         return tuple(int(d) for d in value.const_value.shape.numpy())
     shape = value.shape
     if shape is None:
         return None
-    return tuple(d if isinstance(d, int) else d.value for d in shape.dims)
+    return tuple(stated_size(d if isinstance(d, int) else d.value) for d in shape.dims)
 
 
 def merge(first: Dims | None, second: Dims | None) -> Dims | None:
@@ -53,7 +53,7 @@ def known_dims(facts: Facts, value: ir.Value, memo: Memo) -> Dims | None:
         if current in memo:
             stack.pop()
             continue
-        stated, node = declared(current), current.producer()
+        stated, node = declared(facts, current), current.producer()
         rule = None if node is None or node.domain != "" or current.index() != 0 else _RULES.get(node.op_type)
         if node is None or rule is None or (stated is not None and None not in stated):
             memo[current] = stated

@@ -278,7 +278,7 @@ class Facts:
     def _learn(self, inferred: Mapping[ir.Value, tuple[Dims | None, ir.DataType | None]]) -> None:
         self._dims.clear()  # symbols that inference makes up mean something within one run only
         for value, (dims, dtype) in inferred.items():
-            merged = merge(declared(value), dims)
+            merged = merge(declared(self, value), dims)
             if merged is not None:
                 self._dims[value] = merged
             if dtype is not None:

@@ -66,18 +66,25 @@ class Site:
             raise Refused(not_constant(self.facts, value, f"the {what} of {self.node.op_type}"))
         return array
 
+    def unknown(self, reason: str) -> Refused:
+        """What to raise where sizes are unknown: `reason`, or which operand that decides them may be overridden."""
+        for value in self.node.inputs[1:]:
+            if value is not None and self.facts.is_overridable(value):
+                return Refused(not_constant(self.facts, value, f"'{value.name}' of {self.node.op_type}"))
+        return Refused(reason)
+
     def dims(self, value: ir.Value) -> Dims:
         """Shape of a value whose rank must be known."""
         dims = self.facts.dims(value)
         if dims is None:
-            raise Refused(f"the rank of '{value.name}' is unknown")
+            raise self.unknown(f"the rank of '{value.name}' is unknown")
         return dims
 
     def rank(self, value: ir.Value) -> int:
         """Rank of a value, which must be known."""
         rank = self.facts.rank(value)
         if rank is None:
-            raise Refused(f"the rank of '{value.name}' is unknown")
+            raise self.unknown(f"the rank of '{value.name}' is unknown")
         return rank
 
     def operand_axis(self, index: int) -> int:

@@ -6,12 +6,14 @@ Requirement: a model that inference cannot digest is not an error; its shapes ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from .affine import Array, Dims
+from .affine import Array, Dims, stated_size
 from .originals import originals
+from .protos import graphs_of
 
 __all__ = ["infer"]
 
@@ -45,16 +47,40 @@ def _skeleton(model: ir.Model, known: Mapping[ir.Value, Array]) -> onnx.ModelPro
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
     _skeleton_graph(model, proto.graph)
+    _keep_certain(proto, frozen=model.ir_version < 4)
     _lend(proto.graph, {})
     if known:
         _feed(model.graph, proto.graph, known)
     return proto
 
 
+def _keep_certain(proto: onnx.ModelProto, frozen: bool) -> None:
+    """Take out what inference would believe: sizes below zero, and (not `frozen`) defaults that may be overridden."""
+    for graph in graphs_of(proto):
+        given = {value.name for value in graph.input}
+        if not frozen and any(tensor.name in given for tensor in graph.initializer):
+            certain = [tensor for tensor in graph.initializer if tensor.name not in given]
+            del graph.initializer[:]
+            graph.initializer.extend(certain)
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            _clear_negative(info.type)
+    for function in proto.functions:
+        for info in function.value_info:
+            _clear_negative(info.type)
+
+
+def _clear_negative(stated: Any) -> None:
+    """Make sizes below zero unknown, also of what a sequence or an optional value holds."""
+    while (kind := stated.WhichOneof("value")) in ("sequence_type", "optional_type"):
+        stated = getattr(stated, kind).elem_type
+    for dim in stated.tensor_type.shape.dim if kind == "tensor_type" else ():
+        if dim.dim_value < 0:
+            dim.ClearField("dim_value")
+
+
 def _lend(graph: onnx.GraphProto, outer: Mapping[str, onnx.TensorProto]) -> None:
     """Copy small integers of the graphs around a body into it, of which inference sees no values there."""
-    given = {value.name for value in graph.input}  # these may be overridden
-    held = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
+    held = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.domain == "":
             held.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
@@ -130,7 +156,5 @@ def _read(tensor: onnx.TypeProto.Tensor) -> tuple[Dims | None, ir.DataType | Non
     dtype = ir.DataType(tensor.elem_type) if tensor.elem_type else None
     if not tensor.HasField("shape"):
         return None, dtype
-    dims: list[int | str | None] = []
-    for d in tensor.shape.dim:
-        dims.append(d.dim_value if d.HasField("dim_value") else (d.dim_param or None))
-    return tuple(dims), dtype
+    dims = (d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
+    return tuple(stated_size(d) for d in dims), dtype

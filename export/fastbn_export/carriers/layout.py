@@ -180,7 +180,7 @@ class Reshape(Relabel):
         found = follow(site.affine, here, there)
         if found is None:
             shapes = " -> ".join(str(list(site.dims(v))) for v in (site.input(0), site.node.outputs[0]))
-            raise Refused(f"the channels cannot be followed through {site.node.op_type} {shapes}")
+            raise site.unknown(f"the channels cannot be followed through {site.node.op_type} {shapes}")
         return found
 
 

@@ -18,7 +18,7 @@ __all__ = ["Concat", "Gather", "Slice", "Split"]
 def _length(site: Site, value: ir.Value, axis: int) -> int:
     size = site.facts.size(value, axis)
     if not isinstance(size, int):
-        raise Refused(f"the number of channels of '{value.name}' is unknown")
+        raise site.unknown(f"the number of channels of '{value.name}' is unknown")
     return size
 
 

@@ -62,7 +62,7 @@ class Expand(Operator):
         if size == 1 and a.is_uniform and a.size:
             return [Step.carry((site.input(0), ChannelAffine.of(a.scale[0], a.shift[0], axis, 1)))]
         if size != a.size:
-            raise Refused("Expand repeats along the channels")
+            raise site.unknown("Expand repeats along the channels")
         return [Step.carry((site.input(0), a.at(axis)))]
 
     def push(self, site: Site) -> Sequence[Step]:
@@ -73,5 +73,5 @@ class Expand(Operator):
         axis = a.axis + site.rank(out) - site.rank(site.input(0))
         size = site.facts.size(out, axis)
         if not isinstance(size, int) or a.size not in (1, size):
-            raise Refused("Expand repeats along the channels")
+            raise site.unknown("Expand repeats along the channels")
         return [Step.carry((out, ChannelAffine.of(a.scale, a.shift, axis, size)))]
