@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from .affine import Array
 from .facts import Facts
+from .originals import originals
 from .plan import AddShift, BecomeGemm, Bypass, Edit, Fork, SetAttribute, SetConstant, SetInput
+from .protos import unedited_names
 
 __all__ = ["Editor"]
 
@@ -276,7 +278,8 @@ class Editor:
 
 
 def _all_names(facts: Facts) -> set[str]:
-    names: set[str] = set()
+    proto = originals(facts.model).proto
+    names = set() if proto is None else set(unedited_names(proto))
     for _, graph in facts.graphs:
         names.update(v.name for v in graph.inputs if v.name)
         names.update(n for n in graph.initializers if n)

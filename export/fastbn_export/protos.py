@@ -20,6 +20,7 @@ __all__ = [
     "operator_counts",
     "parameter_count",
     "tensors_of",
+    "unedited_names",
     "used_names",
 ]
 
@@ -102,6 +103,16 @@ def operator_counts(model: onnx.ModelProto) -> Counter[str]:
 def parameter_count(model: onnx.ModelProto) -> int:
     """Count the elements of all constant tensors of the model."""
     return sum(prod(tensor.dims) for tensor in tensors_of(model))
+
+
+def unedited_names(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield the names that the editor does not see: of sparse initializers, and of what only training computes."""
+    yield from (sparse.values.name for sparse in model.graph.sparse_initializer)
+    for info in model.training_info:
+        for graph in (info.initialization, info.algorithm):
+            yield from (value.name for value in (*graph.input, *graph.initializer))
+            yield from (sparse.values.name for sparse in graph.sparse_initializer)
+            yield from (name for node in graph.node for name in node.output)
 
 
 def used_names(node: Any) -> set[str]:

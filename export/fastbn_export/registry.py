@@ -17,6 +17,7 @@ import onnx_ir as ir
 from .affine import Array, ChannelAffine, Dims
 from .facts import Facts
 from .plan import FLOATS, Refused, Step
+from .sparse import is_sparse
 
 __all__ = ["Operator", "Site", "conditions", "lookup", "operator", "registered", "unaffected"]
 
@@ -133,6 +134,8 @@ def not_constant(facts: Facts, value: ir.Value, what: str) -> str:
         return f"{what} is an initializer that the caller may override (it is also a graph input)"
     if value.is_graph_input():
         return f"{what} is a graph input"
+    if is_sparse(facts.model, value):
+        return f"{what} is a sparse tensor, whose numbers are not read"
     return f"{what} is computed at run time"
 
 

@@ -10,10 +10,12 @@ import base64
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
+from .originals import originals
 from .protos import graphs_of, holders_of, nodes_of
 
-__all__ = ["MARK", "found", "hidden"]
+__all__ = ["MARK", "found", "hidden", "is_sparse"]
 
 MARK = "fastbn.sparse_initializer"
 """Attribute of a Constant that stands for a sparse initializer of its graph; the output has its name."""
@@ -54,6 +56,15 @@ def found(proto: onnx.ModelProto) -> None:
             if any(a.name == MARK for a in node.attribute):
                 graph.sparse_initializer.add().ParseFromString(base64.b64decode(node.attribute[0].s))
                 del graph.node[index]
+
+
+def is_sparse(model: ir.Model, value: ir.Value) -> bool:
+    """Whether a value of the model is a sparse tensor, of whose numbers the editor knows nothing."""
+    maker, proto = value.producer(), originals(model).proto
+    if maker is not None:
+        return maker.op_type == "Constant" and (MARK in maker.attributes or "sparse_value" in maker.attributes)
+    stored = () if proto is None or value.is_initializer() else proto.graph.sparse_initializer
+    return any(tensor.values.name == value.name for tensor in stored)
 
 
 def _holds_sparse(attribute: Any) -> bool:
