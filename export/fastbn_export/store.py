@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
@@ -34,6 +35,9 @@ _OUTSIDE = onnx.TensorProto.EXTERNAL
 _EXTERNAL = 1024  # bytes: smaller tensors stay among the operators
 LIMIT = 2_000_000_000
 """Largest model, in bytes, that is written into one protobuf file; beyond it the weights go to a file beside it."""
+_MOST = 2**31 - 1
+"""Largest protobuf file, in bytes, that anyone can read."""
+_TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
 def load(model: Any) -> tuple[onnx.ModelProto, ir.Model]:
@@ -177,39 +181,49 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     OSError
-        The file cannot be written; nothing is left behind.
+        The file cannot be written, or even without its tensors it is too large; nothing is left behind.
     """
     target = Path(path)
     if target.exists() and not target.is_file():  # the rename would put a file in the place of a device
         raise OSError(errno.EINVAL, "expected a file to write, got a folder, a device or a pipe", str(target))
-    size = sum(_size(v.const_value) for _, g in all_graphs(model) for v in g.initializers.values())
     folder = tempfile.mkdtemp(prefix=".fastbn-", dir=target.parent)
     try:
         temporary = Path(folder) / target.name
-        if size >= LIMIT:
+        with open(temporary, "wb") as file:
+            streamed = _stream(model, file)
+        if not streamed:
             data = f"{target.name}.data"
             with open(Path(folder) / data, "wb") as beside:
-                skeleton = _beside(model, data, beside)
-            temporary.write_bytes(skeleton.SerializeToString())
+                skeleton = _serialized(_beside(model, data, beside), target)
+            temporary.write_bytes(skeleton)
             os.replace(Path(folder) / data, target.parent / data)
-        else:
-            with open(temporary, "wb") as file:
-                _stream(model, file)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _serialized(proto: onnx.ModelProto, target: Path) -> bytes:
+    """The model without its tensors, which protobuf must be able to hold."""
+    try:
+        data = bytes(proto.SerializeToString())
+        size = str(len(data))
+    except EncodeError:
+        data, size = b"", "more"
+    if not data or len(data) > _MOST:
+        raise OSError(errno.EFBIG, f"expected at most {_MOST} bytes beside the tensors, got {size}", str(target))
+    return data
+
+
 def _beside(model: ir.Model, location: str, file: BinaryIO) -> onnx.ModelProto:
     """Write the weights to a data file, tensor by tensor, and return the model that points to them."""
     proto, tensors = _without_initializers(model)
-    if proto.ByteSize() > LIMIT:
+    if _held(proto) > LIMIT:
         for inner in tensors_of(proto):
-            if len(inner.raw_data) >= _EXTERNAL:
-                refer(inner, location, file)
+            _move_out(inner, location, file)
     for value, tensor in tensors:
         if _size(tensor) < _EXTERNAL or tensor.dtype == ir.DataType.STRING or not _plain(tensor):
             proto.graph.initializer.append(_whole(value, tensor))
+            _move_out(proto.graph.initializer[-1], location, file)
             continue
         header = _header(value, tensor)
         place(header, location, file, tensor.nbytes)
@@ -218,14 +232,44 @@ def _beside(model: ir.Model, location: str, file: BinaryIO) -> onnx.ModelProto:
     return proto
 
 
-def _stream(model: ir.Model, file: BinaryIO) -> None:
-    """Write the wire format of ModelProto: all fields but the graph, then the graph, its initializers last."""
+def _held(proto: onnx.ModelProto) -> int:
+    """Bytes of all tensors in a model, of Constant nodes, bodies and functions, too."""
+    return sum(_bytes(tensor) for tensor in tensors_of(proto))
+
+
+def _bytes(tensor: Any) -> int:
+    return len(tensor.raw_data) if tensor.HasField("raw_data") else int(tensor.ByteSize())
+
+
+def _move_out(tensor: Any, location: str, file: BinaryIO) -> None:
+    """Move the bytes of a tensor to the data file, unless they are few or strings."""
+    if tensor.data_type == onnx.TensorProto.STRING or _bytes(tensor) < _EXTERNAL:
+        return
+    if any(len(getattr(tensor, field)) for field in _TYPED):
+        raw = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)).raw_data
+        for field in _TYPED:
+            tensor.ClearField(field)
+        tensor.raw_data = raw
+    if len(tensor.raw_data) >= _EXTERNAL:
+        refer(tensor, location, file)
+
+
+def _stream(model: ir.Model, file: BinaryIO) -> bool:
+    """Write the wire format of ModelProto: all fields but the graph, then the graph, its initializers last.
+
+    Nothing is written, and the answer is False, where that is too large for one file.
+    """
     proto, tensors = _without_initializers(model)
+    if sum(_size(tensor) for _, tensor in tensors) + _held(proto) >= LIMIT:
+        return False
     inner = proto.graph.SerializeToString()
     proto.ClearField("graph")
     heads = [_head(value, tensor) for value, tensor in tensors]
     total = len(inner) + sum(len(_field(5, length)) + length for _, length, _ in heads)
-    file.write(proto.SerializeToString())
+    rest = proto.SerializeToString()
+    if len(rest) + len(_field(7, total)) + total > _MOST:
+        return False
+    file.write(rest)
     file.write(_field(7, total))
     file.write(inner)
     for head, length, tensor in heads:
@@ -233,6 +277,7 @@ def _stream(model: ir.Model, file: BinaryIO) -> None:
         file.write(head)
         if tensor is not None:
             _write(tensor, file)
+    return True
 
 
 def _head(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[bytes, int, ir.TensorProtocol | None]:

@@ -62,6 +62,43 @@ def test_external_data_of_constants_bodies_and_small_tensors_moves_along(tmp_pat
     assert run(onnx.load(tmp_path / "out" / "m.onnx"), feeds)[0] == pytest.approx(expected, abs=1e-5)
 
 
+def in_two_halves(typed=False):
+    """A folded Conv beside 40 kB that are an initializer and 40 kB that a Constant node holds."""
+    m = Model()
+    y = m.op("Relu", m.bn(m.op("Conv", m.input(2, 3, 6, 6, name="x"), m.weight(4, 3, 3, 3)), 4))
+    half = np.arange(10_000, dtype=np.float32)
+    held = helper.make_tensor("held", TensorProto.FLOAT, [10_000], half, raw=False) if typed else None
+    node = m.op("Constant", value=held or numpy_helper.from_array(half, "held"))
+    return m.build(y, m.op("Add", m.constant(half, "half"), node))
+
+
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize("limit", [60_000, 30_000])
+def test_the_limit_counts_what_lies_among_the_operators(tmp_path, monkeypatch, typed, limit):
+    monkeypatch.setattr(store, "LIMIT", limit)
+    model = in_two_halves(typed)
+    result = fold(model)
+    assert result.report.folded == 1
+    result.save(tmp_path / "m.onnx")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes["m.onnx"] < limit and sizes["m.onnx.data"] >= (40_000 if limit == 60_000 else 80_000)
+    feeds = feeds_for(model)
+    for old, new in zip(run(model, feeds), run(onnx.load(tmp_path / "m.onnx"), feeds), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [store.LIMIT, 0])
+def test_what_fits_in_no_file_is_refused(tmp_path, monkeypatch, limit):
+    """Only tensors can lie beside the model."""
+    model = in_two_halves()
+    model.graph.node[0].doc_string = "long" * 10_000
+    monkeypatch.setattr(store, "LIMIT", limit)
+    monkeypatch.setattr(store, "_MOST", 30_000)
+    with pytest.raises(OSError, match=r"expected at most 30000 bytes beside the tensors, got .*m\.onnx"):
+        fold(model).save(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_external_data_in_the_proto_is_read_in(tmp_path):
     model = model_with_constants()
     path = saved_outside(model, tmp_path / "m.onnx")
