@@ -24,7 +24,7 @@ from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from .facts import all_graphs
 from .files import external_files, load_model, place, refer
 from .originals import originals, remember
-from .protos import tensors_of
+from .protos import tensors_of, used_names
 from .sparse import found, hidden
 
 __all__ = ["LIMIT", "inline_proto", "load", "save"]
@@ -94,7 +94,9 @@ def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
     if model.meta.get(_SPARSE):
         found(proto)
     proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
-    proto.training_info.extend(original.training_info)
+    if original.training_info:
+        lost = _names(original.graph) - _names(proto.graph) - set(model.graph.initializers)
+        proto.training_info.extend(t for t in original.training_info if not lost & _named(t))
     annotations = original.graph.quantization_annotation
     if annotations:
         known = {a.tensor_name for a in proto.graph.quantization_annotation}
@@ -102,6 +104,18 @@ def _restore(proto: onnx.ModelProto, model: ir.Model) -> None:
         names |= set(model.graph.initializers)
         missing = [a for a in annotations if a.tensor_name in names and a.tensor_name not in known]
         proto.graph.quantization_annotation.extend(missing)
+
+
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """Everything that has a value in a graph."""
+    return {v.name for v in (*graph.input, *graph.initializer)} | {o for n in graph.node for o in n.output}
+
+
+def _named(training: onnx.TrainingInfoProto) -> set[str]:
+    """What a step of training reads and updates; it has no meaning where any of that is gone."""
+    nodes = (*training.initialization.node, *training.algorithm.node)
+    bindings = (*training.initialization_binding, *training.update_binding)
+    return {binding.key for binding in bindings}.union(*map(used_names, nodes))
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:

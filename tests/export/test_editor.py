@@ -77,6 +77,23 @@ def test_what_the_editor_does_not_know_survives(tmp_path):
         assert list(out.graph.quantization_annotation) == [note]
 
 
+@pytest.mark.parametrize("case", ["updates the scale", "reads the scale", "reads inside", "updates another"])
+def test_training_of_what_a_fold_took_away_goes_with_it(case):
+    model = chain(1)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(4, "f"), "other"))
+    conv, norm = model.graph.node[:2]
+    name = {"inside": conv.output[0], "another": "other"}.get(case.split()[-1], norm.input[1])
+    for source in ("other", name):
+        info = model.training_info.add()
+        info.algorithm.name = "training"
+        info.algorithm.node.append(helper.make_node("Identity", [source if "reads" in case else "other"], ["new"]))
+        info.update_binding.add(key=source if "updates" in case else "other", value="new")
+    result = fold(model)
+    kept = list(model.training_info)[: 2 if name == "other" else 1]
+    assert result.report.folded == 1 and list(result.model.training_info) == kept
+    assert fold(model, keep="*").model == model
+
+
 @pytest.mark.parametrize("opset", [7, 8, 9, 11, 13, 14, 15, 17, 21, 22])
 def test_every_opset(opset):
     m = Model(opset=opset, ir_version=8)
