@@ -58,7 +58,7 @@ class OptionsSaved(device.DeviceSaved):
         return sum(map(count, self.pieces))
 
     @property
-    def updated(self) -> int:  # type: ignore[override]
+    def updated(self) -> int:
         """How often running statistics moved: waits for the GPU if that was decided there."""
         known, found = self.moves
         return known if found is None else int(found.owner.host().sum())
