@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbn import functional, views
+from fastbn.saved import BatchSaved
 from fastbn.torch import masked, native
 from fastbn.torch.tensors import Opaque, array, laid_out, parameter, tensor, vector
 
@@ -20,7 +21,7 @@ def keep(ctx: Any, saved: Any, y: Tensor, args: native.Args) -> None:
     input, _, weight, bias, _, _, _, _, eps, _, mask, lengths = args
     through, behind = (not saved.residual, saved.residual) if saved.relu else (False, False)
     ctx.save_for_backward(input, weight, bias if through else None, y if behind else None, mask)
-    if bias is not None and not through and not input.is_cuda:  # what nobody keeps must not be read, either
+    if bias is not None and not through and isinstance(saved, BatchSaved):  # what nobody keeps must not be read, either
         saved.bias = views.constant(0.0, saved.bias.size, saved.bias.dtype)
     ctx.saved, ctx.strides, ctx.eps, ctx.lengths = saved, input.stride(), eps, masked.kept(lengths)
     ctx.at = 0 if weight is None else weight.data_ptr(), bias.data_ptr() if through and bias is not None else 0

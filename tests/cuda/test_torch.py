@@ -225,8 +225,11 @@ def test_replayed_launches_allocate_what_the_recorded_ones_did(slow, monkeypatch
 @pytest.mark.parametrize("training", [True, False])
 def test_the_adapter_hands_tensors_on(memory, activation, fused, training, monkeypatch):
     import fastbn.torch.functional as adapter
+    from fastbn.torch import gradients
 
-    monkeypatch.setattr(adapter, "array", lambda tensor: tensor)
+    for module in (adapter, gradients):
+        monkeypatch.setattr(module, "array", lambda tensor: tensor)
+        monkeypatch.setattr(module, "parameter", lambda tensor: tensor)
     x, r, vectors = _arrays((3, 4, 2, 4))
     x, r = (t.to(memory_format=memory) for t in (x, r))
     found = []
@@ -235,6 +238,7 @@ def test_the_adapter_hands_tensors_on(memory, activation, fused, training, monke
         mean, var = (v.clone() for v in vectors[2:])
         inner, residual, weight, bias = leaves
         args = (inner, residual if fused else None, weight, bias, mean, var, training, 0.1, 1e-5, activation)
+        args += (None, None)  # mask and lengths
         with torch.enable_grad():
             y = call(args)
             y.backward(r, retain_graph=True)
