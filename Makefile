@@ -42,8 +42,9 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest tests -m "not torch"
 
-torch-test: $(STAMPS)/torch
+torch-test: $(STAMPS)/torch $(STAMPS)/cuda
 	$(BIN)/python -m pytest tests -m torch
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda/test_torch.py
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
