@@ -8,7 +8,7 @@ offered, best first, and the caller keeps the first that runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,15 @@ def given(model: onnx.ModelProto, inputs: Any) -> list[Feeds]:
     Raises
     ------
     ArgumentValueError, ArgumentTypeError
-        A missing, unknown or unconvertible input; an unreadable npz.
+        No sample; a missing, unknown or unconvertible input; an unreadable npz.
     """
     if isinstance(inputs, (str, os.PathLike)):
         inputs = read_npz(inputs)
+    if not isinstance(inputs, Iterable):
+        raise ArgumentTypeError("inputs", "a mapping, a sequence of mappings or a path", type(inputs).__name__)
     samples = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not samples:
+        raise ArgumentValueError("inputs", "at least one sample", "none")
     wanted = {value.name: value for value in required_inputs(model)}
     allowed = set(wanted) | {value.name for value in model.graph.input}
     for sample in samples:
@@ -127,7 +131,7 @@ def _as_declared(value: Any, array: Any) -> Any:
             raise ArgumentTypeError(value.name, str(dtype), array.dtype)
         array = array.astype(dtype)
     if kind.HasField("shape"):
-        declared = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+        declared = [None if _is_dynamic(dim) else dim.dim_value for dim in kind.shape.dim]
         fits = len(declared) == array.ndim and all(
             want in (None, have) for want, have in zip(declared, array.shape, strict=True)
         )
@@ -146,7 +150,7 @@ def _is_integer(elem_type: int) -> bool:
 
 
 def _is_dynamic(dim: Any) -> bool:
-    return not dim.HasField("dim_value")
+    return not dim.HasField("dim_value") or dim.dim_value < 0  # some exporters write -1 for "any"
 
 
 def _fill_shapes(inputs: list[Any], first: int, others: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -81,6 +81,26 @@ def test_sizes_that_only_some_models_take():
     assert report.ok and report.inputs["x"] == "float32[1, 32]"
 
 
+def test_negative_sizes_are_unknown_ones():
+    x = value("x", shape=[-1, 4, -1])
+    ((feeds,), *_) = guesses(model(x), 1, 0)
+    assert feeds["x"].shape[1] == 4 and min(feeds["x"].shape) > 0
+    assert given(model(x), {"x": np.ones((2, 4, 3), np.float32)})[0]["x"].shape == (2, 4, 3)
+    with pytest.raises(ValueError, match=r"x: expected shape \[None, 4, None\], got \[2, 3, 3\]"):
+        given(model(x), {"x": np.ones((2, 3, 3), np.float32)})
+
+
+@pytest.mark.parametrize("none", [[], (), iter([])])
+def test_no_samples_are_refused(none):
+    with pytest.raises(ValueError, match="inputs: expected at least one sample, got none"):
+        given(model(value("x", shape=[2])), none)
+
+
+def test_inputs_of_another_type():
+    with pytest.raises(TypeError, match="inputs: expected a mapping"):
+        given(model(value("x", shape=[2])), 5)
+
+
 def test_npz_of_one_array(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(2))
     with pytest.raises(ValueError, match="npz"):
