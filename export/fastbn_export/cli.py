@@ -134,7 +134,7 @@ def _command(commands: argparse._SubParsersAction, name: str, module: str, what:
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", metavar="N", type=_positive, default=3, help="random inputs tried (default 3)")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="seed of the random inputs (default 0)")
+    parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of the random inputs (default 0)")
     parser.add_argument("--inputs", metavar="DATA.npz", help="an array for each input, instead of random ones")
     parser.add_argument("--rtol", metavar="X", type=_tolerance, help="relative tolerance instead of the dtype's own")
     parser.add_argument("--atol", metavar="Y", type=_tolerance, help="absolute tolerance")
@@ -145,6 +145,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text}")
     return value
 
 

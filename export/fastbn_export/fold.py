@@ -8,11 +8,10 @@ another (a reader disappears, an Add becomes a bias), and only a fixed point is 
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
@@ -21,12 +20,11 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import inliner
 
-from fastbn.errors import ArgumentTypeError
-
 from . import search
 from .editor import Editor
 from .facts import Facts, holding
 from .files import ModelFileError, save_model
+from .keep import Keep, keeper
 from .plan import AddShift, Bypass, Edit, Refused
 from .report import BnEntry, FoldReport
 from .sources import BatchNorm, Source, find
@@ -34,9 +32,6 @@ from .sparse import MARK
 from .store import inline_proto, load, save
 
 __all__ = ["FoldResult", "Keep", "fold"]
-
-Keep = str | Sequence[str] | Callable[[str], bool] | None
-"""Which batch normalizations to leave alone: a name, a glob pattern, several of them, or a function of the name."""
 
 
 class FoldResult:
@@ -86,7 +81,7 @@ def fold(
     *,
     keep: Keep = None,
     duplicate: bool = False,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
 ) -> FoldResult:
     """Fold batch normalization into its neighbours, exactly.
 
@@ -102,8 +97,8 @@ def fold(
         Batch normalizations to leave alone: names or glob patterns, or a function of the name.
     duplicate : bool
         Fold also behind a linear operator that has other readers, by folding a copy of that operator.
-    skip : iterable of str
-        Names whose fold is to be left out.
+    skip : str or iterable of str
+        Names whose fold is to be left out, taken literally.
 
     Returns
     -------
@@ -113,11 +108,11 @@ def fold(
     Raises
     ------
     TypeError
-        `model` is neither a model nor a path, or `keep` is none of the above.
+        `model` is neither a model nor a path, or `keep` or `skip` is none of the above.
     ValueError
         The file is missing or no (binary) ONNX model, or its external data is not as it says.
     """
-    kept = _keeper(keep, frozenset(skip))
+    kept = keeper(keep, skip)
     with _uncollected():
         proto, edited = load(model)
         engine = _Engine(edited, kept, duplicate)
@@ -149,20 +144,6 @@ def _uncollected() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
-
-
-def _keeper(keep: Any, skip: frozenset[str]) -> Callable[[str], bool]:
-    if keep is None:
-        return skip.__contains__
-    if callable(keep):
-        return lambda name: name in skip or bool(keep(name))
-    patterns = [keep] if isinstance(keep, str) else keep
-    if not isinstance(patterns, Iterable):
-        raise ArgumentTypeError("keep", "a name, a pattern, a sequence of them or a callable", type(keep).__name__)
-    patterns = list(patterns)
-    if not all(isinstance(p, str) for p in patterns):
-        raise ArgumentTypeError("keep", "names or patterns as strings", keep)
-    return lambda name: name in skip or any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
 def _inlined(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,11 @@ class Checker:
         atol: float | None = None,
         timeout: float = 120.0,
     ):
-        if samples < 1:
-            raise ArgumentValueError("samples", "at least 1", samples)
-        for name, value in (("rtol", rtol), ("atol", atol)):
-            if value is not None and not value >= 0:
-                raise ArgumentValueError(name, "a number >= 0", value)
+        _check_number("samples", samples, 1, Integral)
+        _check_number("seed", seed, 0, Integral)
+        for name, value in (("rtol", rtol), ("atol", atol), ("timeout", timeout)):
+            if value is not None:
+                _check_number(name, value, 0, Real)
         self.worker = Worker(timeout)
         try:
             self.reference = self._take("reference", reference)
@@ -234,6 +235,14 @@ class Checker:
             for key, array in flatten([value.name for value in self.reference.graph.output], row):
                 columns.setdefault(key, []).append(array)
         return columns
+
+
+def _check_number(name: str, value: Any, least: int, kind: Any) -> None:
+    expected = f"{'a whole number' if kind is Integral else 'a number'} >= {least}"
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(name, expected, repr(value))
+    if not value >= least:  # NaN is not
+        raise ArgumentValueError(name, expected, value)
 
 
 def _rows(lifted: Lifted | None) -> tuple[Any, Any]:

@@ -191,6 +191,7 @@ BAD = {
     "unknown option": (["fold", "in.onnx", "o", "--quick"], "unrecognized arguments: --quick"),
     "samples 0": (["fold", "in.onnx", "o", "--samples", "0"], "expected a whole number >= 1"),
     "samples no number": (["fold", "in.onnx", "o", "--samples", "x"], "--samples"),
+    "negative seed": (["fold", "in.onnx", "o", "--seed", "-1"], "expected a whole number >= 0"),
     "negative tolerance": (["verify", "in.onnx", "in.onnx", "--rtol", "-1"], "expected a number >= 0"),
     "timeout 0": (["verify", "in.onnx", "in.onnx", "--timeout", "0"], "expected seconds > 0"),
     "missing file": (["fold", "none.onnx", "o"], "none.onnx: no such file"),

@@ -44,6 +44,16 @@ def test_skip_undoes_one():
     assert [e.folded for e in check(chain(), skip=["block1.bn"]).report.entries] == [True, False, True]
 
 
+def test_skip_takes_a_single_name_too():
+    assert [e.folded for e in check(chain(), skip="block1.bn").report.entries] == [True, False, True]
+
+
+@pytest.mark.parametrize("skip", [3, [1], None])
+def test_skip_of_another_type(skip):
+    with pytest.raises(TypeError, match="skip: expected names"):
+        fold(chain(), skip=skip)
+
+
 @pytest.mark.parametrize("keep", [3, [1], object()])
 def test_keep_of_another_type(keep):
     with pytest.raises(TypeError, match="keep: expected"):

@@ -150,9 +150,19 @@ def test_user_inputs(tmp_path):
         verify(original, good, inputs={"input": np.array([["a"] * 6])})
 
 
-@pytest.mark.parametrize("options", [{"samples": 0}, {"rtol": -1.0}, {"atol": float("nan")}])
+WRONG_VALUES = [{"samples": 0}, {"rtol": -1.0}, {"atol": float("nan")}, {"seed": -1}, {"timeout": -1}]
+WRONG_TYPES = [{"samples": 2.5}, {"seed": "a"}, {"seed": None}, {"rtol": "a"}, {"atol": [1]}, {"inputs": 5}]
+
+
+@pytest.mark.parametrize("options", WRONG_VALUES)
 def test_unusable_options(options):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
+        verify(*models(), **options)
+
+
+@pytest.mark.parametrize("options", WRONG_TYPES)
+def test_options_of_another_type(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected"):
         verify(*models(), **options)
 
 
