@@ -185,6 +185,7 @@ class _Engine:
         self._editor = Editor(self._facts)
         self._entries: dict[ir.Node, BnEntry] = {}
         self._minor: set[ir.Node] = set()
+        self._original = {node for _, graph in self._facts.graphs for node in graph}
         self._known: dict[ir.Node, BatchNorm] = {}
 
     def run(self) -> FoldReport:
@@ -194,9 +195,13 @@ class _Engine:
         while self._round(sources):
             self.changed = True
             sources = self._sources()
-        report.entries = [e for node, e in self._entries.items() if e.folded or node not in self._minor]
+        report.entries = [e for node, e in self._entries.items() if self._reported(node, e)]
         report.ops_after, report.parameters_after = self._count()
         return report
+
+    def _reported(self, node: ir.Node, entry: BnEntry) -> bool:
+        """Whether the original model had it; folds make copies of normalizations, and runs of their own."""
+        return node in self._original and (entry.folded or node not in self._minor)
 
     def _sources(self) -> list[Source]:
         found: list[Source] = []

@@ -97,6 +97,19 @@ def test_report():
     }
 
 
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_copies_are_no_entries_of_the_original(blocks):
+    """Residual blocks, x = bn(conv(x) + x): the next block folds into a copy of this one's normalization."""
+    m = Model()
+    x = m.input(1, 4, 3, 3)
+    for i in range(blocks):
+        y = m.op("Add", m.op("Conv", x, m.weight(4, 4, 1, 1)), x)
+        x = m.op("BatchNormalization", y, *map(m.constant, m.statistics(4)), name=f"bn{i}")
+    report = check(m.build(x), duplicate=True).report
+    assert [e.name for e in report.entries] == [f"bn{i}" for i in range(blocks)]
+    assert report.ops_before["BatchNormalization"] == report.folded + report.left == blocks
+
+
 def test_the_judge_sees_a_wrong_number(monkeypatch):
     """The canary: a fold corrupted on purpose must not pass `check`."""
     original = folding.fold
