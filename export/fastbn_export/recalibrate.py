@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from fastbn import Moments
 from fastbn.errors import ArgumentValueError
 from fastbn_export import samples as sampling
-from fastbn_export.protos import used_names
+from fastbn_export.protos import graphs_of, nodes_of, used_names
 from fastbn_export.verify import as_model
 from fastbn_export.worker import Worker
 
@@ -51,7 +51,8 @@ def recalibrate(
     Returns
     -------
     onnx.ModelProto
-        Nodes that shared a statistic get one of their own. Nodes in nested graphs and functions stay as they are.
+        Nodes that shared a statistic get one of their own. Inputs stay as they are, also where a statistic is one that
+        the caller may override. Nodes in nested graphs and functions stay as they are.
 
     Raises
     ------
@@ -150,7 +151,7 @@ def _prefix(model: onnx.ModelProto, outputs: list[str]) -> onnx.ModelProto:
 
 
 def _set_statistics(model: onnx.ModelProto, node: Any, moments: Moments, dtype: np.dtype[Any], unbiased: bool) -> None:
-    """Give a node its own mean and variance; the initialisers it had are dropped when nobody else reads them.
+    """Give a node its own mean and variance: in the initialisers it has where nobody else reads these, or in new ones.
 
     They keep the type of the constants they replace; where these are computed, that of the data, which any opset takes.
     """
@@ -161,16 +162,26 @@ def _set_statistics(model: onnx.ModelProto, node: Any, moments: Moments, dtype: 
     types = _constant_types(graph)
     for index, values in zip((3, 4), statistics, strict=True):
         old = node.input[index]
-        name = _fresh(model, f"{node.output[0]}.{'running_mean' if index == 3 else 'running_var'}")
         own = onnx.helper.tensor_dtype_to_np_dtype(types[old]) if old in types else dtype
-        tensor = numpy_helper.from_array(np.ascontiguousarray(values, dtype=own), name)
+        array = np.ascontiguousarray(values, dtype=own)
+        if _is_own(graph, node, old):  # under its name the caller may override it, if that is allowed
+            tensor = next(tensor for tensor in graph.initializer if tensor.name == old)
+            tensor.CopyFrom(numpy_helper.from_array(array, old))
+            continue
+        name = _fresh(model, f"{node.output[0]}.{'running_mean' if index == 3 else 'running_var'}")
+        tensor = numpy_helper.from_array(array, name)
         graph.initializer.append(tensor)
         if model.ir_version < 4:  # initialisers are inputs with a default there
             graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         node.input[index] = name
-        if not any(old in used_names(other) for other in graph.node) and old not in {v.name for v in graph.output}:
-            for declared in (graph.initializer, graph.input):
-                _keep(declared, {value.name for value in declared} - {old})
+
+
+def _is_own(graph: Any, node: Any, name: str) -> bool:
+    """Whether a value is an initialiser that this node alone reads, in one place."""
+    if name not in {tensor.name for tensor in graph.initializer} or name in {v.name for v in graph.output}:
+        return False
+    others = (other for other in graph.node if other.output != node.output)
+    return list(node.input).count(name) == 1 and not any(name in used_names(other) for other in others)
 
 
 def _constant_types(graph: Any) -> dict[str, int]:
@@ -183,7 +194,12 @@ def _constant_types(graph: Any) -> dict[str, int]:
 
 
 def _fresh(model: onnx.ModelProto, name: str) -> str:
-    taken = {t.name for t in model.graph.initializer} | {v for n in model.graph.node for v in (*n.input, *n.output)}
+    """Return the name, made longer until nothing has it: no value of any graph, read or not."""
+    taken = {value for node in nodes_of(model) for value in (*node.input, *node.output)}
+    for graph in graphs_of(model):
+        named = (graph.input, graph.output, graph.value_info, graph.initializer)
+        taken |= {value.name for values in named for value in values}
+        taken |= {sparse.values.name for sparse in graph.sparse_initializer}
     while name in taken:
         name += "_"
     return name

@@ -106,6 +106,69 @@ def test_initialisers_of_old_models_are_inputs_too():
     onnx.checker.check_model(recalibrate(model, [X]), full_check=True)
 
 
+def declared(model):
+    return [v.name for v in model.graph.input]
+
+
+def one_norm(extra=(), constants="sbmv", name="y", **options):
+    """One BatchNormalization of x; its parameters are constants, or inputs where ``extra`` says so."""
+    nodes = [helper.make_node("BatchNormalization", ["x", *"sbmv"], [name])]
+    inputs = [value("x", shape=["n", 4]), *(value(e, shape=[4]) for e in extra)]
+    ones = [(c, np.ones(4, np.float32)) for c in constants]
+    return graph(nodes, inputs, [value(name, shape=["n", 4])], ones, **options)
+
+
+def test_statistics_that_the_caller_may_override_stay_so():
+    model = one_norm(extra="smv")
+    result = recalibrate(model, [X])
+    onnx.checker.check_model(result, full_check=True)
+    assert declared(result) == declared(model) == ["x", "s", "m", "v"]
+    assert result.graph.node[0].input == model.graph.node[0].input
+    assert_allclose(initializers(result)["m"], X.mean(0), rtol=1e-5)
+
+
+def test_an_input_that_is_no_longer_read_stays_an_input():
+    model = one_norm(extra="mv", constants="sb")
+    result = recalibrate(model, [{"x": X, "m": np.ones(4), "v": np.ones(4)}])
+    assert declared(result) == ["x", "m", "v"]
+    assert_allclose(statistics(result)[0][0], X.mean(0), rtol=1e-5)
+
+
+def test_one_statistic_in_two_places_of_a_node_becomes_two():
+    model = one_norm(extra="m", constants="sbm")
+    model.graph.node[0].input[4] = "m"
+    ((mean, var),) = statistics(recalibrate(model, [X]))
+    assert_allclose(mean, X.mean(0), rtol=1e-5)
+    assert_allclose(var, X.var(0, ddof=1), rtol=1e-5)
+
+
+def test_new_names_are_new_everywhere():
+    """Neither an input that nobody reads nor a value within a body lends its name; k still reads the old statistics."""
+    taken = "y.running_mean"
+    model = one_norm(extra=[taken])
+    bodies = {
+        branch: helper.make_graph(
+            [
+                helper.make_node("Identity", ["m"], ["y.running_var"]),
+                helper.make_node("Add", ["y.running_var", "v"], [branch]),
+            ],
+            branch,
+            [],
+            [value(branch, shape=[4])],
+        )
+        for branch in ("then_branch", "else_branch")
+    }
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "c"))
+    model.graph.node.append(helper.make_node("If", ["c"], ["k"], **bodies))
+    model.graph.output.append(value("k", shape=[4]))
+    result = recalibrate(model, [{"x": X, taken: np.zeros(4)}])
+    onnx.checker.check_model(result, full_check=True)
+    assert declared(result) == ["x", taken]
+    new = result.graph.node[0].input[3:]
+    assert not {taken, "y.running_var", "m", "v"} & set(new)
+    assert_allclose(initializers(result)[new[0]], X.mean(0), rtol=1e-5)
+
+
 def test_what_cannot_be():
     *_, model = network()
     without = build([ReLU()], (None, 4), fold=False)
