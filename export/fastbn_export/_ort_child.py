@@ -35,9 +35,9 @@ class _Ort:
         )
         source = _lifted(request).SerializeToString() if request["lifted"] else request["path"]
         self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        self.narrow = {value.name: value.type for value in self.session.get_inputs()} | {
-            value.name: value.type for value in self.session.get_outputs()
-        }
+        session = self.session
+        values = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+        self.narrow = {value.name: value.type for value in values}
         self.plain = not any(kind in _NARROW for kind in self.narrow.values())
 
     def run(self, feeds: dict[str, Any]) -> list[Any]:

@@ -64,6 +64,8 @@ class Judge:
         reasons = []
         if (own is None) != (have is None) or (truth is None) != (theirs is None):
             reasons.append("only one of the two models has it")
+        elif _count(own) != _count(have) or _count(truth) != _count(theirs):  # an item of a sequence
+            reasons.append("on some samples only one of the two models has it")
         else:
             if truth is not None and theirs is not None:
                 dtype = (own or truth)[0].dtype.name
@@ -98,6 +100,10 @@ class Judge:
             user=self.user,
         )
         return against_truth or ""
+
+
+def _count(arrays: Arrays | None) -> int:
+    return 0 if arrays is None else len(arrays)
 
 
 def _fits(these: Arrays | None, those: Arrays) -> bool:

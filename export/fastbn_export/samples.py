@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["Feeds", "given", "guesses", "required_inputs"]
+__all__ = ["Feeds", "draw", "given", "guesses", "is_dynamic", "optional_inputs", "required_inputs"]
 
 Feeds = dict[str, Any]
 """One sample: input name -> array."""
@@ -39,6 +39,14 @@ def required_inputs(model: onnx.ModelProto) -> list[Any]:
     return [value for value in model.graph.input if value.name not in initialised]
 
 
+def optional_inputs(model: onnx.ModelProto) -> list[Any]:
+    """Return the graph inputs that a caller may give, in place of their initialiser (IR version 4 and later)."""
+    if model.ir_version < 4:  # there every initialiser is listed among the inputs, and is a constant
+        return []
+    initialised = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name in initialised]
+
+
 def guesses(model: onnx.ModelProto, samples: int, seed: int) -> Iterator[list[Feeds]]:
     """Yield lists of ``samples`` random inputs, in another guess about sizes and integers each time.
 
@@ -56,13 +64,13 @@ def guesses(model: onnx.ModelProto, samples: int, seed: int) -> Iterator[list[Fe
                 value.name, "a tensor input (pass inputs= for others)", value.type.WhichOneof("value")
             )
     has_integers = any(_is_integer(value.type.tensor_type.elem_type) for value in inputs)
-    dynamic = any(_is_dynamic(dim) for value in inputs for dim in value.type.tensor_type.shape.dim)
+    dynamic = any(is_dynamic(dim) for value in inputs for dim in value.type.tensor_type.shape.dim)
     for first, others in _SIZES if dynamic else _SIZES[:1]:
         shapes = _fill_shapes(inputs, first, others)
         for low, high in _INTEGERS if has_integers else _INTEGERS[:1]:
             rng = np.random.default_rng(seed)
             yield [
-                {v.name: _draw(rng, v.type.tensor_type.elem_type, shapes[v.name], low, high) for v in inputs}
+                {v.name: draw(rng, v.type.tensor_type.elem_type, shapes[v.name], low, high) for v in inputs}
                 for _ in range(samples)
             ]
 
@@ -131,7 +139,7 @@ def _as_declared(value: Any, array: Any) -> Any:
             raise ArgumentTypeError(value.name, str(dtype), array.dtype)
         array = array.astype(dtype)
     if kind.HasField("shape"):
-        declared = [None if _is_dynamic(dim) else dim.dim_value for dim in kind.shape.dim]
+        declared = [None if is_dynamic(dim) else dim.dim_value for dim in kind.shape.dim]
         fits = len(declared) == array.ndim and all(
             want in (None, have) for want, have in zip(declared, array.shape, strict=True)
         )
@@ -149,7 +157,8 @@ def _is_integer(elem_type: int) -> bool:
     return elem_type != TensorProto.STRING and _dtype(elem_type).kind in "iu"
 
 
-def _is_dynamic(dim: Any) -> bool:
+def is_dynamic(dim: Any) -> bool:
+    """Return whether the size of a declared dimension is for the caller to choose."""
     return not dim.HasField("dim_value") or dim.dim_value < 0  # some exporters write -1 for "any"
 
 
@@ -160,7 +169,7 @@ def _fill_shapes(inputs: list[Any], first: int, others: tuple[int, ...]) -> dict
     for value in inputs:
         shape = []
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not _is_dynamic(dim):
+            if not is_dynamic(dim):
                 shape.append(dim.dim_value)
                 continue
             name = dim.dim_param or (f"first axis {axis}" if axis == 0 else f"{value.name} axis {axis}")
@@ -174,7 +183,8 @@ def _fill_shapes(inputs: list[Any], first: int, others: tuple[int, ...]) -> dict
     return shapes
 
 
-def _draw(rng: np.random.Generator, elem_type: int, shape: tuple[int, ...], low: int, high: int) -> NDArray[Any]:
+def draw(rng: np.random.Generator, elem_type: int, shape: tuple[int, ...], low: int = 0, high: int = 2) -> NDArray[Any]:
+    """Return random values of an element type: floats standard normal, integers from a range."""
     if elem_type == TensorProto.STRING:
         return rng.choice(np.array(_WORDS, dtype=object), size=shape)
     dtype = _dtype(elem_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ class Truth:
         self._kept: dict[str, Rows | RunError] = {}
 
     def runs(self, feeds: list[Feeds]) -> bool:
-        """Return whether the reference can be evaluated in float64 on these inputs."""
+        """Return whether the reference can be evaluated in float64 on these inputs; they are the ones to compare on."""
+        self._kept.clear()
         return any(isinstance(self._of_reference(engine, feeds), list) for engine in self._engines())
 
     def compare(self, candidate: onnx.ModelProto, feeds: list[Feeds]) -> Lifted | None:
@@ -122,9 +124,12 @@ class Truth:
         if not changed(candidate, self.known):
             return []
         names = [value.name for value in candidate.graph.output]
-        smallest = min((array.size for row in outputs for _, array in flatten(names, row) if array.size), default=1)
+        sizes: Counter[str] = Counter()  # over all samples, which need not be of one size
+        for row in outputs:
+            sizes.update({name: array.size for name, array in flatten(names, row) if array.size})
+        smallest = min(sizes.values(), default=len(feeds))
         least = _DRAWS if parameter_count(candidate) <= _FEW_PARAMETERS else 2
-        draws = min(max(least, -(-_ENOUGH // (smallest * len(feeds)))), _ENOUGH)
+        draws = min(max(least, -(-_ENOUGH // smallest)), _ENOUGH)
         return [
             self._evaluate(engine, "candidate", feeds, Rounding("reference", seed, self.shake)) for seed in range(draws)
         ]

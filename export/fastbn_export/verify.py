@@ -22,9 +22,11 @@ from fastbn_export.compare import RELATIVE, Tolerance, flatten
 from fastbn_export.files import load_model
 from fastbn_export.float64 import narrowest
 from fastbn_export.fold import FoldResult
+from fastbn_export.interface import difference
 from fastbn_export.judge import Judge
 from fastbn_export.protos import nodes_of, parameter_count
 from fastbn_export.truth import MOST_PARAMETERS, Lifted, Truth
+from fastbn_export.variations import Run, vary
 from fastbn_export.verdict import OutputReport, VerifyReport
 from fastbn_export.worker import RunError, RunTimeout, Worker
 
@@ -58,7 +60,8 @@ def verify(
     reference, candidate : onnx.ModelProto or path
         The original and its folded form.
     inputs : mapping of str to array_like, sequence of mappings, or path to npz, optional
-        What to run them on. Default: ``samples`` random inputs that fit the declared types and shapes.
+        What to run them on. Default: ``samples`` random inputs that fit the declared types and shapes; where there
+        are several, not all with the same sizes of dynamic dimensions, nor all with the defaults of optional inputs.
     samples, seed : int
         How many random inputs, and their seed.
     rtol, atol : float, optional
@@ -126,6 +129,7 @@ class Checker:
         self.notes: list[str] = []
         self.feeds: list[sampling.Feeds] | None = None
         self.own: list[list[Any]] | None = None
+        self.impatient = False
         self.truth = Truth(self.worker, self.reference, _STEP_SHAKE if self.stepped else 1.0)
 
     def __enter__(self) -> Checker:
@@ -152,8 +156,8 @@ class Checker:
     def check(self, candidate: onnx.ModelProto | FoldResult | str | os.PathLike[str]) -> VerifyReport:
         """Compare one candidate with the reference; see :func:`verify`."""
         model = self._take("candidate", candidate)
-        if difference := _interface(self.reference, model):
-            return VerifyReport(False, notes=[difference])
+        if changed := difference(self.reference, model):
+            return VerifyReport(False, notes=[changed])
         self._prepare()
         if self.feeds is None:
             return VerifyReport(
@@ -164,10 +168,9 @@ class Checker:
         notes += self.truth.notes
         ours: list[list[Any]] | None = None
         if self.own is not None:
-            try:
-                ours = self._run("candidate", self.feeds)
-            except RunError as failure:
-                return self._report(False, [], [*notes, f"the candidate cannot be run: {failure}"])
+            ours, failure = self._run_candidate(self.feeds)
+            if failure:
+                return self._report(False, [], [*notes, failure])
         outputs = self._judge(ours, lifted)
         checks = ["onnxruntime without optimizations"] * (ours is not None)
         checks += [f"float64 by {self.truth.engine}"] * (lifted is not None)
@@ -181,8 +184,7 @@ class Checker:
         self, ok: bool, checks: list[str], notes: list[str], outputs: Sequence[OutputReport] = ()
     ) -> VerifyReport:
         feeds = self.feeds or []
-        shapes = {name: _looks(array) for name, array in feeds[0].items()} if feeds else {}
-        return VerifyReport(ok, list(outputs), len(feeds), shapes, checks, notes)
+        return VerifyReport(ok, list(outputs), len(feeds), _shapes(feeds[0]) if feeds else {}, checks, notes)
 
     def _prepare(self) -> None:
         """Find inputs that the reference runs on, and keep what it makes of them; once."""
@@ -196,8 +198,10 @@ class Checker:
         for feeds in lists:
             fallback = fallback or feeds
             try:
-                self.own = self._run("reference", feeds)
-                self.feeds = feeds
+                own = self._run("reference", feeds)
+                if self.given is None:
+                    feeds, own = self._varied(feeds, own, self._try)
+                self.feeds, self.own = feeds, own
                 return
             except RunError as error_:
                 failure = failure or error_
@@ -205,13 +209,49 @@ class Checker:
                     break
         self.notes.append(f"onnxruntime cannot run the original: {failure}")
         timed_out = isinstance(failure, RunTimeout)  # and so would the slower evaluators
-        if fallback is not None and not timed_out and self.truth.runs(fallback):
-            self.feeds = fallback
+        if fallback is not None and not timed_out:
+            self._prepare_in_float64(fallback)
+
+    def _prepare_in_float64(self, feeds: list[sampling.Feeds]) -> None:
+        """Find inputs that the float64 form of the reference runs on, where its own form cannot be run."""
+        if not self.truth.runs(feeds):
+            return
+        self.feeds = feeds
+        if self.given is not None:
+            return
+        varied, _ = self._varied(feeds, feeds, lambda feed: [feed] if self.truth.runs([feed]) else None)
+        self.feeds = next((tried for tried in (varied, feeds) if self.truth.runs(tried)), None)
+
+    def _varied(self, feeds: list[sampling.Feeds], own: list[Any], run: Run) -> tuple[list[sampling.Feeds], list[Any]]:
+        return vary(self.reference, feeds, own, run, self.seed)
+
+    def _try(self, feed: sampling.Feeds) -> list[Any] | None:
+        """Run the reference; None where it refuses, or where it took too long once."""
+        if self.impatient:
+            return None
+        try:
+            return self.worker.run("reference", feed)
+        except RunError as failure:
+            self.impatient = isinstance(failure, RunTimeout)
+            return None
 
     def _run(self, key: str, feeds: list[sampling.Feeds]) -> list[list[Any]]:
-        if key == "candidate" or not self.worker.is_loaded(key):
+        if not self.worker.is_loaded(key):
             self.worker.load(key, key)
         return [self.worker.run(key, feed) for feed in feeds]
+
+    def _run_candidate(self, feeds: list[sampling.Feeds]) -> tuple[list[list[Any]], str]:
+        """Return the outputs of the candidate, and what it failed at, where the reference did not; "" for nothing."""
+        outputs: list[list[Any]] = []
+        where = ""
+        try:
+            self.worker.load("candidate", "candidate")
+            for feed in feeds:
+                where = f" on {', '.join(f'{k}: {v}' for k, v in _shapes(feed).items())}, where the original can"
+                outputs.append(self.worker.run("candidate", feed))
+        except RunError as failure:
+            return outputs, f"the candidate cannot be run{where}: {failure}"
+        return outputs, ""
 
     def _judge(self, ours: list[list[Any]] | None, lifted: Lifted | None) -> list[OutputReport]:
         """Turn outputs sample by sample into verdicts output by output."""
@@ -258,23 +298,8 @@ def as_model(model: onnx.ModelProto | str | os.PathLike[str]) -> onnx.ModelProto
     raise ArgumentTypeError("model", "onnx.ModelProto or a path", type(model).__name__)
 
 
-def _interface(reference: onnx.ModelProto, candidate: onnx.ModelProto) -> str | None:
-    def kinds(values: Any) -> dict[str, Any]:
-        return {v.name: (v.type.WhichOneof("value"), v.type.tensor_type.elem_type) for v in values}
-
-    for what, ours, theirs in (
-        ("inputs", kinds(sampling.required_inputs(reference)), kinds(sampling.required_inputs(candidate))),
-        ("outputs", kinds(reference.graph.output), kinds(candidate.graph.output)),
-    ):
-        if ours != theirs:
-            return f"{what} differ: {_names(ours, theirs)}"
-    return None
-
-
-def _names(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    if set(ours) != set(theirs):
-        return f"{sorted(ours)} became {sorted(theirs)}"
-    return "types of " + ", ".join(sorted(name for name in ours if ours[name] != theirs[name]))
+def _shapes(feed: sampling.Feeds) -> dict[str, str]:
+    return {name: _looks(array) for name, array in feed.items()}
 
 
 def _looks(array: Any) -> str:
