@@ -46,7 +46,7 @@ def fold(arguments: argparse.Namespace) -> int:
     source, out = Path(arguments.input), Path(arguments.output)
     _check_outputs(out, arguments.report, source, arguments.inputs)
     light = _load_valid(source, external_data=False)
-    beside = external_files(source, light)
+    beside, size = external_files(source, light), disk_size(source, light)
     _keep_weights(beside, out, arguments.report)
     model = source if beside else light  # a path: external weights stay on disk until they are needed
     folder = partial(fold_model, keep=arguments.keep, duplicate=arguments.duplicate)
@@ -55,7 +55,7 @@ def fold(arguments: argparse.Namespace) -> int:
         _save(checked.result, out)
     if arguments.report:
         _write_json(arguments.report, checked.to_dict())
-    _print_fold(checked, source, out, seconds)
+    _print_fold(checked, source, size, out, seconds)
     if checked.verdict.ok:
         return DONE
     line(f"the check failed: {out} was not written")
@@ -99,13 +99,18 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_valid(path: Path, external_data: bool = True) -> onnx.ModelProto:
-    model = load_model(path, external_data=external_data)
-    check_structure(model, str(path))
+    return _valid(load_model(path, external_data=external_data), str(path))
+
+
+def _valid(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    check_structure(model, name)
     return model
 
 
-def _weights_beside(path: str) -> set[Path]:
-    return external_files(path, load_model(path, external_data=False))
+def _read_once(path: str) -> tuple[str | onnx.ModelProto, set[Path]]:
+    """Return a model and the files beside it that hold weights of it; itself in place of a pipe's path."""
+    light = load_model(path, external_data=False)
+    return path if Path(path).is_file() else light, external_files(path, light)
 
 
 def _save(result: FoldResult, out: Path) -> None:
@@ -120,7 +125,7 @@ def _write_json(path: str, content: dict[str, Any]) -> None:
         part.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def _print_fold(checked: CheckedFold, source: Path, out: Path, seconds: float) -> None:
+def _print_fold(checked: CheckedFold, source: Path, size: int, out: Path, seconds: float) -> None:
     report = checked.report
     before, after = report.ops_before, report.ops_after
     rows: list[tuple[object, ...]] = [
@@ -133,7 +138,7 @@ def _print_fold(checked: CheckedFold, source: Path, out: Path, seconds: float) -
         _row("parameters", report.parameters_before, report.parameters_after),
     ]
     if checked.verdict.ok:
-        rows.append(("file size", bytes_text(disk_size(source)), bytes_text(disk_size(out)), ""))
+        rows.append(("file size", bytes_text(size), bytes_text(disk_size(out)), ""))
     print_table(f"{source.name} -> {out.name}", ["", "before", "after", "change"], rows)
     line(f"{report.folded} of {len(report.entries)} batch normalizations folded in {seconds:.2f} s")
     for name in checked.undone:
@@ -177,12 +182,14 @@ def _fate(entry: Any) -> tuple[str, str]:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare two models and print the errors."""
+    models: list[Any] = [arguments.reference, arguments.candidate]
     if arguments.report:
-        models = (arguments.reference, arguments.candidate)
         _check_outputs(None, arguments.report, *models, arguments.inputs)
-        _keep_weights({file for path in models for file in _weights_beside(path)}, arguments.report)
+        read = [_read_once(path) for path in models]
+        _keep_weights({file for _, beside in read for file in beside}, arguments.report)
+        models = [model for model, _ in read]
     with working("running both models"):
-        report = verify_models(arguments.reference, arguments.candidate, **_options(arguments))
+        report = verify_models(*models, **_options(arguments))
     if arguments.report:
         _write_json(arguments.report, report.to_dict())
     line(str(report))
@@ -192,8 +199,9 @@ def verify(arguments: argparse.Namespace) -> int:
 def recalibrate(arguments: argparse.Namespace) -> int:
     """Write IN with statistics re-estimated from the examples in DATA."""
     _check_outputs(arguments.output, None, arguments.input, arguments.data)
-    _keep_weights(_weights_beside(arguments.input), arguments.output)
-    model = _load_valid(Path(arguments.input))
+    source, beside = _read_once(arguments.input)
+    _keep_weights(beside, arguments.output)
+    model = _valid(load_model(source) if isinstance(source, str) else source, arguments.input)
     names = [value.name for value in required_inputs(model)]
     data = {name: array for name, array in read_npz(arguments.data).items() if name in names}
     if set(data) != set(names):

@@ -95,10 +95,19 @@ def external_files(path: str | os.PathLike[str], model: onnx.ModelProto) -> set[
     return {_external(Path(path), tensor)[0] for tensor in tensors}
 
 
-def disk_size(path: str | os.PathLike[str]) -> int:
-    """Return the bytes of a model on disk, its external data included."""
-    files = external_files(path, load_model(path, external_data=False))
-    return sum(file.stat().st_size for file in {Path(path).resolve(), *files})
+def disk_size(path: str | os.PathLike[str], model: onnx.ModelProto | None = None) -> int:
+    """Return the bytes of a model on disk, its external data included.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+    model : onnx.ModelProto, optional
+        What was read from it without external data, if it is at hand: a pipe has no size and cannot be read again.
+    """
+    model = load_model(path, external_data=False) if model is None else model
+    own = Path(path).stat().st_size if Path(path).is_file() else model.ByteSize()
+    return own + sum(file.stat().st_size for file in external_files(path, model))
 
 
 def _read(file: Path) -> bytes:

@@ -19,7 +19,7 @@ import onnx
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn_export import samples as sampling
 from fastbn_export.compare import RELATIVE, Tolerance, flatten
-from fastbn_export.files import load_model
+from fastbn_export.files import external_files, load_model
 from fastbn_export.float64 import narrowest
 from fastbn_export.fold import FoldResult
 from fastbn_export.interface import difference
@@ -146,9 +146,10 @@ class Checker:
             model = path
         if isinstance(model, (str, os.PathLike)):
             light = load_model(model, external_data=False)
-            if parameter_count(light) > MOST_PARAMETERS:
+            if parameter_count(light) > MOST_PARAMETERS and os.path.isfile(model):
                 self.worker.use(key, model)
                 return light
+            model = model if external_files(model, light) else light  # a pipe can be read once
         full = as_model(model)
         self.worker.put(key, full)
         return full

@@ -118,6 +118,38 @@ def test_external_weights_are_read_and_never_written_over(fastbn, folder):
     assert not (folder / "new.onnx").exists()
 
 
+@pytest.fixture
+def pipe(folder):
+    """Make a path as the shell's ``<(cat in.onnx)`` does: the bytes of the model, once."""
+    ends = []
+
+    def make():
+        reader, writer = os.pipe()
+        ends.append(reader)
+        with os.fdopen(writer, "wb") as stream:
+            stream.write((folder / "in.onnx").read_bytes())
+        return f"/dev/fd/{reader}"
+
+    yield make
+    for end in ends:
+        os.close(end)
+
+
+def test_models_from_pipes_are_read_once(fastbn, folder, pipe):
+    np.savez(folder / "d.npz", input=np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32))
+    status, out, err = fastbn("fold", pipe(), "out.onnx")
+    assert (status, err) == (0, "") and "1 of 2" in out and norms_in("out.onnx") == 1
+    assert fastbn("fold", "in.onnx", "same.onnx")[1].split("file size")[1][:20] == out.split("file size")[1][:20]
+    for command in (
+        ("verify", pipe(), pipe()),
+        ("verify", pipe(), "out.onnx", "--report", "r.json"),
+        ("inspect", pipe()),
+        ("recalibrate", pipe(), "again.onnx", "--data", "d.npz"),
+    ):
+        status, _, err = fastbn(*command)
+        assert (status, err) == (0, ""), command
+
+
 def break_fold(monkeypatch, always):
     """Make every fold wrong; with ``always`` even the fold of nothing."""
 
