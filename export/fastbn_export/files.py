@@ -98,12 +98,7 @@ def external_files(path: str | os.PathLike[str], model: onnx.ModelProto) -> set[
 def disk_size(path: str | os.PathLike[str], model: onnx.ModelProto | None = None) -> int:
     """Return the bytes of a model on disk, its external data included.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file.
-    model : onnx.ModelProto, optional
-        What was read from it without external data, if it is at hand: a pipe has no size and cannot be read again.
+    ``model`` is what was read from there without these, if it is at hand: a pipe has no size and is empty by now.
     """
     model = load_model(path, external_data=False) if model is None else model
     own = Path(path).stat().st_size if Path(path).is_file() else model.ByteSize()
@@ -202,9 +197,16 @@ def check_output(path: str | os.PathLike[str], *reads: str | os.PathLike[str] | 
     Raises
     ------
     ModelFileError
-        The path is a folder, a device or a pipe, its folder is missing or read-only, or it is one of ``reads``.
+        The name is too long, the path is a folder, a device or a pipe, its folder is missing or read-only, or it is
+        one of ``reads``.
     """
     out = Path(path)
+    try:
+        out.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # what no file can be called
+        raise ModelFileError(f"{out}: cannot be written: {_reason(error)}") from None
     if out.is_dir():
         raise ModelFileError(f"{out}: expected a file to write, got a folder")
     if not out.parent.is_dir():
@@ -253,7 +255,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     out = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent)
+        handle, name = tempfile.mkstemp(prefix=".fastbn-", suffix=".part", dir=out.parent)  # short: out's may not be
         os.close(handle)
     except OSError as error:
         raise ModelFileError(f"{out}: cannot be written: {_reason(error)}") from None
@@ -310,6 +312,7 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str], *, external
 def _save_external(model: onnx.ModelProto, out: Path) -> None:
     """Move the large tensors to ``<out>.data``; only the skeleton of the model is copied, never the weights."""
     sidecar = out.with_name(out.name + ".data")
+    check_output(sidecar)
     moved: list[tuple[Any, int, int]] = []
     with atomic_path(sidecar) as part, atomic_path(out) as skeleton, part.open("w+b") as stream:
         try:

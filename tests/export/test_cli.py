@@ -72,6 +72,12 @@ def test_fold_writes_what_it_checked_and_says_what_it_did(fastbn, folder):
     assert json.loads((folder / "v.json").read_text())["ok"]
 
 
+def test_long_names(fastbn, folder):
+    np.savez(folder / "d.npz", input=np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32))
+    assert fastbn("fold", "in.onnx", "o" * 250, "--report", "r" * 250)[::2] == (0, "")
+    assert fastbn("recalibrate", "in.onnx", "c" * 250, "--data", "d.npz")[::2] == (0, "")
+
+
 def test_fold_keeps_what_it_is_told_to(fastbn):
     assert fastbn("fold", "in.onnx", "out.onnx", "--keep", "layers*")[0] == 0
     assert norms_in("out.onnx") == 2
@@ -233,6 +239,8 @@ BAD = {
     "folder for a file": (["inspect", "."], "got a folder"),
     "verify of nothing": (["verify", "in.onnx", "none.onnx"], "none.onnx: no such file"),
     "recalibrate text": (["recalibrate", "text.onnx", "o", "--data", "x.npz"], "truncated file or another format"),
+    "name too long": (["fold", "in.onnx", "o" * 256], "file name too long"),
+    "report's name too long": (["fold", "in.onnx", "o", "--report", "r" * 256], "file name too long"),
     "output is a folder": (["fold", "in.onnx", "."], "got a folder"),
     "output in no folder": (["fold", "in.onnx", "none/o"], "no such folder"),
     "output under a file": (["fold", "in.onnx", "text.onnx/o"], "no such folder"),

@@ -143,6 +143,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["m.onnx"]
 
 
+def test_names_as_long_as_the_file_system_takes(tmp_path):
+    for name in ("m" * 255, "é" * 127):
+        save_model(model(), tmp_path / name)
+        assert load_model(tmp_path / name) == model() and os.listdir(tmp_path) == [name]
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["m" * 256, "é" * 128, "m" * 5000])
+def test_longer_names_are_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(ModelFileError, match="cannot be written: file name too long"):
+        check_output(tmp_path / name)
+
+
+def test_a_data_file_of_too_long_a_name_leaves_nothing(tmp_path):
+    name = "m" * 253
+    with pytest.raises(ModelFileError, match="file name too long"):
+        save_model(model(), tmp_path / name, external=True)
+    assert os.listdir(tmp_path) == []
+
+
 def test_corrupt_is_a_copy():
     original = model()
     assert corrupt(original, lambda a: a + 1) != original == model()
