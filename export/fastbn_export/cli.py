@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from fastbn import __version__
@@ -47,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse has said why
         return int(end.code or 0)
     try:
-        return _handler(*arguments.handler)(arguments)
+        with _ended_in_order():
+            return _handler(*arguments.handler)(arguments)
+    except _Terminated:
+        return _fail(arguments.command, "terminated")
     except KeyboardInterrupt:
         return _fail(arguments.command, "interrupted")
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -57,6 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FASTBN_TRACEBACK"):
             raise
         return _fail(arguments.command, _told(error))
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM end the body as Ctrl-C does: temporary files and the process that runs models go with it."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ours:  # whoever calls us from Python may have a handler of its own
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the cleaning up short
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _handler(module: str, name: str) -> Handler:

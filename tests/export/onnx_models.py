@@ -30,3 +30,15 @@ def corrupt(model, change, which=""):
 def initializers(model):
     """Return name -> array of the main graph's initialisers."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def endless():
+    """A model that runs for ever, as far as anybody will wait."""
+    io = [value("x", shape=[1])], [value("y", shape=[1])]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("Add", ["a", "a"], ["a2"])],
+        "body",
+        [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("a", shape=[1])],
+        [value("c2", TensorProto.BOOL, []), value("a2", shape=[1])],
+    )
+    return graph([helper.make_node("Loop", ["turns", "", "x"], ["y"], body=body)], *io, [("turns", np.array(2**40))])

@@ -11,7 +11,7 @@ from fastbn_export.layers import Conv, Linear, ReLU, Sigmoid, Softmax
 from fastbn_export.verify import Checker, verify
 from onnx import TensorProto, helper, numpy_helper
 
-from .onnx_models import corrupt, graph, value
+from .onnx_models import corrupt, endless, graph, value
 from .plain_fold import folded, norm
 
 
@@ -357,15 +357,7 @@ def test_a_candidate_that_cannot_run_is_not_ok():
 
 def test_a_run_that_takes_too_long_is_ended():
     """A loop of 2^40 turns."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("Add", ["a", "a"], ["a2"])],
-        "body",
-        [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("a", TensorProto.FLOAT, [1])],
-        [value("c2", TensorProto.BOOL, []), value("a2", TensorProto.FLOAT, [1])],
-    )
-    node = helper.make_node("Loop", ["turns", "", "x"], ["y"], body=body)
-    io = [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])]
-    model = graph([node], *io, [("turns", np.array(2**40))])
+    model = endless()
     report = verify(model, model, timeout=1.5, samples=1)
     assert not report.ok and any("no answer within" in note for note in report.notes)
 

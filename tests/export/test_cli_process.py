@@ -1,0 +1,74 @@
+"""The command as a process of its own: without the extras, as a program, and ended by a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import onnx
+import pytest
+from fastbn_export.files import save_model
+
+from .onnx_models import endless
+from .test_cli import network
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(network(), tmp_path / "in.onnx")
+    return tmp_path
+
+
+NO_EXTRAS = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "onnx onnx_ir onnxruntime ml_dtypes google rich sklearn matplotlib".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+from fastbn_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", [["fold", "a", "b"], ["verify", "a", "b"], ["inspect", "a"], ["demo"]])
+def test_without_the_extra_a_command_names_it(tmp_path, command):
+    done = subprocess.run(
+        [sys.executable, "-c", NO_EXTRAS, *command], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert 'pip install "fastbn[' in done.stderr
+
+
+def test_doctor_needs_numpy_and_numba_alone(tmp_path):
+    done = subprocess.run([sys.executable, "-c", NO_EXTRAS, "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "numba" in done.stdout and done.stderr == ""
+
+
+def test_as_a_program(folder):
+    run = [sys.executable, "-m", "fastbn_export.cli"]
+    done = subprocess.run(
+        [*run, "fold", "in.onnx", "out.onnx"], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0 and "1 of 2" in done.stdout, done.stderr
+    onnx.checker.check_model(str(folder / "out.onnx"), full_check=True)
+    assert subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout.startswith("fastbn ")
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+def test_a_signal_leaves_no_temporary_files(folder, number, told):
+    save_model(endless(), folder / "endless.onnx")
+    (folder / "t").mkdir()
+    run = [sys.executable, "-m", "fastbn_export.cli", "fold", "endless.onnx", "out.onnx"]
+    environment = {**os.environ, "TMPDIR": str(folder / "t")}
+    process = subprocess.Popen(run, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 60
+    while not list((folder / "t").glob("fastbn-*/*.onnx")) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (2, f"fastbn fold: {told}\n")
+    assert os.listdir(folder / "t") == [] and not (folder / "out.onnx").exists()
