@@ -25,8 +25,8 @@ Run = Callable[[Feeds], Any]
 _MOST_OVERRIDDEN = 1 << 22
 """Elements of optional inputs that are overridden, at most; the smallest ones first."""
 
-_ONE_BY_ONE = 8
-"""Optional inputs, and values for each, that are tried by themselves at most."""
+_ONE_BY_ONE, _EACH = 12, 4
+"""Tries of optional inputs by themselves, at most, and of values for each."""
 
 _LARGER = 2.0
 """How much larger than the first one a sample may be, unless it is small."""
@@ -118,10 +118,14 @@ def overridden(
         return {name: _moved(rng, defaults[name], _shape(values[name], sizes, own[name])) for name in names}
 
     if not any(take(moved(floats, others)) for others in (_half, _same)):
-        for name in floats[:_ONE_BY_ONE] if len(floats) > 1 else ():
+        for name in floats[:_EACH] if len(floats) > 1 else ():
             take(moved([name], _same))
-    for name in [name for name in values if defaults[name].dtype.kind in "iub"][:_ONE_BY_ONE]:
-        any(take({name: other}) for other in _others(defaults[name]))
+    left = _ONE_BY_ONE
+    for name in [name for name in values if defaults[name].dtype.kind in "iub"]:
+        for other in _others(defaults[name])[:left]:
+            left -= 1
+            if take({name: other}):
+                break
     return found
 
 
@@ -163,7 +167,7 @@ def _same(size: int) -> int:
 
 
 def _is_float(array: NDArray[Any]) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    return array.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _redrawn(rng: np.random.Generator, value: Any, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -188,10 +192,15 @@ def _defaults(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 def _moved(rng: np.random.Generator, default: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return values that are up to a quarter larger or smaller, so that outputs stay about as large as they are.
+
+    Zeros become small values, of both signs where the default has negative ones.
+    """
     wide = np.resize(default.astype(np.float64), shape)
     typical = float(np.abs(wide).mean()) if wide.size else 0.0
-    offset = 0.1 * (typical or 1.0) * np.abs(rng.standard_normal(shape))
-    return np.asarray(wide * rng.uniform(0.5, 1.5, shape) + offset).astype(default.dtype)
+    offset = 0.1 * (typical or 1.0) * rng.standard_normal(shape)
+    offset = offset if (wide < 0).any() else np.abs(offset)
+    return np.asarray(np.where(wide == 0, offset, wide * rng.uniform(0.75, 1.25, shape))).astype(default.dtype)
 
 
 def _others(default: NDArray[Any]) -> list[NDArray[Any]]:
@@ -201,12 +210,12 @@ def _others(default: NDArray[Any]) -> list[NDArray[Any]]:
     flat = default.reshape(-1)
     tries = [] if np.array_equal(flat, flat[::-1]) else [flat[::-1]]
     for change in (_halved, _less, _more):
-        for place in reversed(range(min(flat.size, _ONE_BY_ONE))):
+        for place in reversed(range(min(flat.size, _EACH))):
             other = flat.copy()
             other[place] = change(int(flat[place]))
             if other[place] != flat[place]:
                 tries.append(other)
-    return [np.ascontiguousarray(other.reshape(default.shape)) for other in tries[:_ONE_BY_ONE]]
+    return [np.ascontiguousarray(other.reshape(default.shape)) for other in tries[:_EACH]]
 
 
 def _halved(integer: int) -> int:

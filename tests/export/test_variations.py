@@ -79,6 +79,27 @@ def test_integers_one_by_one_until_one_is_taken():
     assert feed["shape"].tolist() == [-1, 6, 4]
 
 
+def test_outputs_stay_about_as_large():
+    """A tolerance is relative to the largest output of all samples."""
+    weight = np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32)
+    weight[:32] = 0
+    m = model(value("x", shape=[2]), value("w", shape=[64, 64]), constants=[("w", weight)])
+    moved = override(m, {"x": np.ones(2, np.float32)})[0]["w"]
+    assert 0.9 < np.linalg.norm(moved) / np.linalg.norm(weight) < 1.1
+    assert abs(moved.mean() - weight.mean()) < 0.01 and (moved[:32] != 0).all()
+
+
+def test_tries_are_few():
+    """However many integers a model takes, or refuses."""
+    names = [f"i{i}" for i in range(30)]
+    inputs = [value(name, TensorProto.INT64, [5]) for name in names]
+    m = model(value("x", shape=[2]), *inputs, constants=[(name, np.arange(5)) for name in names])
+    for taken in (True, False):
+        tries = []
+        override(m, {"x": np.ones(2, np.float32)}, lambda feed, tries=tries, taken=taken: tries.append(feed) or taken)
+        assert len(tries) == 12
+
+
 def test_an_optional_input_of_dynamic_size():
     """It has the batch of the sample, and another length than its default if the model takes one."""
     default = np.ones((2, 6, 4), np.float32)
