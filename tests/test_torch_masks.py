@@ -156,6 +156,18 @@ def test_errors_name_the_argument(options, error, named, dtype):
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{"lengths": torch.tensor(LENGTHS)}, {"mask": keep()}, {"lengths": LENGTHS}])
+def test_tensors_without_numbers(options):
+    from torch._subclasses import FakeTensorMode
+
+    x = draw()[0].detach()
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    assert ft.BatchNorm1d(C).to("meta")(x.to("meta"), **meta).shape == x.shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        assert ft.batch_norm(mode.from_tensor(x), None, None, training=True, **fake).shape == x.shape
+
+
 def test_large_sequences_are_read_where_they_lie():
     """The kernels of ``launch_masked`` under autograd, in both memory orders."""
     x = torch.randn(8, 700, 64)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastbn import arguments
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.torch.functional import batch_norm, count, hidden
+from fastbn.torch.tensors import readable
 
 Module = TypeVar("Module", bound=Any)
 
@@ -87,8 +88,8 @@ def _count(counter: Tensor, mask: Tensor | None, lengths: Any) -> None:
     some = lengths if mask is None else mask
     if some is None:
         count(counter)
-    elif hidden():
-        counter.add_(torch.as_tensor(some).any().to(counter.dtype))
+    elif hidden() or not readable(some):
+        counter.add_(torch.as_tensor(some, device=counter.device).any().to(counter.dtype))
     elif torch.as_tensor(some).any():
         count(counter)
 

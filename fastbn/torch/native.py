@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastbn import arguments
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.torch import masked
-from fastbn.torch.tensors import Opaque, array
+from fastbn.torch.tensors import array, readable
 
 Args = tuple[Any, ...]  # of ``functional.batch_norm``, input and residual first
 
@@ -54,20 +55,20 @@ def _check_places(input: Tensor, mask: Any, lengths: Any, training: bool, hidden
             raise ArgumentValueError("mask", expected, tuple(mask.shape)) from None
     else:
         _check_lengths(input, lengths, hidden)
-    if training and not hidden and int(masked.valid(input, mask, lengths).sum()) == 1:
+    if training and not hidden and all(map(readable, (input, lengths if mask is None else mask))) and (
+        int(masked.valid(input, mask, lengths).sum()) == 1
+    ):  # fmt: skip
         raise ArgumentValueError("input", "more than 1 value per channel when training", "1 that counts")
 
 
 def _check_lengths(input: Tensor, lengths: Any, hidden: bool) -> None:
     like: Any = SimpleNamespace(shape=tuple(input.shape), ndim=input.dim())
     if isinstance(lengths, Tensor):
-        try:
-            seen = None if hidden else array(lengths.detach().cpu())
-        except Opaque:
-            seen = None
-        if seen is None:  # its shape and dtype can be
-            seen = torch.zeros(lengths.shape, dtype=lengths.dtype).numpy()
-        lengths = seen
+        if hidden or not readable(lengths):  # its shape and dtype can be looked at
+            kind = bool if lengths.dtype is torch.bool else float if lengths.dtype.is_floating_point else int
+            lengths = np.zeros(tuple(lengths.shape), kind)
+        else:
+            lengths = array(lengths.detach())
     arguments.from_lengths(lengths, like, 1)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def array(tensor: Tensor) -> Any:
 
 _FLOAT: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_FAKE = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())  # warns when asked for its memory
 
 
 @functools.cache
@@ -89,11 +91,18 @@ def vector(array: Any) -> Tensor | None:
     return found
 
 
+def readable(value: Any) -> bool:
+    """Tell whether numbers can be looked at, without waiting for a device."""
+    return not isinstance(value, Tensor) or (value.__class__ in _PLAIN and value.is_cpu)
+
+
 def dense(tensor: Tensor) -> Tensor:
     """Return the tensor itself if it fills its memory without gaps, in any order of axes, else a copy that does.
 
     The copy's order is the one PyTorch gives its own results: part of a channels-last tensor stays channels last.
     """
+    if tensor.__class__ not in _PLAIN and isinstance(tensor, _FAKE):
+        raise Opaque("expected a tensor with memory, got a fake one")
     try:
         whole = tensor.is_contiguous() or tensor.dim() < 2
         whole = whole or layout.of(tensor.size(), tensor.stride(), 1, 1) is not None
