@@ -13,7 +13,7 @@ from fastbn.cpu import caches
 
 PARALLEL = 1 << 19  # elements below which waking a helper (about 50 us) costs more than it brings
 CORE_CACHE = caches.core()  # bytes of the cache that blocks should fit in; 0: the one that cores share
-_OWN = 5 * CORE_CACHE // 4  # above, ordinary stores take 1.2-1.35, and the shared cache is no nearer than the memory
+_OWN = 5 * CORE_CACHE // 4  # above, ordinary stores take 1.2-1.35, and the shared cache is a quarter as fast
 STREAM = _OWN or 10 << 20  # bytes of all tensors from which streaming stores pay, see ``streams``
 READ_ONCE = _OWN or 14 << 20  # the same for inference of rows, which wants no line of x back
 # And of channels-first arrays; rows take 0.75-0.95 there too, but 1.3-1.5 out of the memory.
