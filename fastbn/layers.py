@@ -143,8 +143,10 @@ class BatchNorm(Layer):
                     self.update(ghost)
             saved[1].updated = self.num_batches_tracked - before
         elif update:
-            nothing = saved[1].count == 0 and not hasattr(saved[1], "ghosts")
-            self.num_batches_tracked += saved[1].updated or int(nothing)
+            moved = saved[1].updated  # asked first: on a GPU the others may wait for it
+            if not moved and saved[1].count == 0 and not hasattr(saved[1], "ghosts"):
+                moved = 1  # an empty batch counts, as PyTorch's
+            self.num_batches_tracked += moved
         return y
 
     def _next_momentum(self) -> float:
