@@ -227,9 +227,7 @@ def pair(
     running_mean: Any, running_var: Any, x: DeviceArray, channels: int, *params: Flat | None
 ) -> tuple[Flat, Flat] | None:
     """Check that both running statistics are given or neither, and apart from weight and bias; None for neither."""
-    if (running_mean is None) != (running_var is None):
-        absent = "running_mean" if running_mean is None else "running_var"
-        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    running.both_or_neither(running_mean, running_var)
     if running_mean is None:
         return None
     mean = checks.running("running_mean", running_mean, x, channels)

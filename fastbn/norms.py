@@ -182,9 +182,7 @@ class InstanceNorm(_ByChannel):
             return y
         if self.running_mean is not None and not self._away:
             moved = running.pair(self.running_mean, self.running_var, self._channels, self.dtype)
-            given = {"weight": self.weight, "bias": self.bias, "x": x, "out": out}
-            others = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
-            running.refuse_shared(*moved, others, arguments.share)
+            running.check_apart(*moved, (self.weight, self.bias), (x, out))
         y, self._saved = saved = family.instance_norm(x, self.weight, self.bias, axis=self.axis, eps=self.eps, out=out)
         if self.running_mean is not None and self.running_var is not None:
             self._move(saved[1])

@@ -15,11 +15,16 @@ from fastbn.moments import Moments
 Array = npt.NDArray[Any]
 
 
-def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Check that both running statistics are given or neither; for neither return two arrays without elements."""
+def both_or_neither(mean: Any, var: Any) -> None:
+    """Raise if one running statistic is given without the other."""
     if (mean is None) != (var is None):
         absent = "running_mean" if mean is None else "running_var"
         raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+
+
+def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Check that both running statistics are given or neither; for neither return two arrays without elements."""
+    both_or_neither(mean, var)
     if mean is None:
         none = views.constant(0.0, 0, dtype)
         return none, none
@@ -29,19 +34,21 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
     )
 
 
-def check_apart(mean: Array, var: Array, params: tuple[Array, Array], tensors: tuple[Array, Array]) -> None:
+def check_apart(mean: Array, var: Array, params: tuple[Any, Any], tensors: tuple[Any, Any]) -> None:
     """Raise if a running statistic is memory of another array of the call.
 
-    ``params`` are weight and bias, ``tensors`` x and out. Kernels move channels while they read others, and backward
-    would read what was moved. Four arrays with memory of their own need no look at it: they are apart unless they are
-    the same.
+    ``params`` are weight and bias, ``tensors`` x and out, None where there is none. Kernels move channels while they
+    read others, and backward would read what was moved. Four arrays with memory of their own need no look at it: they
+    are apart unless they are the same.
     """
     weight, bias = params
-    owned = mean.flags.owndata and var.flags.owndata and weight.flags.owndata and bias.flags.owndata
+    owned = mean.flags.owndata and var.flags.owndata
+    owned = owned and (weight is None or weight.flags.owndata) and (bias is None or bias.flags.owndata)
     same = mean is var or mean is weight or mean is bias or var is weight or var is bias
     if owned and not same:
         return
     others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1]}
+    others = {name: other for name, other in others.items() if isinstance(other, np.ndarray)}
     refuse_shared(mean, var, others, arguments.share)
 
 
