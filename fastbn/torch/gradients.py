@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbn import functional, views
 from fastbn.saved import BatchSaved
 from fastbn.torch import masked, native
-from fastbn.torch.tensors import Opaque, array, laid_out, parameter, tensor, vector
+from fastbn.torch.tensors import Opaque, arithmetic, array, laid_out, parameter, tensor, vector
 
 Found = tuple[Tensor | None, ...]
 
@@ -75,7 +75,7 @@ def differentiable(ctx: Any, grad_output: Tensor) -> Found:
         if mask is not None or ctx.lengths is not None:
             before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
         given = {0: input, 2: weight, 3: bias}
-        ones = torch.ones(input.shape[1:2], dtype=_kind(input), device=input.device)
+        ones = torch.ones(input.shape[1:2], dtype=arithmetic(input), device=input.device)
         if bias is None and wanted[3]:  # nothing but its own gradient depends on it
             given[3] = torch.zeros_like(ones).requires_grad_()
         if weight is None and given[3] is not None:  # PyTorch has no second derivative of bias alone
@@ -90,15 +90,11 @@ def differentiable(ctx: Any, grad_output: Tensor) -> Found:
     return tuple(found.get(i) for i in range(5))
 
 
-def _kind(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype is torch.float64 else torch.float32
-
-
 def _again(ctx: Any, saved: Any, alias: dict[int, Any], mask: Any, relu: str | None) -> Tensor:
     """Return what the forward pass returned in front of the residual."""
     input, mean, var = alias[0], None, None
     if saved.frozen:
-        mean, var = (torch.as_tensor(s).to(_kind(input)) for s in (saved.mean, saved.variance))
+        mean, var = (torch.as_tensor(s).to(arithmetic(input)) for s in (saved.mean, saved.variance))
     weight = None if alias[2] is None else alias[2].contiguous()  # PyTorch's own gradients of others are wrong
     args = (input, None, weight, alias[3], mean, var, not saved.frozen, 0.0, ctx.eps, relu, mask, ctx.lengths)
     return native.run(args)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbn.errors import ArgumentTypeError
-from fastbn.torch.tensors import array
+from fastbn.torch.tensors import arithmetic, array
 
 
 def check(mask: Any) -> None:
@@ -50,7 +50,7 @@ def native(
     The mean is taken off before values are squared. In float32 for half types, as the kernels do.
     """
     keep, axes = valid(input, mask, lengths), [i for i in range(input.dim()) if i != 1]
-    kind = torch.float64 if input.dtype is torch.float64 else torch.float32
+    kind = arithmetic(input)
     x = torch.where(keep, input, 0.0).to(kind)
 
     def column(v: Tensor) -> Tensor:

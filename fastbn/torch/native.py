@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import arguments
+from fastbn import arguments, running
+from fastbn import masked as arrays
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 from fastbn.torch import masked
 from fastbn.torch.tensors import array, readable
@@ -29,9 +30,7 @@ def checked(args: Args, hidden: bool) -> Tensor:
     for name, given in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
         if given is not None and given.shape != input.shape[1:2]:
             raise ArgumentValueError(name, f"one number per channel, shape {shape[1:2]}", f"shape {tuple(given.shape)}")
-    if (mean is None) != (var is None):
-        absent = "running_mean" if mean is None else "running_var"
-        raise ArgumentValueError(absent, "both running statistics or neither", "None for one")
+    running.both_or_neither(mean, var)
     if mean is None and not training:
         raise ArgumentTypeError("running_mean", "one number per channel", "NoneType")
     arguments.epsilon(eps, positive=training)
@@ -41,35 +40,27 @@ def checked(args: Args, hidden: bool) -> Tensor:
 
 
 def _check_places(input: Tensor, mask: Any, lengths: Any, training: bool, hidden: bool) -> None:
-    """Raise if these do not say which values count, as the kernels do."""
-    if mask is not None and lengths is not None:
-        raise ArgumentValueError("mask, lengths", "one of them", "both")
-    shape = tuple(input.shape)
-    rest = shape[:1] + shape[2:]
+    """Raise if these do not say which values count; checked as arrays are, or others of their shape and dtype."""
+    like: Any = SimpleNamespace(shape=tuple(input.shape), ndim=input.dim())
+    stand_in = None
     if mask is not None:
         masked.check(mask)
-        try:
-            mask.expand(rest)
-        except RuntimeError:
-            expected = f"a shape that broadcasts to {rest}, that of input without its channel axis"
-            raise ArgumentValueError("mask", expected, tuple(mask.shape)) from None
-    else:
-        _check_lengths(input, lengths, hidden)
+        stand_in = np.broadcast_to(np.True_, tuple(mask.shape))
+    arrays.valid(stand_in, _numbers(lengths, hidden), like, 1)
     if training and not hidden and all(map(readable, (input, lengths if mask is None else mask))) and (
         int(masked.valid(input, mask, lengths).sum()) == 1
     ):  # fmt: skip
         raise ArgumentValueError("input", "more than 1 value per channel when training", "1 that counts")
 
 
-def _check_lengths(input: Tensor, lengths: Any, hidden: bool) -> None:
-    like: Any = SimpleNamespace(shape=tuple(input.shape), ndim=input.dim())
-    if isinstance(lengths, Tensor):
-        if hidden or not readable(lengths):  # its shape and dtype can be looked at
-            kind = bool if lengths.dtype is torch.bool else float if lengths.dtype.is_floating_point else int
-            lengths = np.zeros(tuple(lengths.shape), kind)
-        else:
-            lengths = array(lengths.detach())
-    arguments.from_lengths(lengths, like, 1)
+def _numbers(lengths: Any, hidden: bool) -> Any:
+    """Return lengths as an array, zeros where they cannot be looked at."""
+    if not isinstance(lengths, Tensor):
+        return lengths
+    if not hidden and readable(lengths):
+        return array(lengths.detach())
+    kind = bool if lengths.dtype is torch.bool else float if lengths.dtype.is_floating_point else int
+    return np.zeros(tuple(lengths.shape), kind)
 
 
 def run(args: Args) -> Tensor:

@@ -85,6 +85,11 @@ def tensor(array: Any, like: Tensor) -> Tensor:
     return found if found.stride() == like.stride() else found.as_strided_(like.size(), like.stride())
 
 
+def arithmetic(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of parameters and statistics for a tensor: float32 for half types."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
 def vector(array: Any) -> Tensor | None:
     """See a parameter's gradient as a tensor."""
     found: Tensor | None = torch.from_numpy(array) if type(array) is np.ndarray else array
