@@ -69,9 +69,7 @@ class StepsSaved(Saved):
         else:
             grads = [functional.backward(grad[:, t], part) for t, part in enumerate(self.parts)]
             dx = np.stack([g.input for g in grads], axis=1) if grads else np.empty_like(grad)
-        if out is not None:
-            out[...] = dx
-            dx = out
+        dx = saved.delivered(dx, out)
         if not self.affine:
             return Gradients(dx, None, None, None)
         totals = [
@@ -226,10 +224,7 @@ class RecurrentBatchNorm(Layer):
         result.parts, result.updated = parts, sum(part.updated for part in parts)
         result.count = max((part.count for part in parts), default=0)
         self._saved = result
-        if out is None:
-            return y
-        out[...] = y
-        return out  # type: ignore[no-any-return]
+        return saved.delivered(y, out)
 
     def _refuse_single(self, mask: Array) -> None:
         """Raise if a step has one valid value per channel, before the steps in front of it move their statistics."""

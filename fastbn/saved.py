@@ -248,10 +248,10 @@ def check_gradient(
     return layout.like(grad, where), out if fits else layout.empty_like(x, where)
 
 
-def delivered(dx: Array, out: Any) -> Array:
-    """Return the input's gradient where the caller wants it."""
-    if out is None or out is dx:
-        return dx
-    out[...] = dx
+def delivered(result: Array, out: Any) -> Array:
+    """Return a result where the caller wants it: itself if ``out`` is None."""
+    if out is None or out is result:
+        return result
+    out[...] = result
     found: Array = out
     return found
