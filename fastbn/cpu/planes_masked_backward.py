@@ -12,7 +12,7 @@ from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.ahead import ahead
 from fastbn.cpu.finalize import gradients, wide_term
 from fastbn.cpu.planes import RUN, SLAB, block_channels, constants, put_away, sum_channel, tabulate, total_of
-from fastbn.cpu.planes_gradients import gradient_constants
+from fastbn.cpu.planes_gradients import gradient_constants, write_part
 from fastbn.cpu.planes_masked import pass_over_all
 from fastbn.cpu.simd import (
     base,
@@ -106,15 +106,11 @@ def _reach(x, g, y, dx, dr, i, pos, at, end, c, d, relu, streamed):
         gradient_seam(x, g, y, dx, dr, i, n, c, d, relu, streamed)
         i += W
     elif n > 0:
-        z, u = gradient_part(x, g, y, i, n, c, relu)
-        store_n(dx, i, z, n)
-        store_n(dr, i, u, n)
+        write_part(x, g, y, dx, dr, i, n, c, relu)
         i = at
     h = least(head(dx, i), end - i) if streamed else 0
     if h > 0:
-        z, u = gradient_part(x, g, y, i, h, d, relu)
-        store_n(dx, i, z, h)
-        store_n(dr, i, u, h)
+        write_part(x, g, y, dx, dr, i, h, d, relu)
         i += h
     return i
 

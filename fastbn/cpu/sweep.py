@@ -78,6 +78,24 @@ def sum_part(x, g, y, i, n, m, k, b, relu, s, q):
 
 
 @part
+def _add_four(x, g, y, dr, i, m, k, b, relu, s, q):
+    """Add u and u*v of four vectors from i on to four sums each; u goes to dr."""
+    W = lanes(x)
+    v0, v1 = load(x, i) - m, load(x, i + W) - m
+    v2, v3 = load(x, i + 2 * W) - m, load(x, i + 3 * W) - m
+    u0 = term(load(g, i), v0, load(y, i), k, b, relu)
+    u1 = term(load(g, i + W), v1, load(y, i + W), k, b, relu)
+    u2 = term(load(g, i + 2 * W), v2, load(y, i + 2 * W), k, b, relu)
+    u3 = term(load(g, i + 3 * W), v3, load(y, i + 3 * W), k, b, relu)
+    stream(dr, i, u0)
+    stream(dr, i + W, u1)
+    stream(dr, i + 2 * W, u2)
+    stream(dr, i + 3 * W, u3)
+    s = s[0] + u0, s[1] + u1, s[2] + u2, s[3] + u3
+    return s, (fma(u0, v0, q[0]), fma(u1, v1, q[1]), fma(u2, v2, q[2]), fma(u3, v3, q[3]))
+
+
+@part
 def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
     """Add u and u*v of n elements to the vectors s and q. Floor: n reads a tensor.
 
@@ -88,7 +106,7 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
     """
     W = lanes(x)
     m, k, b, zero = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0)
-    s1 = s2 = s3 = q1 = q2 = q3 = zero
+    sums, squares = (s, zero, zero, zero), (q, zero, zero, zero)
     i, end = at, at + n
     while i + 4 * W <= end:
         if g is not None:
@@ -96,19 +114,10 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
             ask_four(g, i + far)
         if dr is not None:  # 0.95; elsewhere 0.87-1.06
             ask_four(y, i + far)
-        v0, v1 = load(x, i) - m, load(x, i + W) - m
-        v2, v3 = load(x, i + 2 * W) - m, load(x, i + 3 * W) - m
-        u0 = term(load(g, i), v0, load(y, i), k, b, relu)
-        u1 = term(load(g, i + W), v1, load(y, i + W), k, b, relu)
-        u2 = term(load(g, i + 2 * W), v2, load(y, i + 2 * W), k, b, relu)
-        u3 = term(load(g, i + 3 * W), v3, load(y, i + 3 * W), k, b, relu)
-        stream(dr, i, u0)
-        stream(dr, i + W, u1)
-        stream(dr, i + 2 * W, u2)
-        stream(dr, i + 3 * W, u3)
-        s, s1, s2, s3 = s + u0, s1 + u1, s2 + u2, s3 + u3
-        q, q1, q2, q3 = fma(u0, v0, q), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
+        sums, squares = _add_four(x, g, y, dr, i, m, k, b, relu, sums, squares)
         i += 4 * W
+    s, s1, s2, s3 = sums
+    q, q1, q2, q3 = squares
     while i + W <= end:
         if g is not None:
             ask(x, i + far)
@@ -127,22 +136,11 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
 def sum_rest(x, g, y, dr, at, stop, m, k, b, relu, s, q):
     """Add the elements from ``at`` to ``stop``, fewer than eight vectors, as ``sum_run``; s and q are its four sums."""
     W = lanes(x)
+    if at + 4 * W <= stop:
+        s, q = _add_four(x, g, y, dr, at, m, k, b, relu, s, q)
+        at += 4 * W
     s0, s1, s2, s3 = s
     q0, q1, q2, q3 = q
-    if at + 4 * W <= stop:
-        v0, v1 = load(x, at) - m, load(x, at + W) - m
-        v2, v3 = load(x, at + 2 * W) - m, load(x, at + 3 * W) - m
-        u0 = term(load(g, at), v0, load(y, at), k, b, relu)
-        u1 = term(load(g, at + W), v1, load(y, at + W), k, b, relu)
-        u2 = term(load(g, at + 2 * W), v2, load(y, at + 2 * W), k, b, relu)
-        u3 = term(load(g, at + 3 * W), v3, load(y, at + 3 * W), k, b, relu)
-        stream(dr, at, u0)
-        stream(dr, at + W, u1)
-        stream(dr, at + 2 * W, u2)
-        stream(dr, at + 3 * W, u3)
-        s0, s1, s2, s3 = s0 + u0, s1 + u1, s2 + u2, s3 + u3
-        q0, q1, q2, q3 = fma(u0, v0, q0), fma(u1, v1, q1), fma(u2, v2, q2), fma(u3, v3, q3)
-        at += 4 * W
     while at + W <= stop:
         v0 = load(x, at) - m
         u0 = term(load(g, at), v0, load(y, at), k, b, relu)
