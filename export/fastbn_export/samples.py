@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["Feeds", "draw", "given", "guesses", "is_dynamic", "optional_inputs", "required_inputs"]
+__all__ = ["Feeds", "draw", "given", "guesses", "is_dynamic", "optional_inputs", "required_inputs", "size_name"]
 
 Feeds = dict[str, Any]
 """One sample: input name -> array."""
@@ -162,6 +162,11 @@ def is_dynamic(dim: Any) -> bool:
     return not dim.HasField("dim_value") or dim.dim_value < 0  # some exporters write -1 for "any"
 
 
+def size_name(value: Any, axis: int, dim: Any) -> str:
+    """Return what a dynamic size is called; without a name it is the batch if it comes first, and itself otherwise."""
+    return str(dim.dim_param) or ("first axis" if axis == 0 else f"{value.name} axis {axis}")
+
+
 def _fill_shapes(inputs: list[Any], first: int, others: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     named: dict[str, int] = {}
     turn = 0
@@ -172,7 +177,7 @@ def _fill_shapes(inputs: list[Any], first: int, others: tuple[int, ...]) -> dict
             if not is_dynamic(dim):
                 shape.append(dim.dim_value)
                 continue
-            name = dim.dim_param or (f"first axis {axis}" if axis == 0 else f"{value.name} axis {axis}")
+            name = size_name(value, axis, dim)
             if name not in named:
                 named[name] = first if axis == 0 else others[turn % len(others)]
                 turn += axis != 0

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from fastbn_export.samples import Feeds, draw, is_dynamic, optional_inputs, required_inputs
+from fastbn_export.samples import Feeds, draw, is_dynamic, optional_inputs, required_inputs, size_name
 
 __all__ = ["Run", "overridden", "resized", "vary"]
 
@@ -135,13 +135,8 @@ def _sizes(inputs: list[Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, t
     for value in inputs:
         for axis, (dim, size) in enumerate(zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=False)):
             if is_dynamic(dim):
-                sizes.setdefault(_name(value, axis, dim), (size, axis == 0))
+                sizes.setdefault(size_name(value, axis, dim), (size, axis == 0))
     return sizes
-
-
-def _name(value: Any, axis: int, dim: Any) -> str:
-    """As in `samples`: what has no name of its own is the batch if it comes first, and itself otherwise."""
-    return str(dim.dim_param) or ("" if axis == 0 else f"{value.name} axis {axis}")
 
 
 def _shape(value: Any, sizes: dict[str, int], own: tuple[int, ...]) -> tuple[int, ...]:
@@ -149,7 +144,7 @@ def _shape(value: Any, sizes: dict[str, int], own: tuple[int, ...]) -> tuple[int
     if len(dims) != len(own):
         return own
     return tuple(
-        sizes.get(_name(value, axis, dim), size) if is_dynamic(dim) else size
+        sizes.get(size_name(value, axis, dim), size) if is_dynamic(dim) else size
         for axis, (dim, size) in enumerate(zip(dims, own, strict=True))
     )
 
