@@ -94,6 +94,12 @@ class Forward:
             self.weight, self.bias, stats, self.layout.dims, self.relu,
         )  # fmt: skip
 
+    def by(self, mean: Any, var: Any, eps: Any) -> tuple[Array, Array, float]:
+        """Check the statistics to normalise by."""
+        eps, channels = arguments.epsilon(eps, positive=False), self.weight.size
+        mean = arguments.parameter("running_mean", mean, channels, self.dtype)
+        return mean, arguments.parameter("running_var", var, channels, self.dtype), eps
+
     def running(self, mean: Any, var: Any) -> tuple[Array, Array]:
         """Check running statistics that are given, or not; see ``running.pair``."""
         mean, var = running.pair(mean, var, self.layout.dims[1], self.dtype)
@@ -173,24 +179,26 @@ def frozen(
     done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
     if done is not None:
         return done[0], kept(done, x, True, 0)
-    y, forward, stats = infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
-    return y, forward.saved(stats, frozen=True)
+    f = Forward(x, weight, bias, axis, activation, residual, out, in_place=True)
+    return f.out, f.saved(given(f, running_mean, running_var, eps), frozen=True)
 
 
 def infer(
     x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, residual: Any, out: Any
-) -> tuple[Array, Forward, Array]:
-    """Normalise by given statistics; returns y, the checked arguments and the statistics as kernels take them."""
+) -> Array:
+    """Normalise by given statistics that nobody asks for afterwards."""
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=True)
-    return f.out, f, given(f, mean, var, eps)
+    by = f.by(mean, var, eps)
+    if f.x.size:
+        dispatch.kernels().infer_by(
+            *map(f.flat, (f.x, f.residual, f.out)), f.weight, f.bias, *by, f.layout.dims, f.relu
+        )  # fmt: skip
+    return f.out
 
 
 def given(f: Forward, mean: Any, var: Any, eps: Any) -> Array:
     """Normalise checked arguments by given statistics; returns these as kernels take them."""
-    eps, channels = arguments.epsilon(eps, positive=False), f.weight.size
-    mean = arguments.parameter("running_mean", mean, channels, f.dtype)
-    var = arguments.parameter("running_var", var, channels, f.dtype)
-    stats: Array = dispatch.kernels().given(mean, var, eps)
+    stats: Array = dispatch.kernels().given(*f.by(mean, var, eps))
     if f.x.size:
         f.normalise(stats)
     return stats

@@ -196,7 +196,7 @@ def batch_norm_infer(
     done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
     if done is not None:
         return done[0]
-    return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)[0]
+    return core.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
 
 
 def frozen(

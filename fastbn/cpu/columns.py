@@ -123,7 +123,10 @@ def spread_pivots(x, dims, block, m):
 
 @helper
 def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
-    """(m, k, b) = the affine map of each column's channel (see ``finalize.affine``), and of one more vector's."""
+    """(m, k, b) = the affine map of each column's channel (see ``finalize.affine``), and of one more vector's.
+
+    An array a loop where S is 1, as in ``finalize.invstds``, would take inference of (16, 1048576) 1.0-1.1x.
+    """
     _, C, S = dims
     c0, c1, width = block
     for c in range(c0, c1):

@@ -90,7 +90,9 @@ def gated(op: str, dims: Dims, fused: bool) -> bool:
     p = launch.plan(dims, once=op == "infer")
     if p.kind == "planes":
         return not (op == "backward" and fused and _streamed(op, p, dims, fused))
-    return launch.in_one_call(p, dims[1], alone=True) if op == "infer" else p.kind == "rows"
+    if op == "infer":
+        return launch.in_one_call(p, dims[1], alone=True) and not launch.many(p, dims[1])
+    return p.kind == "rows"
 
 
 def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:

@@ -86,6 +86,14 @@ def infer(
     _encode(y, out)
 
 
+def infer_by(
+    x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float,
+    dims: Dims, relu: bool | None,
+) -> None:  # fmt: skip
+    """See ``launch.infer_by``."""
+    infer(x, residual, out, weight, bias, given(mean, var, eps), dims, relu)
+
+
 @_quiet
 def backward(
     x: Array, grad: Array, y: Array | None, out: Array, grad_residual: Array | None, weight: Array, bias: Array,

@@ -60,18 +60,23 @@ def invstds(stats, C, c0, c1, eps):
         put(stats, C + c, 1.0 / math.sqrt(get(stats, 2 * C + c) + eps))
 
 
+@part
+def put_given(stats, C, mean, var, eps):
+    """Save a mean and a variance of C channels that were not taken here, and the invstd."""
+    for c in range(C):
+        put(stats, c, get(mean, c))
+    for c in range(C):
+        put(stats, 2 * C + c, get(var, c))
+    invstds(stats, C, 0, C, eps)
+
+
 @jit
 def given(mean, var, stats, eps):
     """Statistics from a mean and a variance that were not taken here; a negative variance gives NaN, as in PyTorch.
 
     A kernel of its own: inference that does this itself is no faster, unpacking two more arrays takes what a call does.
     """
-    C, mean, var, stats = mean.size, base(mean), base(var), base(stats)
-    for c in range(C):
-        put(stats, c, get(mean, c))
-    for c in range(C):
-        put(stats, 2 * C + c, get(var, c))
-    invstds(stats, C, 0, C, eps)
+    put_given(base(stats), mean.size, base(mean), base(var), eps)
 
 
 @part

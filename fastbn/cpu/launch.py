@@ -189,6 +189,25 @@ def given(mean: Array, var: Array, eps: float) -> Array:
     return stats
 
 
+def many(p: Plan, C: int) -> bool:
+    """Tell whether inference on a matrix makes a block's statistics when it comes to it: see ``rows.infer_by``."""
+    return p.kind == "rows" and p.per < C and C >= tuning.MANY
+
+
+def infer_by(
+    x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float,
+    dims: Dims, relu: bool | None,
+) -> None:  # fmt: skip
+    """Inference into ``out`` by a mean and a variance."""
+    p = plan(dims, lanes_of(x), once=True)
+    if not many(p, dims[1]):
+        infer(x, residual, out, weight, bias, given(mean, var, eps), dims, relu)
+        return
+    streamed = tuning.streams(x, residual, out, least=streams_from(p, once=True))
+    work = (x, residual, out, weight, bias, np.empty(0), mean, var, eps, dims, p.V, p.per, relu, streamed)
+    pool.run(rows.infer_by, work, dims[1], p.parallel)
+
+
 def streams_from(p: Plan, once: bool) -> int:
     """Return from how many bytes of all tensors on a kernel streams what it writes (see ``tuning.streams``)."""
     if not once:

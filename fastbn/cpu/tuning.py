@@ -31,6 +31,7 @@ WIDTH = 2048  # columns of a block: its constants (28 KB) share L1 with four row
 SIDE = 1024
 WHOLE = 1 << 18  # elements of a tensor that is one block
 TALL = 1024  # rows from which a block of columns no longer fits in the cache
+MANY = 1 << 17  # channels whose statistics, 3 MB and more, are made block by block where they are needed once
 LYING = 1 << 18  # valid values from which they are read where they lie instead of packed
 STRETCH = 768  # elements of a run of valid rows from which the same: packed as fast at 640, 1.3x the time at 1600
 PIECE = 2  # vectors of a piece of valid values of a run from which the same, see ``launch_masked_planes``

@@ -252,3 +252,24 @@ def test_moments_beyond_32_bits(shape):
     assert m.count == n
     np.testing.assert_allclose(m.mean * n, total, rtol=1e-6)
     np.testing.assert_allclose(m.m2, squares, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((16, 1 << 17), "f4"), ((5, (1 << 17) + 13), "f2"), ((3, 1 << 17, 2), "f8")]
+)
+def test_statistics_of_many_channels_are_made_block_by_block(shape, dtype, rng, threads):
+    """As good as those that are made first, which frozen normalisation needs, and the same bits."""
+    C, dtype = shape[1], np.dtype(dtype)
+    N, S = shape[0], int(np.prod(shape[2:]))
+    assert launch.many(launch.plan((N, C, S), launch.lanes_of(np.empty(0, dtype)), once=True), C)
+    x, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    four = rng.uniform(0.5, 2.0, (4, C)).astype(np.result_type(dtype, np.float32))
+    four[1, 7] = -1.0  # no variance: NaN
+    for options in ({}, {"activation": "relu", "residual": residual}):
+        want, _ = fastbn.functional.frozen(x, *four, **options)
+        assert np.isnan(want[:, 7]).all() and np.isfinite(np.delete(want, 7, 1)).all()
+        for number in (2, 1):  # with one, plain float32 calls would go through a gate
+            threads(number)
+            assert same_bits(fastbn.batch_norm_infer(x, *four, **options), want)
+        inplace = x.copy()
+        assert same_bits(fastbn.batch_norm_infer(inplace, *four, **options, out=inplace), want)
