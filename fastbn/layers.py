@@ -52,7 +52,7 @@ class BatchNorm(Layer):
     weight, bias, running_mean, running_var : numpy.ndarray, shape (C,), or None
         Parameters and statistics; to be changed in place or replaced.
     num_batches_tracked : int
-        Batches that moved the running statistics, and empty ones (as PyTorch); every ghost batch counts.
+        Batches that moved the running statistics, and empty ones without a mask (as PyTorch); every ghost batch counts.
     training, frozen : bool
         See ``train``, ``eval`` and ``freeze``.
 
@@ -136,7 +136,7 @@ class BatchNorm(Layer):
             renorm=self.renorm if self.training else None, on_single=self.on_single, nonfinite=self.nonfinite,
             update_stats=not tracked or (update and not each), unbiased=self.unbiased,
         )  # fmt: skip
-        if each and hasattr(saved[1], "ghosts"):
+        if each and hasattr(saved[1], "ghosts") and saved[1].count:
             before = self.num_batches_tracked
             for ghost in saved[1].ghosts:
                 if ghost.count > 1:  # one value was normalised by the running statistics (``on_single``)
@@ -144,8 +144,8 @@ class BatchNorm(Layer):
             saved[1].updated = self.num_batches_tracked - before
         elif update:
             moved = saved[1].updated  # asked first: on a GPU the others may wait for it
-            if not moved and saved[1].count == 0 and not hasattr(saved[1], "ghosts"):
-                moved = 1  # an empty batch counts, as PyTorch's
+            if not moved and mask is None and lengths is None and saved[1].count == 0:
+                moved = 1  # an empty batch counts, as PyTorch's; not one whose values a mask leaves out
             self.num_batches_tracked += moved
         return y
 

@@ -130,6 +130,19 @@ def test_empty_batch_counts_but_moves_nothing():
     assert (grads.weight == 0).all() and (grads.bias == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"ghost": 2}, {"ghost": 2, "renorm": (1, 0)}], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_without_valid_values_is_not_counted(rng, momentum, options):
+    """The next one would weigh half in a cumulative average that has seen none; an empty one counts, as PyTorch's."""
+    bn, x = BatchNorm(3, momentum=momentum, **options), rng.standard_normal((4, 3, 7)).astype(np.float32)
+    bn(x, mask=np.zeros((4, 7), bool))
+    bn(x, lengths=[0, 0, 0, 0])
+    bn(x[:0], lengths=[])
+    assert bn.num_batches_tracked == 0 and not bn.running_mean.any()
+    bn(x[:0])
+    assert bn.num_batches_tracked == 1 and not bn.running_mean.any()
+
+
 def test_a_refused_call_changes_nothing(rng):
     bn = layer(3)
     bn(normal(rng, (8, 3, 4), np.float32))
