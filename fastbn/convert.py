@@ -41,10 +41,11 @@ def _layer(given: Mapping[str, Any], names: tuple[str, str, str, str], momentum:
     decay = arguments.number("momentum", momentum)
     if not 0.0 <= decay <= 1.0:
         raise ArgumentValueError("momentum", "the weight of the old value, 0 to 1", momentum)
+    epsilon = arguments.number("epsilon", eps)
+    if epsilon < 0.0:
+        raise ArgumentValueError("epsilon", "a number >= 0", eps)
     dtype = arguments.F64 if any(a.dtype == arguments.F64 for a in arrays.values()) else arguments.F32
-    layer = BatchNorm(
-        channels, arguments.epsilon(eps, positive=False), 1.0 - decay, axis=axis, dtype=dtype, unbiased=False
-    )
+    layer = BatchNorm(channels, epsilon, 1.0 - decay, axis=axis, dtype=dtype, unbiased=False)
     targets = ("weight", "bias", "running_mean", "running_var")
     for name, target in zip(names, targets, strict=True):
         setattr(layer, target, np.array(arrays[name], dtype) if name in arrays else None)
@@ -53,7 +54,7 @@ def _layer(given: Mapping[str, Any], names: tuple[str, str, str, str], momentum:
 
 
 def _vector(name: str, value: Any) -> Array:
-    array = arguments.sequence(name, value, "one number per channel")
+    array = arguments.sequence(name, _on_host(value), "one number per channel")
     if array.dtype.kind != "f" and not arguments.is_bfloat16(array.dtype):
         raise ArgumentTypeError(name, "an array of floating point numbers", array.dtype)
     if array.ndim != 1 or not array.size:
@@ -61,12 +62,22 @@ def _vector(name: str, value: Any) -> Array:
     return array
 
 
+def _on_host(value: Any) -> Any:
+    """Return what NumPy takes from wherever it lies: JAX's arrays are taken for a GPU's elsewhere, on the CPU too."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, RuntimeError):  # a GPU's that are not copied unasked, tensors with a graph
+        return value
+
+
 def _exactly(what: str, given: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     """Return the values under ``names``, in order; raise if the mapping has others or lacks one."""
     if not isinstance(given, Mapping):
         raise ArgumentTypeError(what, "a mapping of names to arrays", type(given).__name__)
     if set(given) != set(names):
-        raise ArgumentValueError(what, f"the names {sorted(names)}", f"{sorted(given)}")
+        raise ArgumentValueError(what, f"the names {sorted(names)}", f"{sorted(given, key=str)}")
     return [given[name] for name in names]
 
 

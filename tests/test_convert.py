@@ -65,6 +65,36 @@ def test_flax(rng, arrays):
     assert bare.weight is None and bare.bias is None and bare.momentum == pytest.approx(0.01)
 
 
+class OnGpu:
+    """An array of a GPU that NumPy does not get unasked, as CuPy's."""
+
+    __cuda_array_interface__ = None
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+
+class Jax(OnGpu):
+    """As JAX's arrays: the type has CUDA's interface, an array on the CPU has not; NumPy gets them from anywhere."""
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array, dtype)
+
+
+def test_flax_as_jax_holds_it(arrays):
+    scale, shift, mean, var = map(Jax, arrays)
+    bn = fastbn.from_flax({"scale": scale, "bias": shift}, {"mean": mean, "var": var})
+    for key, want in zip(("weight", "bias", "running_mean", "running_var"), arrays, strict=True):
+        assert type(bn.state_dict()[key]) is np.ndarray and np.array_equal(bn.state_dict()[key], want)
+
+
 def test_onnx(rng, arrays):
     bn = fastbn.from_onnx(*arrays)
     assert bn.axis == 1 and bn.momentum == pytest.approx(0.1) and bn.eps == 1e-5
@@ -113,6 +143,8 @@ def test_flax_itself(rng, arrays):
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
     scale, shift, mean, var = arrays
     state = {"params": {"scale": scale, "bias": shift}, "batch_stats": {"mean": mean, "var": var}}
+    own = linen.BatchNorm(use_running_average=False).init(pytest.importorskip("jax").random.key(0), x)
+    assert fastbn.from_flax(own["params"], own["batch_stats"]).num_features == 5
     bn = fastbn.from_flax(state["params"], state["batch_stats"], momentum=0.8)
     want = linen.BatchNorm(use_running_average=True, momentum=0.8).apply(state, x)
     np.testing.assert_allclose(bn.eval()(x), want, rtol=1e-4, atol=1e-4)
@@ -141,7 +173,10 @@ V = np.ones(3, np.float32)
         (lambda: fastbn.from_onnx(V, V, V[:, None], V), ValueError, "input_mean"),
         (lambda: fastbn.from_onnx(V, [[1.0], [2.0, 3.0]], V, V), TypeError, "B"),
         (lambda: fastbn.from_onnx(V, V, V, np.ma.ones(3)), TypeError, "input_var"),
-        (lambda: fastbn.from_onnx(V, V, V, V, epsilon=-1), ValueError, "eps"),
+        (lambda: fastbn.from_onnx(V, V, V, V, epsilon=-1), ValueError, "epsilon"),
+        (lambda: fastbn.from_keras([V, V, V, V], epsilon="1e-3"), TypeError, "epsilon"),
+        (lambda: fastbn.from_keras({"gamma": V, 2: V}), ValueError, "weights"),
+        (lambda: fastbn.from_onnx(V, V, V, OnGpu(V)), fastbn.DeviceError, "input_var"),
     ],
 )
 def test_errors_name_the_argument(call, error, named):
