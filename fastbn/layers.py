@@ -44,9 +44,6 @@ class BatchNorm(Layer):
     update_stats : bool
         False: training calls do not move the running statistics; see ``update``.
 
-    One layer in several threads: the running statistics take every call's batch, in some order and perhaps two at once,
-    and ``backward`` is that of whichever call came last. The functions leave both to the caller.
-
     Attributes
     ----------
     weight, bias, running_mean, running_var : numpy.ndarray, shape (C,), or None
@@ -60,6 +57,11 @@ class BatchNorm(Layer):
     ------
     ValueError, TypeError
         For values that make no such layer.
+
+    Notes
+    -----
+    One layer in several threads: the running statistics take every call's batch, in some order and perhaps two at once,
+    and ``backward`` is that of whichever call came last. The functions leave both to the caller.
 
     Examples
     --------
@@ -114,6 +116,11 @@ class BatchNorm(Layer):
         -------
         numpy.ndarray
             Shape and dtype of x.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``fastbn.batch_norm_train``; another number of channels.
         """
         self._check(x)
         self._follow(x)

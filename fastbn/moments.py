@@ -38,6 +38,11 @@ class Moments:
     m2 : array_like of float, shape (C,)
         Sum of squared deviations from the mean by channel.
 
+    Raises
+    ------
+    ValueError, TypeError
+        A negative or fractional count, vectors of other or different shapes.
+
     Notes
     -----
     Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance" (1983): with d = mean_b - mean_a,
@@ -82,7 +87,14 @@ class Moments:
         Returns
         -------
         Moments
-            In float64; count 0, mean 0 and m2 0 for an empty array.
+            In float64; count 0, mean 0 and m2 0 for an empty array, or where no value counts.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit, both a mask and lengths.
+        TypeError
+            Not a NumPy array, other dtypes.
         """
         if cls._estimate is None:
             raise RuntimeError("Moments.of needs fastbn.functional; import fastbn")
@@ -95,7 +107,13 @@ class Moments:
         return self.m2 / (self.count - ddof)
 
     def merge(self, other: Moments) -> Moments:
-        """Return the statistics of both sets of data together (Chan's formula)."""
+        """Return the statistics of both sets of data together (Chan's formula).
+
+        Raises
+        ------
+        ValueError, TypeError
+            Another number of channels, no ``Moments``.
+        """
         if not isinstance(other, Moments):
             raise ArgumentTypeError("other", "Moments", type(other).__name__)
         if other.mean.shape != self.mean.shape:

@@ -34,6 +34,11 @@ class LayerNorm(Layer):
     dtype : dtype
         Of the parameters: float64 for float64 inputs, else float32.
 
+    Attributes
+    ----------
+    weight, bias : numpy.ndarray, shape ``normalized_shape``, or None
+        Parameters; to be changed in place or replaced.
+
     Raises
     ------
     ValueError, TypeError
@@ -104,6 +109,11 @@ class GroupNorm(_ByChannel):
     dtype : dtype
         Of the parameters: float64 for float64 inputs, else float32.
 
+    Attributes
+    ----------
+    weight, bias : numpy.ndarray, shape (C,), or None
+        Parameters; to be changed in place or replaced.
+
     Raises
     ------
     ValueError, TypeError
@@ -152,6 +162,13 @@ class InstanceNorm(_ByChannel):
         Channel axis of the inputs.
     dtype : dtype
         Of parameters and statistics: float64 for float64 inputs, else float32.
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : numpy.ndarray, shape (C,), or None
+        Parameters and statistics; to be changed in place or replaced.
+    num_batches_tracked : int
+        Batches seen in training, empty ones too.
 
     Raises
     ------

@@ -162,6 +162,11 @@ class RecurrentBatchNorm(Layer):
         y : numpy.ndarray, shape (N, C)
         saved : Saved
             For ``fastbn.backward``, which goes through the steps in reverse.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``fastbn.batch_norm_train``; t below 0.
         """
         if isinstance(t, bool) or not isinstance(t, int | np.integer):
             raise ArgumentTypeError("t", "an integer", type(t).__name__)
@@ -202,6 +207,11 @@ class RecurrentBatchNorm(Layer):
         -------
         numpy.ndarray
             Shape and dtype of x.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``fastbn.batch_norm_train``, before any step has moved its statistics.
         """
         x = arguments.tensor("x", x)
         if x.ndim != 3 or x.shape[2] != self.num_features:
