@@ -92,10 +92,13 @@ def merge(moments: Moments, comm: Communicator) -> Moments:
             raise ArgumentTypeError("moments", "fastbn.Moments", type(moments).__name__)
         return None, moments
 
-    return _merged(_gather(comm, mine)[1])
+    return _merged("moments", _gather(comm, mine)[1])
 
 
-def _merged(parts: list[Moments]) -> Moments:
+def _merged(name: str, parts: list[Moments]) -> Moments:
+    channels = [part.mean.size for part in parts]
+    if len(set(channels)) > 1:
+        raise ArgumentValueError(name, "as many channels on every rank", f"{channels}")
     return functools.reduce(Moments.merge, parts)
 
 
@@ -194,7 +197,7 @@ def batch_norm_train(
         return (f, *f.running(running_mean, running_var), e, m), _moments(f, e)
 
     (f, rm, rv, eps, momentum), parts = _gather(comm, mine)
-    merged = _merged(parts)
+    merged = _merged("x", parts)
     if merged.count == 1:
         raise ArgumentValueError("x", "more than 1 value per channel when training", "1 in all ranks together")
     stats = no_statistics(f.weight.size, eps)
