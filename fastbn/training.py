@@ -144,7 +144,8 @@ def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> Batc
 def _single(f: core.Forward, rm: Array, rv: Array, o: Options) -> tuple[Array, Saved]:
     """One value per channel has no variance: refuse, or normalise by the running statistics and leave them alone."""
     if o.on_single == "error":
-        raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
+        found = "a mask that leaves 1" if isinstance(f, masked.MaskedForward) else f"shape {f.x.shape}"
+        raise ArgumentValueError("x", "more than 1 value per channel when training", found)
     if rm.size == 0:
         raise ArgumentValueError("on_single", "running statistics to normalise by", "none")
     stats = core.given(f, rm, rv, o.eps)

@@ -95,8 +95,10 @@ def test_one_value_per_channel(rng, shape):
     x = rng.standard_normal(shape).astype(np.float32)
     weight, bias = rng.standard_normal((2, 3)).astype(np.float32)
     m, v = state(3)
-    with pytest.raises(ValueError, match=r"^x: expected more than 1 value per channel"):
+    with pytest.raises(ValueError, match=r"^x: expected more than 1 value per channel .*, got shape \(1, 3"):
         fastbn.batch_norm_train(x, weight, bias, m, v, unbiased=False)
+    with pytest.raises(ValueError, match=r"^x: expected more than 1 value per channel .*, got a mask that leaves 1$"):
+        fastbn.batch_norm_train(np.concatenate([x, x]), mask=np.arange(2).reshape(2, *[1] * (x.ndim - 2)) > 0)
     y, saved = fastbn.batch_norm_train(x, weight, bias, m, v, on_single="running", activation="relu", residual=x)
     want = fastbn.batch_norm_infer(x, m, v, weight, bias, activation="relu", residual=x)
     assert np.array_equal(y, want) and (m == 0.25).all() and saved.updated == 0
