@@ -37,8 +37,9 @@ class Saved:
     Attributes
     ----------
     mean, invstd : numpy.ndarray, float64
-        Statistics that x was normalised with, one per normalised set of values: shape (C,) for batch norm, (N, C) for
-        instance norm, (N, G) for group norm, the leading axes of x for layer norm; invstd = 1/sqrt(var + eps).
+        Statistics that x was normalised with, one per normalised set of values: shape (C,) for batch norm, (ghosts, C)
+        for ghost batches, (T, C) for whole sequences by step, (N, C) for instance norm, (N, G) for group norm, the
+        leading axes of x for layer norm; invstd = 1/sqrt(var + eps).
     variance : numpy.ndarray, float64
         The biased variance, shape as mean.
     count : int
