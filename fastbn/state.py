@@ -150,7 +150,7 @@ def _copied(value: Any) -> Array:
 
 def _of_torch(value: Any) -> Any:
     """Return a torch tensor as one that NumPy takes: on the host, without a graph, bfloat16 as float32."""
-    if not arguments.is_tensor(value):
+    if not arguments.is_tensor(value) or value.is_meta:  # one without data: ``_loaded`` refuses it
         return value
     value = value.detach().cpu()
     return value.float() if value.is_floating_point() and value.itemsize < 4 else value

@@ -214,6 +214,11 @@ def test_checkpoints_of_any_dtype_load(dtype):
     assert bn.weight.dtype == bn.running_var.dtype == np.float32 and bn.num_batches_tracked == 0
 
 
+def test_tensors_without_data_do_not_load():
+    with pytest.raises(TypeError, match=r"^weight: expected real numbers, got "):
+        fastbn.BatchNorm(3).load_state_dict(torch.nn.BatchNorm2d(3, device="meta").state_dict())
+
+
 def test_tensors_are_refused_with_a_hint(rng):
     for t in (torch.ones(4, 5), torch.ones(4, 5, requires_grad=True)):
         with pytest.raises(TypeError, match=r"^x: expected a NumPy array, got a torch.Tensor: pass x.detach\(\).numpy"):
