@@ -109,7 +109,8 @@ def from_keras(
     if isinstance(weights, Mapping):
         values = dict(zip(names, _exactly("weights", weights, names), strict=True))
     elif not isinstance(weights, Sequence) or len(weights) != len(names):
-        raise ArgumentValueError("weights", f"{len(names)} arrays, {names}", f"{type(weights).__name__}")
+        found = f"{len(weights)} arrays" if isinstance(weights, Sequence) else type(weights).__name__
+        raise ArgumentValueError("weights", f"{len(names)} arrays, {names}", found)
     else:
         values = dict(zip(names, weights, strict=True))
     return _layer(values, ("gamma", "beta", "moving_mean", "moving_variance"), momentum, epsilon, axis)

@@ -182,3 +182,8 @@ V = np.ones(3, np.float32)
 def test_errors_name_the_argument(call, error, named):
     with pytest.raises(error, match=rf"^{named}: expected"):
         call()
+
+
+def test_another_number_of_arrays_is_said():
+    with pytest.raises(ValueError, match=r"^weights: expected 4 arrays, .*, got 7 arrays$"):
+        fastbn.from_keras([V] * 7)  # a renormalising layer's
