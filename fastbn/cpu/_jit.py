@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, TypeVar
 import llvmlite
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.runtime import rtsys
 
 from fastbn import disk
@@ -49,8 +51,38 @@ def cache_folder() -> Path | None:
     return disk.folder(source_digest())
 
 
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """A file for each variant of a kernel, named after it, that begins with its own hash.
+
+    Numba numbers files and keeps in an index whose they are. Two processes that compile two variants at once may both
+    write number 1: later ones then take that with a ReLU for that without. An index that the crash of a machine cut off
+    is never written again, and machine code with a hole ends the process.
+    """
+
+    def _path(self, key: Any) -> Path:
+        name = hashlib.sha256(repr((self._source_stamp, key)).encode()).hexdigest()[:16]
+        return Path(self._cache_path, self._index_name).with_suffix(f".{name}.nbc")
+
+    def save(self, key: Any, data: Any) -> None:
+        dumped = self._dump(data)
+        with self._open_for_write(str(self._path(key))) as file:
+            file.write(hashlib.sha256(dumped).digest() + dumped)
+
+    def load(self, key: Any) -> Any:
+        whole = self._path(key).read_bytes()
+        head, dumped = whole[:32], whole[32:]
+        return pickle.loads(dumped) if hashlib.sha256(dumped).digest() == head else None
+
+
 class _QuietCache(FunctionCache):  # type: ignore[misc]
     """A disk cache that gives up silently: a full disk or a race must not fail a normalisation."""
+
+    _cache_file: Any
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        files = self._cache_file
+        self._cache_file = _Files(files._cache_path, self._impl.filename_base, files._source_stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Load machine code, which needs Numba's memory alone.
@@ -103,7 +135,7 @@ def jit(function: F) -> F:
         numba.config.CACHE_DIR = str(folder)  # read by the cache's constructor only
         try:
             dispatcher._cache = _cache_class()(dispatcher.py_func)
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, AttributeError):  # or Numba's inside has changed
             pass
         finally:
             numba.config.CACHE_DIR = theirs

@@ -44,13 +44,47 @@ def counts(result):
 def test_the_second_process_loads_what_the_first_compiled(python, tmp_path):
     assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (0, 1)
     files = sorted(path.name for path in tmp_path.rglob("*.nb*"))
-    assert files and {p.parent.parent for p in tmp_path.rglob("*.nbi")} == {tmp_path / _jit.source_digest()}
+    assert files and {p.parent.parent for p in tmp_path.rglob("*.nbc")} == {tmp_path / _jit.source_digest()}
     assert counts(python(CALL + LITTLE, FASTBN_CACHE_DIR=tmp_path)) == (1, 0)
     assert sorted(path.name for path in tmp_path.rglob("*.nb*")) == files
-    # and a damaged file is compiled again, without a word
-    for path in tmp_path.rglob("*.nbc"):
-        path.write_bytes(b"not machine code")
-    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path))[0] == 0
+
+
+def cut(whole):
+    return whole[: len(whole) // 2]
+
+
+def with_a_hole(whole):
+    """Where machine code lies: LLVM would end the process, or it would run the zeros."""
+    before, head, code = whole.partition(b"\x7fELF")
+    return before + head + bytes(512) + code[512:] if head else whole
+
+
+@pytest.mark.parametrize("damaged", [lambda whole: b"", lambda whole: b"not machine code", cut, with_a_hole])
+def test_a_damaged_file_is_compiled_again_without_a_word(damaged, python, tmp_path):
+    python(CALL, FASTBN_CACHE_DIR=tmp_path)
+    for path in tmp_path.rglob("*.nb*"):
+        path.write_bytes(damaged(path.read_bytes()))
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (0, 1)
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (1, 0)  # and kept again
+
+
+VARIANT = """
+import numpy as np, fastbn
+x, mean, var = -np.ones((4, 3, 300), "f4"), np.zeros(3, "f4"), np.ones(3, "f4")
+relu = {activation!r}
+y = fastbn.batch_norm_infer(x, mean, var, activation=relu)
+assert (y[0, 0, 0] < 0) == (relu is None), y[0, 0, 0]
+"""
+
+
+def test_two_processes_that_write_at_once(python, tmp_path):
+    """Neither sees a file of the other, one ends first, and the other's index, or what else it has, stays."""
+    plain, relu = (VARIANT.format(activation=activation) for activation in (None, "relu"))
+    for code, place in ((plain, "a"), (relu, "b")):
+        python(code, FASTBN_CACHE_DIR=tmp_path / place)
+    shutil.copytree(tmp_path / "b", tmp_path / "a", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.nbi"))
+    for code in (plain, relu):
+        python(code, FASTBN_CACHE_DIR=tmp_path / "a")
 
 
 # A file system that only reads, for root too.
