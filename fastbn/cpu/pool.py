@@ -133,7 +133,7 @@ def run(kernel: Callable[..., Any], args: tuple[Any, ...], units: int, parallel:
         return
     working: list[None] = []
     try:
-        for _ in range(_start(threads - 1)):
+        for _ in range(_start(min(threads, units) - 1)):
             _jobs.put((kernel, (*args, claim), working))
         kernel(*args, claim)
         _wait(claim, units)

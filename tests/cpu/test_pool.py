@@ -254,6 +254,15 @@ def test_without_new_threads_the_caller_works_alone(threads, python, monkeypatch
     )
 
 
+def test_no_more_helpers_than_blocks(threads, monkeypatch):
+    """A million threads are more than a machine has room for, and none of them would find work."""
+    threads(1 << 20)
+    asked = []
+    monkeypatch.setattr(pool, "_start", lambda n: asked.append(n) or 0)
+    pool.run(count(5, lambda: None), ([],), units=5, parallel=True)
+    assert asked == [4]
+
+
 def test_a_second_caller_runs_alone(threads):
     threads(2)
     record = []
@@ -297,7 +306,7 @@ def test_an_interrupted_call_waits_for_its_helpers(threads):
         claim[1] += 1
 
     with pytest.raises(KeyboardInterrupt):
-        pool.run(kernel, (), units=1, parallel=True)
+        pool.run(kernel, (), units=2, parallel=True)
     assert finished == [True] and not pool._busy.locked()
 
 
