@@ -34,8 +34,8 @@ def folder(name: str) -> Path | None:
     One that was filled ahead may be read-only: an image that ``fastbn warmup`` ran in, with another user.
     """
     try:
-        found = _user_cache() / name
-    except RuntimeError:  # Path.home() without a home
+        found = (_user_cache() / name).absolute()  # kernels are loaded later, maybe from another working directory
+    except (RuntimeError, OSError):  # Path.home() without a home, or a working directory that is gone
         return None
     return found if writable(found) or _filled(found) else None
 

@@ -147,6 +147,16 @@ def test_a_folder_that_vanishes_is_no_error(python, tmp_path):
     assert counts(python(code, FASTBN_CACHE_DIR=tmp_path / "cache"))[0] == 0
 
 
+def test_a_folder_may_be_named_from_where_a_process_begins(python, tmp_path):
+    """Kernels that are compiled after it has gone elsewhere are found again by the next one."""
+    for hits in (0, 1):
+        elsewhere = tmp_path / str(hits)
+        elsewhere.mkdir()
+        code = f"import os, fastbn.cpu._jit\nos.chdir({str(tmp_path)!r})\nfastbn.cpu._jit.cache_folder()\n"
+        result = python(f"{code}os.chdir({str(elsewhere)!r})\n{CALL}", FASTBN_CACHE_DIR="kernels")
+        assert counts(result)[0] == hits and not list(elsewhere.iterdir())
+
+
 def test_any_changed_source_changes_the_folder(python, tmp_path):
     package = tmp_path / "fastbn"
     shutil.copytree(Path(fastbn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
