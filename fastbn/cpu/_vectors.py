@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import llvmlite.ir as ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
@@ -174,7 +175,8 @@ def _round_by_instruction(builder, vector: Vector, value):
     The instruction makes zero of numbers below 2**-126. They are looked for in both halves and hardly ever found.
     """
     first, second = _halves(builder, value)
-    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [first.type] * 2)
+    number = _BFloat() if llvm_version_info[0] > 15 else ir.IntType(16)  # what the intrinsic returns
+    kind = ir.FunctionType(ir.VectorType(number, 32), [first.type] * 2)
     fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
     found = builder.bitcast(builder.call(fn, [second, first]), ir.VectorType(ir.IntType(16), 32))
     if vector.split:
