@@ -21,6 +21,7 @@ try:
     from numba.core.compiler_machinery import register_pass
     from numba.core.typed_passes import NativeLowering
 
+    from fastbn.cpu._interrupts import held_back
     from fastbn.cpu._remembered import remembered
 
     class _Kernel(JITCodeLibrary):  # type: ignore[misc]
@@ -120,7 +121,7 @@ try:
             collecting = gc.isenabled()
             gc.disable()
             try:
-                with remembered():
+                with held_back(), remembered():
                     return super().compile_extra(func)
             finally:
                 if collecting:
