@@ -45,6 +45,6 @@ def core() -> int:
     """
     named = os.environ.get("FASTBN_CORE_CACHE", "")
     if named.isdecimal():
-        return int(named)
+        return min(int(named), 1 << 40)
     size = second() if vendor() == "GenuineIntel" else 0
     return size if size >= LEAST else 0
