@@ -149,10 +149,17 @@ def activation(value: Any) -> bool | None:
     raise ArgumentValueError("activation", 'None or "relu"', repr(value))
 
 
-def output(out: Any, x: Array, axis: int) -> layout.Layout:
-    """Check an output array: like x, writeable and dense; return its layout."""
+def plain_output(out: Any) -> None:
+    """Check that an output is NumPy's own array."""
+    if isinstance(out, np.ndarray) and type(out) is not np.ndarray:
+        raise ArgumentTypeError("out", "a plain NumPy array (out.view(np.ndarray) is one)", type(out).__name__)
     if type(out) is not np.ndarray:
         raise ArgumentTypeError("out", "a NumPy array", type(out).__name__)
+
+
+def output(out: Any, x: Array, axis: int) -> layout.Layout:
+    """Check an output array: like x, writeable and dense; return its layout."""
+    plain_output(out)
     same_kind("out", out, x)
     flags = out.flags
     if not flags.writeable:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import arguments, dispatch, layout, quick, views
-from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
 
 __all__ = ["BatchSaved", "Gradients", "Saved"]
@@ -224,8 +224,7 @@ def output(out: Any, x: Array, axis: int) -> layout.Layout:
     """Check an output array, which may be empty; return its layout."""
     if x.size:
         return arguments.output(out, x, axis)
-    if type(out) is not np.ndarray:
-        raise ArgumentTypeError("out", "a NumPy array", type(out).__name__)
+    arguments.plain_output(out)
     arguments.same_kind("out", out, x)
     return layout.contiguous(x.shape, axis)
 
