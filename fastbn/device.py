@@ -62,6 +62,7 @@ class Call:
             checks.apart("x", self.out, given, exact_allowed=in_place)
             if added is not None:
                 checks.apart("residual", self.out, added, exact_allowed=True)
+            checks.apart_from_vectors(self.out, weight=self.weight, bias=self.bias)
             self.x = checks.in_order(given, self.layout)
         self.residual = None if added is None else checks.in_order(added, self.layout).flat()
         self.result = self.out.owner if out is None else out
@@ -160,6 +161,7 @@ class DeviceSaved(Saved):
             target, found = checks.output(out, x, self.axis)
             checks.apart("x", target, x, exact_allowed=False)
             checks.apart("grad_output", target, grad, exact_allowed=not self.residual)
+            checks.apart_from_vectors(target, weight=self.weight, bias=self.bias)
             if self.y is not None:
                 checks.apart("the output that the forward pass saved", target, self.y, exact_allowed=False)
             fits = not x.size or found == where or target.transpose(where.order).c_contiguous
@@ -224,16 +226,16 @@ def to_moments(vectors: Flat, count: int) -> Moments:
 
 
 def pair(
-    running_mean: Any, running_var: Any, x: DeviceArray, channels: int, *params: Flat | None
+    running_mean: Any, running_var: Any, x: DeviceArray, channels: int, f: Call | None = None
 ) -> tuple[Flat, Flat] | None:
-    """Check that both running statistics are given or neither, and apart from weight and bias; None for neither."""
+    """Check that both running statistics are given or neither, and apart from the call's arrays; None for neither."""
     running.both_or_neither(running_mean, running_var)
     if running_mean is None:
         return None
     mean = checks.running("running_mean", running_mean, x, channels)
     var = checks.running("running_var", running_var, x, channels)
-    given = {name: flat for name, flat in zip(("weight", "bias"), params, strict=False) if flat is not None}
-    running.refuse_shared(mean, var, given, Flat.shares)
+    others = {} if f is None else {"weight": f.weight, "bias": f.bias, "x": f.x.flat(), "out": f.out.flat()}
+    running.refuse_shared(mean, var, {name: flat for name, flat in others.items() if flat is not None}, Flat.shares)
     return mean, var
 
 
@@ -246,7 +248,7 @@ def train(
     f = Call(x, weight, bias, axis, activation, residual, out, in_place=False)
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f.weight, f.bias) or (None, None)
+    moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f) or (None, None)
     if not update_stats:
         moved = (None, None)
     if f.x.size == 0:
@@ -274,11 +276,15 @@ def train(
     return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None), mask=found)
 
 
-def _given(x: DeviceArray, mean: Any, var: Any, channels: int) -> tuple[Flat, Flat]:
-    return (
-        checks.parameter("running_mean", mean, x, (channels,)).contiguous().flat(),
-        checks.parameter("running_var", var, x, (channels,)).contiguous().flat(),
+def _given(f: Call, mean: Any, var: Any) -> tuple[Flat, Flat]:
+    """Check the statistics to normalise by, which kernels read while they write the output."""
+    shape = (f.layout.dims[1],)
+    found = (
+        checks.parameter("running_mean", mean, f.x, shape).contiguous().flat(),
+        checks.parameter("running_var", var, f.x, shape).contiguous().flat(),
     )
+    checks.apart_from_vectors(f.out, running_mean=found[0], running_var=found[1])
+    return found
 
 
 def infer(
@@ -289,7 +295,7 @@ def infer(
     from fastbn.cuda import launch
 
     eps = arguments.epsilon(eps, positive=False)
-    given = launch.Given(*_given(f.x, mean, var, f.layout.dims[1]), eps)
+    given = launch.Given(*_given(f, mean, var), eps)
     if f.x.size:
         launch.infer(f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, given, f.layout.dims, f.relu)
     return f.result
@@ -304,9 +310,7 @@ def frozen(
     found = f.mask(mask, lengths)
     from fastbn.cuda import launch
 
-    stats = launch.statistics(
-        *_given(f.x, mean, var, f.layout.dims[1]), arguments.epsilon(eps, positive=False)
-    )  # fmt: skip
+    stats = launch.statistics(*_given(f, mean, var), arguments.epsilon(eps, positive=False))
     if f.x.size:
         launch.infer(
             f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, stats, f.layout.dims, f.relu, found or launch.ALL

@@ -84,6 +84,14 @@ def apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) 
     raise ArgumentValueError("out", expected, "the same memory" if same else "overlapping memory")
 
 
+def apart_from_vectors(out: DeviceArray, **vectors: Flat | None) -> None:
+    """Raise if a dense output overlaps vectors that kernels read while they write it."""
+    written = out.flat()
+    for name, vector in vectors.items():
+        if vector is not None and written.shares(vector):
+            raise ArgumentValueError("out", f"memory apart from {name}", "overlapping memory")
+
+
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(a) for a in np.argsort(order))
 

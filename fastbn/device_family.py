@@ -15,7 +15,7 @@ from fastbn.cuda.arrays import DeviceArray, Flat, Library
 from fastbn.cuda.libraries import quick
 from fastbn.cuda.plan_sets import Sizes
 from fastbn.cuda.recorded import Replay, record
-from fastbn.device_remembered import Known, RememberedSaved, keep, moment
+from fastbn.device_remembered import Known, RememberedSaved, apart, keep, moment
 from fastbn.device_sets import DeviceSetsSaved, move
 from fastbn.saved import Gradients
 
@@ -75,7 +75,7 @@ class KnownSets(Known):
     __slots__ = ("affine", "d", "replay", "shape")
 
     def __init__(self, library: Library, saved: DeviceSetsSaved, given: Sequence[Any]):
-        super().__init__(library, saved.x, given)
+        super().__init__(library, saved.x, given, saved.sizes.C)
         self.d, self.shape, self.affine = saved.sizes, saved.shape, saved.affine
         self.replay: Replay | None = None
 
@@ -170,7 +170,9 @@ def _normalise(
             if out is None:
                 y = library.like(x)
                 ats.append(library.address(y))
-            if abs(ats[0] - ats[-1]) >= known.nbytes:
+            if abs(ats[0] - ats[-1]) >= known.nbytes and (
+                out is None or apart(ats[-1], known.nbytes, ats[1:-1], known.width)
+            ):
                 return y, known.train(x, ats, y, (weight, bias), eps)
     y, saved = full(x, weight, bias, *options, eps, out)
     return y, saved if library is None else _learn(key, given, library, x, (weight, bias), saved, y)

@@ -12,7 +12,7 @@ from fastbn.cuda import launch
 from fastbn.cuda.arrays import DeviceArray, Flat, Library
 from fastbn.cuda.libraries import quick
 from fastbn.cuda.recorded import Replay, record
-from fastbn.device_remembered import PROVEN, Known, RememberedSaved, keep, moment
+from fastbn.device_remembered import PROVEN, Known, RememberedSaved, apart, keep, moment
 from fastbn.saved import Gradients
 
 __all__ = ["infer", "train"]
@@ -94,7 +94,7 @@ class KnownBatch(Known):
     def __init__(
         self, library: Library, x: DeviceArray, given: Sequence[Any], axis: int, where: layout.Layout, relu: bool | None
     ):
-        super().__init__(library, x, given)
+        super().__init__(library, x, given, where.dims[1])
         self.axis, self.where, self.channels, self.relu = axis, where, where.dims[1], relu
         self.count = where.dims[0] * where.dims[2]
         self.replays: list[Replay | None] = [None, None]  # into other memory, in place
@@ -241,8 +241,16 @@ def train(
                 y = library.like(x)
                 ats.append(library.address(y))
             params = (*ats[1:-1],)
-            if abs(ats[0] - ats[-1]) >= known.nbytes and (
-                mean is None or params in known.proven or known.alone(params, vectors[:2], mean, var)
+            if (
+                abs(ats[0] - ats[-1]) >= known.nbytes
+                and (out is None or apart(ats[-1], known.nbytes, params, known.width))
+                and (
+                    mean is None
+                    or (
+                        apart(ats[0], known.nbytes, params[-2:], known.width)
+                        and (params in known.proven or known.alone(params, vectors[:2], mean, var))
+                    )
+                )
             ):
                 return y, known.train(x, ats, y, vectors, momentum, eps, unbiased, update)
     y, saved = device.train(
@@ -259,9 +267,9 @@ def train(
 
 def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, activation: Any, out: Any) -> Any:
     """``device.infer`` without residual."""
-    library, vectors, apart = quick(type(x)), (mean, var, weight, bias), None if out is x else out
+    library, vectors, other = quick(type(x)), (mean, var, weight, bias), None if out is x else out
     if library is not None:
-        given = [v for v in (x, mean, var, weight, bias, apart) if v is not None]
+        given = [v for v in (x, mean, var, weight, bias, other) if v is not None]
         key = (
             x.shape, x.dtype, mean is None or var is None, weight is None, bias is None, out is None, out is x, eps,
             axis, activation, *moment(),
@@ -276,7 +284,10 @@ def infer(x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: A
                 y = library.like(x)
                 ats.append(library.address(y))
             distance = known.nbytes if out is x else abs(ats[0] - ats[-1])
-            if distance >= known.nbytes or not distance:
+            read = ats[1:] if out is x else ats[1:-1]
+            if (distance >= known.nbytes or not distance) and (
+                out is None or apart(ats[0] if out is x else ats[-1], known.nbytes, read, known.width)
+            ):
                 known.infer(x, ats, y, vectors, eps)
                 return y
     y = device.infer(x, mean, var, weight, bias, eps, axis, activation, None, out)

@@ -19,7 +19,7 @@ from fastbn.cuda.driver import current_device
 from fastbn.cuda.recorded import Replay
 from fastbn.saved import Gradients
 
-__all__ = ["Back", "Known", "RememberedSaved", "keep", "moment"]
+__all__ = ["Back", "Known", "RememberedSaved", "apart", "keep", "moment"]
 
 MOST = 4096  # calls that are remembered; then all are forgotten
 PROVEN = 256  # sets of parameters that were found apart from each other, of one kind of call
@@ -38,6 +38,14 @@ def keep(calls: dict[Any, Any], key: Any, known: Known | None) -> None:
         calls[key] = known
 
 
+def apart(at: int, nbytes: int, vectors: Sequence[int], size: int) -> bool:
+    """Tell whether memory is apart from vectors of ``size`` bytes each."""
+    for vector in vectors:  # noqa: SIM110  (a generator costs twice as much)
+        if at - size < vector < at + nbytes:
+            return False
+    return True
+
+
 class Back:
     """Gradients that went through: what their arrays are like, and their launches, into other memory or in place."""
 
@@ -52,11 +60,14 @@ class Back:
 class Known:
     """What all calls with the same key share: x without its memory, and how kernels see it."""
 
-    __slots__ = ("backs", "device", "geometry", "kind", "library", "moment", "nbytes", "proven", "same", "size")
+    __slots__ = (
+        "backs", "device", "geometry", "kind", "library", "moment", "nbytes", "proven", "same", "size", "width",
+    )  # fmt: skip
 
-    def __init__(self, library: Library, x: DeviceArray, given: Sequence[Any]):
+    def __init__(self, library: Library, x: DeviceArray, given: Sequence[Any], channels: int):
         self.library, self.geometry, self.device, self.size = library, x.geometry, x.device, x.size
         self.kind, self.nbytes = "f64" if x.kind == "f64" else "f32", x.size * x.itemsize
+        self.width = channels * (8 if self.kind == "f64" else 4)  # bytes of a parameter
         self.same, self.moment = library.guard(given), moment()
         self.proven: set[tuple[int, ...]] = set()
         self.backs: list[Back | None] = [None, None, None]  # without out, with out the gradient itself, with another
@@ -77,15 +88,17 @@ class Known:
             return None
         target = out if case else library.like(source)
         at, to = library.addresses((grad, target))
-        ats, apart = saved.ats, abs(at - to)
-        if abs(ats[0] - to) < self.nbytes or 0 < apart < self.nbytes:
+        ats, distance = saved.ats, abs(at - to)
+        if abs(ats[0] - to) < self.nbytes or 0 < distance < self.nbytes:
+            return None
+        if case and not apart(to, self.nbytes, ats[2:], self.width):
             return None
         aligned = not (saved.low | at | to) & 15
-        replay = back.apart if apart else back.inplace
+        replay = back.apart if distance else back.inplace
         if replay is not None and aligned:
-            return self.results(saved, target, replay(library, source, [*ats, at, to] if apart else [*ats, at])[0])
+            return self.results(saved, target, replay(library, source, [*ats, at, to] if distance else [*ats, at])[0])
         made, replay = self.backward(saved, self.array(grad, at).flat(), self.flat(target, to))
-        if aligned and apart:
+        if aligned and distance:
             back.apart = replay
         elif aligned:
             back.inplace = replay

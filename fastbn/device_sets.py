@@ -86,6 +86,7 @@ class DeviceSetsSaved(Saved):
         else:
             target = _output(out, x)
             checks.apart("grad_output", target, grad, exact_allowed=True)
+            checks.apart_from_vectors(target, weight=self.weight)
         dweight, dbias = (None if s is None else self.parameter_gradient(s) for s in self.affine)
         if x.size:
             from fastbn.cuda import launch_sets
@@ -120,6 +121,8 @@ def _normalise(
     w = None if weight is None else checks.parameter("weight", weight, x, param).contiguous().flat()
     b = None if bias is None else checks.parameter("bias", bias, x, param).contiguous().flat()
     target = x.empty(x.shape) if out is None else _output(out, x)
+    if out is not None and x.size:
+        checks.apart_from_vectors(target, weight=w, bias=b)
     result = DeviceSetsSaved()
     result.x, result.axis, result.sizes, result.shape, result.count = x, axis, d, shape, d.n
     result.affine, result.weight = (None if w is None else param, None if b is None else param), w

@@ -150,7 +150,7 @@ def train(
     o = training.check(o)
     f = device.Call(x, weight, bias, axis, o.activation, residual, out, in_place=False)
     C = f.layout.dims[1]
-    running = device.pair(running_mean, running_var, f.x, C, f.weight, f.bias)
+    running = device.pair(running_mean, running_var, f.x, C, f)
     if o.renorm is not None and running is None:
         raise ArgumentValueError("renorm", "running statistics to renormalise towards", "none")
     if o.ghost is not None and f.axis == 0:

@@ -58,6 +58,45 @@ def test_running_statistics_that_are_another_array_are_refused(rng):
     assert (on_gpu.host[1] == 1).all() and (on_gpu.host[0, :2] == 1).all()
 
 
+def test_an_output_that_is_memory_of_a_vector_is_refused(rng):
+    """Kernels read it while they write, and backward would read what was written."""
+    buffer = GpuArray.of(rng.uniform(0.5, 1.0, 4 * 18).astype(np.float32))
+    x, out, part = put(rng.standard_normal((6, 3)).astype(np.float32)), buffer[:18].reshape((6, 3)), buffer[15:18]
+    own = [put(np.ones(3, np.float32)) for _ in range(4)]
+    saved, kept = fastbn.batch_norm_train(x, part, part)[1], fastbn.layer_norm(x, part)[1]
+    before = buffer.host.copy()
+    calls = {
+        "weight": [
+            lambda: fastbn.batch_norm_train(x, part, out=out),
+            lambda: fastbn.batch_norm_train(x, part, ghost=2, out=out),
+            lambda: fastbn.batch_norm_infer(x, *own[:2], part, out=out),
+            lambda: frozen(x, *own[:2], part, out=out),
+            lambda: fastbn.layer_norm(x, part, out=out),
+            lambda: fastbn.group_norm(x, 1, part, out=out),
+            lambda: fastbn.backward(x, saved, out=out),
+            lambda: fastbn.backward(x, kept, out=out),
+        ],
+        "bias": [
+            lambda: fastbn.batch_norm_train(x, None, part, out=out),
+            lambda: fastbn.layer_norm(x, None, part, out=out),
+        ],
+        "running_var": [
+            lambda: fastbn.batch_norm_infer(x, own[0], part, out=out),
+            lambda: fastbn.batch_norm_infer(out, own[0], part, out=out),
+        ],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(ValueError, match=f"^out: expected memory apart from {name}, got overlapping memory"):
+                call()
+    for options in ({"out": out}, {"out": out, "ghost": 2}):
+        with pytest.raises(ValueError, match=r"^running_var: expected memory apart from out \(it is updated"):
+            fastbn.batch_norm_train(x, None, None, own[0], part, **options)
+    with pytest.raises(ValueError, match=r"^running_mean: expected memory apart from x \(it is updated"):
+        fastbn.batch_norm_train(out, None, None, part, own[0])
+    assert np.array_equal(buffer.host, before)
+
+
 def test_inference_in_place_leaves_no_gradients_that_need_x(rng):
     x = put(rng.standard_normal((6, 3, 10)).astype(np.float32))
     rm, rv, w = put(np.zeros(3, np.float32)), put(np.ones(3, np.float32)), put(np.ones(3, np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastbn import device_family, device_sets
+from fastbn import device_family, device_known, device_sets
 from fastbn.cuda import libraries
 from tests.cuda.test_torch import _arrays, cpu_tensors, slow, step
 
@@ -94,6 +94,40 @@ def test_running_statistics_that_share_memory_are_refused_in_a_known_call(slow):
     one = torch.rand(6)
     with pytest.raises(ValueError, match="running_var: expected memory apart from running_mean"):
         step(x, grad, [*vectors[:2], one[:4], one[2:]])
+
+
+def test_known_calls_still_refuse_an_output_that_is_memory_of_a_vector(slow, slow_sets):
+    x, grad, vectors = _arrays((6, 4))
+    norm, both = NORMS["layer"][0], torch.rand(34) + 0.5
+    out, part = both[:24].view(6, 4), both[22:26]
+    for _ in range(3):
+        _, saved, _ = step(x, grad, vectors, out=torch.empty_like(x))
+        saved.gradients(grad, torch.empty_like(x))
+        device_known.infer(x, *vectors[2:], *vectors[:2], 1e-5, 1, None, torch.empty_like(x))
+        device_known.infer(x.clone(), *vectors[2:], *vectors[:2], 1e-5, 1, None, x)
+        _, layer = norm(x, vectors[0], None, torch.empty_like(x))
+        layer.gradients(grad, torch.empty_like(x))
+    weight, bias, mean, var = vectors
+    _, saved, _ = step(x, grad, [part, bias, mean, var])
+    _, layer = norm(x, part, None, torch.empty_like(x))
+    before = both.clone()
+    for name, call in {
+        "out: expected memory apart from bias": lambda: step(x, grad, [weight, part, mean, var], out=out),
+        "running_mean: expected memory apart from out": lambda: step(x, grad, [weight, bias, part, var], out=out),
+        "running_var: expected memory apart from x": lambda: step(out, grad, [weight, bias, mean, part]),
+        "out: expected memory apart from running_var": lambda: device_known.infer(
+            x, mean, part, weight, bias, 1e-5, 1, None, out
+        ),
+        "out: expected memory apart from running_mean": lambda: device_known.infer(
+            out, part, var, weight, bias, 1e-5, 1, None, out
+        ),
+        "out: expected memory apart from weight": lambda: norm(x, part, None, out),
+        "out: expected memory apart from weight, got": lambda: saved.gradients(grad, out),
+        "out: expected memory apart from weight, got over": lambda: layer.gradients(grad, out),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}"):
+            call()
+    assert torch.equal(both, before)
 
 
 @pytest.mark.parametrize("guards", [True, False])
