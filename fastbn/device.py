@@ -249,30 +249,19 @@ def train(
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
     moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f) or (None, None)
-    if not update_stats:
+    if not checks.flag("update_stats", update_stats):
         moved = (None, None)
+    unbiased, found = checks.flag("unbiased", unbiased), f.mask(mask, lengths, train=True)
     if f.x.size == 0:
         return f.result, f.saved(f.x.zeros(4 * C), frozen=False)
-    if N * S == 1:
+    if N * S == 1 and found is None:
         raise ArgumentValueError("x", "more than 1 value per channel when training", f"shape {f.x.shape}")
     from fastbn.cuda import launch
 
-    found = f.mask(mask, lengths, train=True)
-
     stats = launch.train(
-        f.x.flat(),
-        f.residual,
-        f.out.flat(),
-        f.weight,
-        f.bias,
-        *moved,
-        f.layout.dims,
-        eps,
-        momentum,
-        f.relu,
-        unbiased,
+        f.x.flat(), f.residual, f.out.flat(), f.weight, f.bias, *moved, f.layout.dims, eps, momentum, f.relu, unbiased,
         found or launch.ALL,
-    )
+    )  # fmt: skip
     return f.result, f.saved(stats, frozen=False, updated=int(moved[0] is not None), mask=found)
 
 
@@ -322,9 +311,6 @@ def moments_of(x: Any, axis: Any, mask: Any = None, lengths: Any = None) -> Mome
     """Statistics of the channels, on the host; see ``Moments.of``."""
     array = checks.tensor("x", x)
     axis = layout.normalise_axis(axis, array.ndim)
-    channels = array.shape[axis]
-    if array.size == 0:
-        return Moments(0, np.zeros(channels), np.zeros(channels))
     array, where = checks.settle(array, axis)
     found = None
     if mask is not None or lengths is not None:

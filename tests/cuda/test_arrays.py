@@ -52,6 +52,8 @@ def test_describes_memory():
         (ArgumentTypeError, "residual: expected an array on the GPU", {"residual": X}),
         (ArgumentValueError, "out: expected the shape", {"out": GpuArray.of(X[:2])}),
         (ArgumentValueError, "activation", {"activation": "tanh"}),
+        (ArgumentTypeError, "update_stats: expected True or False", {"update_stats": None}),
+        (ArgumentTypeError, "unbiased: expected True or False", {"unbiased": 0.5}),
     ],
 )
 def test_refuses(error, match, options):

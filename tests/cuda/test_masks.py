@@ -193,6 +193,19 @@ def test_none_and_one_valid(rng):
                 fastbn.batch_norm_train(put(x), mask=mask)
 
 
+def test_a_batch_of_one_or_none_has_a_mask_all_the_same():
+    x, none = put(np.ones((1, 3), np.float32)), np.zeros(1, bool)
+    assert not get(fastbn.batch_norm_train(x, mask=none)[0]).any()
+    with pytest.raises(ValueError, match="x: expected more than 1"):
+        fastbn.batch_norm_train(x, mask=~none)
+    empty, wrong = put(np.ones((0, 3), np.float32)), np.ones(2, bool)
+    for call in (fastbn.batch_norm_train, fastbn.Moments.of):
+        for mask in (wrong, put(wrong)):
+            with pytest.raises(ValueError, match="mask: expected a shape that broadcasts"):
+                call(empty, mask=mask)
+    assert fastbn.Moments.of(empty, mask=none[:0]).mean.shape == (3,)
+
+
 @pytest.mark.parametrize("alone", [0, 1 << 17])
 def test_tally_of_large_masks(alone, monkeypatch):
     monkeypatch.setattr(tuning, "TALLY", alone)
