@@ -234,7 +234,9 @@ def pair(
         return None
     mean = checks.running("running_mean", running_mean, x, channels)
     var = checks.running("running_var", running_var, x, channels)
-    others = {} if f is None else {"weight": f.weight, "bias": f.bias, "x": f.x.flat(), "out": f.out.flat()}
+    others: dict[str, Flat | None] = {}
+    if f is not None:
+        others = {"weight": f.weight, "bias": f.bias, "residual": f.residual, "x": f.x.flat(), "out": f.out.flat()}
     running.refuse_shared(mean, var, {name: flat for name, flat in others.items() if flat is not None}, Flat.shares)
     return mean, var
 

@@ -94,6 +94,8 @@ def test_an_output_that_is_memory_of_a_vector_is_refused(rng):
             fastbn.batch_norm_train(x, None, None, own[0], part, **options)
     with pytest.raises(ValueError, match=r"^running_mean: expected memory apart from x \(it is updated"):
         fastbn.batch_norm_train(out, None, None, part, own[0])
+    with pytest.raises(ValueError, match=r"^running_mean: expected memory apart from residual \(it is updated"):
+        fastbn.batch_norm_train(x, None, None, part, own[0], residual=out)
     assert np.array_equal(buffer.host, before)
 
 
