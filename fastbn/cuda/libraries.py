@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastbn.cuda.arrays import FLOATS, DeviceArray, Flat, Library, dtype_of, geometry, strides_of, supported
-from fastbn.errors import ArgumentTypeError, DeviceError
+from fastbn.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 
 DTYPES = (*FLOATS, "bool", "int32", "int64")
 
@@ -194,10 +194,10 @@ class Numba(Library):
         interface = value.__cuda_array_interface__
         if interface.get("mask") is not None:
             raise ArgumentTypeError(name, "a plain array", "a masked array")
-        dtype = getattr(getattr(value, "dtype", None), "name", None) or np.dtype(interface["typestr"]).name
-        supported(name, dtype)
-        shape = tuple(interface["shape"])
-        itemsize = np.dtype(interface["typestr"]).itemsize
+        described = np.dtype(interface["typestr"])
+        dtype = getattr(getattr(value, "dtype", None), "name", None) or described.name
+        supported(name, dtype if described.isnative else str(described))
+        shape, itemsize = tuple(interface["shape"]), described.itemsize
         strides = interface.get("strides")
         address, readonly = interface["data"]
         strides = strides_of(shape, itemsize) if strides is None else tuple(strides)
@@ -307,6 +307,9 @@ def wrap(name: str, value: Any, allowed: tuple[str, ...] = FLOATS) -> DeviceArra
 
     array = _library(value).wrap(value, name)
     supported(name, array.name, allowed)
+    if array.address % array.itemsize:  # an access to it would end all that the process does on the GPU
+        expected = f"an array aligned to its {array.itemsize}-byte elements"
+        raise ArgumentValueError(name, expected, "an unaligned one")
     here = current_device()
     if array.device is not None and array.device != here:
         raise DeviceError(f"{name}: expected an array on the current GPU {here}, got one on GPU {array.device}")

@@ -71,6 +71,21 @@ def test_overlaps_are_refused():
         device.infer(part, GpuArray.of(ONE), GpuArray.of(ONE), None, None, 1e-5, 1, None, None, other)
 
 
+def test_memory_that_no_kernel_reads_is_refused():
+    memory = GpuArray.of(np.zeros(100, np.uint8)).host
+    unaligned = GpuArray(memory[2:98].view(np.float32).reshape(4, 3, 2))
+    for name, options in {
+        "x": {"x": unaligned},
+        "out": {"out": unaligned},
+        "residual": {"residual": unaligned},
+    }.items():
+        with pytest.raises(ArgumentValueError, match=f"^{name}: expected an array aligned to its 4-byte elements"):
+            call(**options)
+    call(x=GpuArray(memory[2:50].view(np.float16).reshape(4, 3, 2)))
+    with pytest.raises(ArgumentTypeError, match=r"^x: expected an array of float32, .*, got >f4"):
+        call(x=X.astype(">f4"))
+
+
 def test_strided_running_statistics_are_refused():
     strided = GpuArray(GpuArray.of(np.zeros(6, np.float32)).host[::2])
     with pytest.raises(ArgumentValueError, match="contiguous"):
