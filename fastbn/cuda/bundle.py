@@ -129,7 +129,10 @@ def make_write(what: Variant):
 
 
 def make_over(what: Variant):
-    """Do channels again whose sums were no good, one after another; ``bad`` says which."""
+    """Do channels again whose sums were no good, one after another; ``bad`` says which.
+
+    Where there is a residual, all channels of their bundle, of which nothing was written.
+    """
     kind, threads, residual, A = what.kind, what.threads, what.residual, ARITHMETIC[what.kind]
     one, output = access(kind, 1), make_output(what._replace(W=1))
     load_last, store = one.load_last, one.store
@@ -154,12 +157,15 @@ def make_over(what: Variant):
         keep, momentum, unbias = moving
         bundle, turn = gang, int32(0)
         while bundle * K < C:
+            all_of_it = False
             for j in range(K):
-                if bad[turn * K + j] != 0:
+                all_of_it |= residual and bad[turn * K + j] != 0
+            for j in range(K):
+                if all_of_it or bad[turn * K + j] != 0:
                     c = anew(int32(bundle * K + j))
                     found = again(x, x, A(int64(anew(N)) * S), c, N, C, S, eps, red)
                     mean, rest, _, invstd = found
-                    if cuda.threadIdx.x == 0 and part == 0:
+                    if cuda.threadIdx.x == 0 and part == 0 and bad[turn * K + j] != 0:
                         moves = flags & 4 != 0
                         keep_statistics(
                             stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves
@@ -173,7 +179,7 @@ def make_over(what: Variant):
 
 def make_settle(what: Variant):
     """From a gang's sums to the constants (m, k, b) of a bundle's channels; the first part writes statistics."""
-    kind, warps = what.kind, what.threads // 32
+    kind, warps, residual = what.kind, what.threads // 32, what.residual
     resolve, combine, keep_statistics = make_resolve(kind), make_combine(kind), make_keep(kind)
     collect = make_bundle_sums(kind, what.W, what.threads).collect
 
@@ -182,6 +188,8 @@ def make_settle(what: Variant):
         stats, weight, bias, running_mean, running_var = outputs
         keep, momentum, unbias = moving
         gangs, gang, G, part, turn = place
+        if residual and cuda.threadIdx.x == 0:
+            bad[OWN + 2 - (turn & 1)] = 0
         for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
             s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
@@ -192,7 +200,7 @@ def make_settle(what: Variant):
                     keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
                 bad[turn * K + j] = 0 if good else 1
                 if not good:
-                    bad[OWN] = 1
+                    bad[OWN] = bad[OWN + 1 + (turn & 1)] = 1
                 k, b = combine(invstd, rest, weight, bias, first + j, flags)
                 table[j], table[MOST + j], table[2 * MOST + j] = mean, k, b
 
@@ -202,7 +210,7 @@ def make_settle(what: Variant):
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
-    kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
+    kind, W, threads, residual, A = what.kind, what.W, what.threads, what.residual, ARITHMETIC[what.kind]
     read, write, over, spread = make_read(what), make_write(what), make_over(what), make_spread(what)
     settle, pivot, sums = make_settle(what), make_pivot(kind), make_bundle_sums(kind, W, threads)
     (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
@@ -218,7 +226,7 @@ def train(what: Variant):
         own = cuda.shared.array(pair, A)
         table = cuda.shared.array(size, A)  # m, k, b
         pivots = cuda.shared.array(OWN, A)
-        bad = cuda.shared.array(flags_size, uint8)  # channels whose sums are no good; behind them, whether any
+        bad = cuda.shared.array(flags_size, uint8)  # channels whose sums are no good; whether any; in even, odd turns
         gang = int32(cuda.blockIdx.x // G)
         part, n = int32(cuda.blockIdx.x - gang * G), A(int64(N) * S)
         step = int64(height) * C * S
@@ -226,7 +234,7 @@ def train(what: Variant):
             c = int32((gang + i // K * gangs) * K + i % K)
             if c < C:
                 pivots[i] = pivot(x, c, N, C, S)
-        bad[OWN] = 0
+        bad[OWN] = bad[OWN + 1] = 0
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
         ready(partial, gang, G, part)
         cuda.syncthreads()
@@ -241,6 +249,8 @@ def train(what: Variant):
             cuda.syncthreads()
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
             m, k = spread(table, 0, first, count), spread(table, MOST, first, count)
+            if residual and bad[OWN + 1 + (turn & 1)] != 0:  # which may lie where the output goes: leave it
+                end = r
             write(res, y, slab, m, k, spread(table, 2 * MOST, first, count), r, end, height, at, step)
             bundle, turn = int32(bundle + gangs), int32(turn + 1)
         cuda.syncthreads()

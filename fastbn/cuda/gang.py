@@ -102,13 +102,16 @@ def make_sums(what: Variant):
 
 
 def make_write(what: Variant):
-    """Normalise a block's share of a channel, and begin to read the next one's (``ahead`` elements on) if ``more``."""
+    """Normalise a block's share of a channel, and begin to read the next one's (``ahead`` elements on) if ``more``.
+
+    What is not ``good`` is done again behind the loop, from a residual that may lie where the output goes.
+    """
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
     io, output = access(kind, W), make_output(what)
     load_last, store, recall = io.load_last, io.store, io.recall
 
     @device
-    def write(x, res, y, slab, m, k, b, v, low, end, step, S4, C, S, c, ahead, more):
+    def write(x, res, y, slab, m, k, b, v, low, end, step, S4, C, S, c, ahead, more, good):
         r, at = first_vector(v, S4, C, S, W, c)
         rest, jump, past = stride(threads, S4, C, S, W)
         last = low
@@ -119,7 +122,8 @@ def make_write(what: Variant):
                 r0 = x0
                 if residual:
                     r0 = load_last(res, at)
-                store(y, at, output(x0, r0, m, k, b))
+                if good or not residual:
+                    store(y, at, output(x0, r0, m, k, b))
                 if more:
                     fetch(slab, 4 * (v - low), x, at + ahead)
                 r, at = advance(r, at, rest, jump, past, S4)
@@ -209,7 +213,7 @@ def train(what: Variant):
                 if tid == 0:
                     bad[turn >> 5] |= 1 << (turn & 31)
             k, b = combine(invstd, rest, weight, bias, c, flags)
-            write(x, res, y, slab, mean, k, b, v, low, end, step, S4, C, S, c, ahead, c + gangs < C)
+            write(x, res, y, slab, mean, k, b, v, low, end, step, S4, C, S, c, ahead, c + gangs < C, good)
             c, turn = int32(c + gangs), int32(turn + 1)
         if not fine:
             outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)

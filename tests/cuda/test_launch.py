@@ -13,8 +13,18 @@ from fastbn.cuda.driver import device_properties
 from fastbn.errors import DeviceError
 from tests.cuda import device
 from tests.cuda.device import GpuArray, through_gpu
-from tests.oracle import case, check_backward, check_frozen, check_infer, check_train, column, normal, same_bits
-from tests.tolerances import DTYPES, arithmetic
+from tests.oracle import (
+    case,
+    check_backward,
+    check_frozen,
+    check_infer,
+    check_train,
+    column,
+    expected,
+    normal,
+    same_bits,
+)
+from tests.tolerances import DTYPES, arithmetic, assert_within
 
 OPTIONS = list(itertools.product((None, "relu"), (False, True)))
 AFFINE = list(itertools.product((True, False), repeat=2))
@@ -222,6 +232,25 @@ def test_in_place(use, rng):
         grad = rng.standard_normal(shape).astype(np.float32)
         want_dx = device.backward(grad, saved).input
         assert device.backward(grad, saved, out=grad).input is grad and same_bits(grad, want_dx)
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [("gang", (8, 19, 8, 8)), ("bundle", (9, 48, 3, 3))], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_in_place_of_the_residual_where_sums_are_no_good(kernel, shape, activation, use, rng):
+    """What is done again reads the residual once more."""
+    use(kernel, dims_of(shape))
+    c = case(rng, shape, np.float32, residual=True, activation=activation)
+    c.x[:, 1::12] *= 1e25
+    moved = GpuArray.of(np.zeros(shape[1], np.float32)), GpuArray.of(np.ones(shape[1], np.float32))
+    x, residual, params = GpuArray.of(c.x), GpuArray.of(c.residual), (GpuArray.of(c.weight), GpuArray.of(c.bias))
+    y, _ = device.device.train(x, *params, *moved, 0.1, 1e-5, 1, activation, residual, residual)
+    mean, var = reference.statistics(c.x)
+    want, limit, _ = expected(c, mean, var)
+    assert y is residual
+    assert_within(y.host, want, limit, "y")
+    np.testing.assert_allclose(moved[0].host, 0.1 * mean, rtol=1e-4, atol=1e-5)  # once, not twice
+    unbiased = var * c.x[:, 0].size / (c.x[:, 0].size - 1)
+    np.testing.assert_allclose(moved[1].host[2:12], 0.9 + 0.1 * unbiased[2:12], rtol=1e-4)
 
 
 def test_empty_batch():
