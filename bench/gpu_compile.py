@@ -4,8 +4,8 @@
 N-th kernel from the I-th where ``fastbn.cuda.stored`` finds it (N processes compile N times as fast). Needs, all of
 CUDA 13.0 (mixed versions fail in several ways): "numba-cuda[cu13]==0.30.4" "cuda-toolkit==13.0.*"
 "nvidia-nvjitlink==13.0.*" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm. ``--write`` replaces
-bench/results/cuda_compile.json, ``--check`` fails where a kernel spills, has lost 128-bit accesses or gained more than
-8 registers; tests/cuda/test_compile.py does so for some of them.
+bench/results/cuda_compile.json, or the rows of PREFIX in it; ``--check`` fails where a kernel spills, has lost 128-bit
+accesses or gained more than 8 registers; tests/cuda/test_compile.py does so for some of them.
 """
 
 from __future__ import annotations
@@ -152,9 +152,19 @@ def _masked(kind: str, W: int, target: tuple[int, int]) -> Iterator[tuple[str, A
 
 
 def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import sets, sets_columns, sets_kept, tuning
+    from fastbn.cuda import sets, sets_columns, sets_held, sets_kept, tuning
     from fastbn.cuda.sets import SetVariant
 
+    for threads, team, held in ((256, 32, 1), (256, 32, 2), (96, 96, 2), (512, 512, 2), (512, 512, 4)):
+        what = SetVariant(kind, W, threads, "each", team, held=held)
+        name = f"held {kind} W{W} each {threads}/{team} x{held}"
+        if held < 4 or W > 2:
+            yield f"{name}: train", sets_held.train(what)
+        if held < 4 or W < 8:
+            yield f"{name}: backward", sets_held.backward(what)
+    for affine, threads, team in (("run", 256, 32), ("one", 1024, 1024)):
+        what = SetVariant(kind, W, threads, affine, team, held=4 if W > 2 else 2)
+        yield f"held {kind} W{W} {affine} {threads}/{team}: train", sets_held.train(what)
     warp = SetVariant(kind, W, tuning.THREADS, "each", 32, True)
     variants = {f"W{W} {affine} warp": warp._replace(affine=affine) for affine in ("one", "run", "each")}
     variants |= {f"W{W} each {n}": warp._replace(threads=n, team=n) for n in (512, 1024)}
@@ -268,7 +278,10 @@ def main() -> None:
     if "--check" in sys.argv:
         found = complaints(rows, json.loads(TABLE.read_text()))
         sys.exit("\n".join(found) or None)
-    if "--write" in sys.argv and not only:
+    if "--write" in sys.argv:
+        if only:  # the others as they are
+            known = json.loads(TABLE.read_text())
+            rows = {k: v for k, v in known.items() if not k.split(" ", 1)[1].startswith(only)} | rows
         TABLE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n")
 
 

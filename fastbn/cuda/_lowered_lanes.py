@@ -127,15 +127,15 @@ def split_total(typingctx, a, count):
     return types.UniTuple(a.dtype, 2)(a, types.int32), emit
 
 
+def _anew(builder, word):
+    asm = ir.InlineAsm(ir.FunctionType(word.type, [word.type]), "mov.b32 $0, $1;", "=r,r", side_effect=True)
+    return builder.call(asm, [word])
+
+
 @intrinsic
 def anew(typingctx, number):
-    """The same int32, but nothing that follows from it is worked out ahead of a loop, where it would take registers."""
-
-    def emit(context, builder, sig, args):
-        asm = ir.InlineAsm(ir.FunctionType(args[0].type, [args[0].type]), "mov.b32 $0, $1;", "=r,r", side_effect=True)
-        return builder.call(asm, args)
-
-    return types.int32(types.int32), emit
+    """The same int32 or raw vector, but what follows from it is not worked out ahead, where it would take registers."""
+    return number(number), _emit(_anew)
 
 
 def _sqrt(builder, x):

@@ -137,7 +137,7 @@ def total(a: Array) -> Any:
 
 
 def anew(number: Any) -> Any:
-    """The same number."""
+    """The same number or raw vector."""
     return number
 
 

@@ -160,7 +160,7 @@ def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
 
 def set_variant(p: plan_sets.SetPlan, kind: str) -> SetVariant:
     """Return what the kernels of a plan are compiled for."""
-    return SetVariant(kind, p.W, p.threads, p.affine, p.team, p.kept)
+    return SetVariant(kind, p.W, p.threads, p.affine, p.team, p.kept, p.held)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,8 +168,8 @@ def sets(
     d: plan_sets.Sizes, kind: str, whole: bool, given: bool, backward: bool, limits: Limits
 ) -> plan_sets.SetPlan:  # fmt: skip
     """Return how sets are worked off: as planned, split where a block may not have the shared memory for that."""
-    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limits.shared)
-    if not p.team:
+    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limits.shared, limits.multiprocessors)
+    if not p.team or p.held:
         return p
     stage = sets_kept.backward if backward else sets_kept.train
     if fits(stage(set_variant(p, kind)), 0, p.shared):

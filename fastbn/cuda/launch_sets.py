@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn.cuda import choice, finalize, launch, sets, sets_columns, sets_kept, tuning
+from fastbn.cuda import choice, finalize, launch, sets, sets_columns, sets_held, sets_kept, tuning
 from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan_sets import SetPlan, Sizes, columns
@@ -30,7 +30,7 @@ def train(x: Flat, out: Flat, weight: Flat | None, bias: Flat | None, d: Sizes, 
     if p.team:
         stats: Flat = x.owner.vector(4 * d.sets)
         args = (x, out, stats, weight, bias, *_four(d), eps, flags)
-        run(sets_kept.train(what), (p.blocks,), stream, args, p.shared)
+        run((sets_held if p.held else sets_kept).train(what), (p.blocks,), stream, args, p.shared)
         return stats
     dims = (1, d.sets, d.n)
     stats = launch.statistics_of(x, p.split, (None, None), dims, launch.moving(dims, eps, 0.0), stream)
@@ -45,10 +45,16 @@ def backward(
     """Input gradient into ``out`` (which may be grad), parameter gradients into ``dweight`` and ``dbias`` (or None)."""
     check()
     p, stream, flags = _plan(x, d, True, (weight,), grad, out), x.owner.stream(), launch.flags_of(weight, None)
-    affine = dweight is not None or dbias is not None
+    affine, what = dweight is not None or dbias is not None, choice.set_variant(p, x.kind)
+    if p.held:
+        partial = x.owner.scratch(2 * p.blocks * d.C)
+        args: Any = (x, grad, out, stats, weight, partial, d.sets, d.C)
+        run(sets_held.backward(what), (p.blocks,), stream, args)
+        settle(x, partial, dweight, dbias, (d.C, p.blocks, 1, tuning.HELD_MANY), stream)
+        return
     if affine and p.affine != "one":
         _by_column(x, grad, stats, dweight, dbias, d, stream)  # before out is written: it may be grad
-    what, by_set = choice.set_variant(p, x.kind), x.owner.scratch(2 * d.sets)
+    by_set = x.owner.scratch(2 * d.sets)
     if p.team:
         args = (x, grad, out, stats, weight, by_set, *_four(d), flags)
         run(sets_kept.backward(what), (p.blocks,), stream, args, p.shared)

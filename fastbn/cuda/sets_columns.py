@@ -1,8 +1,7 @@
 """Layer and group norm: gradients of weight and bias, sums over the samples; running statistics of instance norm.
 
 The tensor is rows of all C*S elements of a sample, as in ``rows``, but statistics belong to a row and a group. Floor:
-two reads, beside those of the input's gradient. One pass for both would keep 2*D sums a warp in registers or shared
-memory, which leaves too few warps to hide the memory's latency; unmeasured, so the simple way was taken.
+two reads, beside those of the input's gradient. Both in one pass: ``sets_held``, for one group of values side by side.
 """
 
 # mypy: ignore-errors

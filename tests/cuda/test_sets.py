@@ -26,9 +26,11 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Make the plan choose one kernel."""
+    """Make the plan choose one kernel; sets of more than a few vectors are a block's."""
 
     def choose(kernel):
+        monkeypatch.setattr(tuning, "HELD", kernel == "held")
+        monkeypatch.setattr(tuning, "HELD_WARP", 4)
         monkeypatch.setattr(tuning, "SLAB_CHANNELS", 10**9 if kernel == "split" else 0)
         monkeypatch.setattr(tuning, "SMALL", -1 if kernel == "split" else 0)
         choice.forget()
@@ -43,7 +45,7 @@ SHAPES = [(1, 8, 5), (3, 8), (2, 4, 40), (1, 4, 96)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", family.KINDS)
 def test_the_cpus_table(rng, name, shape, use):
-    for kernel in ("kept", "split") if shape == SHAPES[2] else ("kept",):
+    for kernel in ("held", "kept", "split") if shape == SHAPES[2] else ("held", "kept"):
         use(kernel)
         family.test_forward_and_backward(rng, name, shape, np.dtype(np.float32))
 
@@ -52,15 +54,15 @@ def test_every_way_to_work_off_sets_is_reached(use):
     use("kept")
     found = set()
     for name, d in (("layer", (24, 1, 5, 1)), ("each", (18, 1, 40, 1)), ("one", (2, 8, 8, 40)), ("run", (2, 2, 4, 96))):
-        p = plan_sets.sets(plan_sets.Sizes(*d), "f32", True, True, 1, 64 << 10)
+        p = plan_sets.sets(plan_sets.Sizes(*d), "f32", True, True, 1, 64 << 10, 4)
         found.add((p.affine, p.W, p.team == p.threads, p.kept))
         assert name == "layer" or p.affine == name
     assert found == {
         ("each", 1, False, False), ("each", 4, False, True), ("one", 4, False, True), ("run", 4, True, True),
     }  # fmt: skip
-    assert plan_sets.sets(plan_sets.Sizes(1, 1, 163, 1), "f32", True, True, 1, 64 << 10).team == 0
+    assert plan_sets.sets(plan_sets.Sizes(1, 1, 163, 1), "f32", True, True, 1, 64 << 10, 4).team == 0
     use("split")
-    assert plan_sets.sets(plan_sets.Sizes(2, 8, 8, 40), "f32", True, True, 1, 64 << 10).team == 0
+    assert plan_sets.sets(plan_sets.Sizes(2, 8, 8, 40), "f32", True, True, 1, 64 << 10, 4).team == 0
 
 
 def test_sets_that_a_block_may_not_keep_are_split(rng, use, monkeypatch):
@@ -74,7 +76,7 @@ def test_sets_that_a_block_may_not_keep_are_split(rng, use, monkeypatch):
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != np.float32], ids=str)
 @pytest.mark.parametrize(("name", "shape"), [("layer", (3, 16)), ("group", (1, 8, 8))])
 def test_every_dtype(rng, name, shape, dtype, use):
-    for kernel in ("kept", "split") if name == "group" else ("kept",):
+    for kernel in ("held", "kept", "split") if name == "group" else ("held", "kept"):
         use(kernel)
         family.test_forward_and_backward(rng, name, shape, dtype)
 
@@ -93,7 +95,7 @@ def test_memory_orders_and_channel_axes(rng, name, axis):
             np.testing.assert_allclose(device.backward(grad, saved).input, dx, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["kept", "split"])
+@pytest.mark.parametrize("kernel", ["held", "kept", "split"])
 @pytest.mark.parametrize("name", ["layer", "instance", "one group"])
 def test_hard_numbers(rng, name, kernel, use):
     """Large means, constant sets, squares that leave float32."""
