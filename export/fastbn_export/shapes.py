@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from .affine import Array, Dims, stated_size
+from .newer import renew
 from .originals import originals
 from .protos import graphs_of
 
@@ -49,6 +50,7 @@ def _skeleton(model: ir.Model, known: Mapping[ir.Value, Array]) -> onnx.ModelPro
     _skeleton_graph(model, proto.graph)
     _keep_certain(proto, frozen=model.ir_version < 4)
     _lend(proto.graph, {})
+    renew(proto)
     if known:
         _feed(model.graph, proto.graph, known)
     return proto
