@@ -47,6 +47,9 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(own.node)
     graph.input.extend(own.input)
     graph.output.extend(own.output)
+    for value in graph.output:  # exporters leave out a shape of which they know nothing, and onnxruntime needs none
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     graph.value_info.extend(own.value_info)
     graph.sparse_initializer.extend(own.sparse_initializer)
     inputs = {value.name for value in own.input}
