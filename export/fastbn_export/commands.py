@@ -58,7 +58,8 @@ def fold(arguments: argparse.Namespace) -> int:
     _print_fold(checked, source, size, out, seconds)
     if checked.verdict.ok:
         return DONE
-    line(f"the check failed: {out} was not written")
+    hint = "" if checked.verdict.checks else " (--no-verify writes it unchecked)"  # the original does not run here
+    line(f"the check failed: {out} was not written{hint}")
     return FAILED
 
 

@@ -180,6 +180,19 @@ def test_a_failed_check_writes_nothing(fastbn, folder, monkeypatch):
     assert json.loads((folder / "r.json").read_text())["verification"]["ok"] is False
 
 
+def test_fold_says_how_to_write_what_onnxruntime_cannot_run(fastbn, folder):
+    model = network()
+    for node in model.graph.node:
+        if node.op_type == "Sigmoid":
+            node.domain = "elsewhere"
+    model.opset_import.add(domain="elsewhere", version=1)
+    save_model(model, folder / "custom.onnx")
+    status, out, _ = fastbn("fold", "custom.onnx", "out.onnx")
+    assert status == 1 and "onnxruntime cannot run the original" in out and not (folder / "out.onnx").exists()
+    assert "--no-verify" in out
+    assert fastbn("fold", "custom.onnx", "out.onnx", "--no-verify")[0] == 0 and norms_in("out.onnx") == 1
+
+
 def test_verify_of_different_models_is_1(fastbn, folder):
     save_model(network(1), folder / "other.onnx")
     status, out, _ = fastbn("verify", "in.onnx", "other.onnx")
