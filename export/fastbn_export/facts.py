@@ -147,6 +147,7 @@ class Facts:
         self._inferred = False
         self._folded: dict[ir.Value, Array | None] = {}
         self._frozen_inputs = model.ir_version < 4
+        self._symbols = {d for v in model.graph.inputs for d in declared(self, v) or () if isinstance(d, str)}
         self._function_opsets = {f.graph: f.opset_imports.get("", 0) for f in model.functions.values()}
         self._main_opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
         self._opsets: dict[ir.Graph, int] = {}
@@ -164,7 +165,7 @@ class Facts:
     def dims(self, value: ir.Value) -> Dims | None:
         """Shape of a value as far as it is known; None when even the rank is unknown."""
         known = self._cheap(value)
-        if not self._inferred and (known is None or None in known):
+        if not self._inferred and (known is None or any(map(self._vague, known))):
             self._infer()
             known = self._cheap(value)
         return known
@@ -173,6 +174,10 @@ class Facts:
         """What is known without inference, or known since it ran."""
         known = self._dims.get(value)
         return known if known is not None else known_dims(self, value, self._channels)
+
+    def _vague(self, size: int | str | None) -> bool:
+        """Whether inference may know better: symbols that no input has, some tool made up where it knew no size."""
+        return size is None or (isinstance(size, str) and size not in self._symbols)
 
     def rank(self, value: ir.Value) -> int | None:
         """Number of dimensions, or None."""
@@ -183,7 +188,7 @@ class Facts:
         """Length of one axis (a symbol where it is symbolic), None where it is unknown or there is no such axis."""
         for ask in (self._cheap, self.dims):
             dims = ask(value)
-            if dims is not None and (axis >= len(dims) or dims[axis] is not None):
+            if dims is not None and (axis >= len(dims) or not self._vague(dims[axis])):
                 break
         return None if dims is None or axis >= len(dims) else dims[axis]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from fastbn_export.fold import fold
 from onnx import helper, numpy_helper
@@ -131,3 +132,16 @@ def test_sizes_below_zero_hide_no_channels():
     graph = helper.make_graph(m.nodes, "g", m.inputs, m.outputs, m.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     assert same(model, np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype("f")).left == 0
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_symbols_that_a_tool_made_up_hide_no_sizes(written):
+    """Inference without the propagation of data writes unk__0, unk__1 ... into the file where a size is computed."""
+    m = Model()
+    x = m.input("n", 3, 4)
+    shape = m.op("Concat", m.op("Slice", m.op("Shape", x), m.ints(0), m.ints(1)), m.ints(6, 8), axis=0)
+    m.output(m.bn(m.op("Reshape", m.op("Conv", x, m.weight(12, 3, 1)), shape, outputs=["r"]), 6), shape=["n", 6, 8])
+    model = onnx.shape_inference.infer_shapes(m.build()) if written else m.build()
+    stated = {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    assert not written or all(stated["r"])
+    assert folded(check(model))
