@@ -1,7 +1,8 @@
 """Gradients on bundles of channels whose runs are short or odd, by gangs of blocks that keep them: see ``bundle``.
 
 Two reads and one write a tensor, and y and the residual's gradient where they are. A block keeps x and the gradient
-in front of the ReLU. The first sums go without invstd, a constant of each channel, which would take a vector more.
+in front of the ReLU. Sums and slopes go without a vector of invstd: dx = k*(u + c1*(x - m)) + c0 with c1 =
+-invstd*dweight/n. Times k, c1 would leave float32's range where a channel's deviations reach 1e19.
 """
 
 # mypy: ignore-errors
@@ -14,8 +15,8 @@ from fastbn.cuda.bundle_sums import make_bundle_sums
 from fastbn.cuda.channel import make_combine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.plan_bundle import MOST
-from fastbn.cuda.simd import access, add, anew, fma
-from fastbn.cuda.sweep import Variant, make_gradient, make_terms
+from fastbn.cuda.simd import access, add, anew, fma, mul
+from fastbn.cuda.sweep import Variant, make_terms
 
 int32, int64 = types.int32, types.int64
 
@@ -69,7 +70,7 @@ def make_read_gradients(what: Variant):
 
 def make_settle_gradients(what: Variant):
     """From a gang's sums to the slopes (c1, c0) of a bundle's channels; the first part writes their gradients."""
-    kind, warps, slopes = what.kind, what.threads // 32, make_slopes(what.kind)
+    kind, warps, A, slopes = what.kind, what.threads // 32, ARITHMETIC[what.kind], make_slopes(what.kind)
     collect = make_bundle_sums(kind, what.W, what.threads).collect
 
     @device
@@ -83,10 +84,24 @@ def make_settle_gradients(what: Variant):
                 dw = invstd * ((q + qe) - rest * db)
                 if part == 0:
                     dweight[first + j], dbias[first + j] = dw, db
-                c1, c0 = slopes(dw, db, invstd, k, rest, n)
-                table[10 * MOST + j], table[11 * MOST + j] = c1 * invstd, c0
+                _, c0 = slopes(dw, db, invstd, k, rest, n)
+                table[10 * MOST + j], table[11 * MOST + j] = -invstd * (dw / A(n)), c0
 
     return settle
+
+
+def make_slope(what: Variant):
+    """Dx of a vector, see above; k*u with frozen statistics."""
+    frozen = what.frozen
+
+    @device
+    def slope(u, t, k, c1, c0):
+        if frozen:
+            return mul(k, u)
+        else:
+            return fma(k, fma(c1, t, u), c0)
+
+    return slope
 
 
 def make_known(kind: str):
@@ -107,7 +122,7 @@ def make_known(kind: str):
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
-    io, slope, read, spread = access(kind, W), make_gradient(what), make_read_gradients(what), make_spread(what)
+    io, slope, read, spread = access(kind, W), make_slope(what), make_read_gradients(what), make_spread(what)
     terms, store, recall = make_terms(what._replace(relu=False, residual=False)), io.store, io.recall
     settle, known, sums = make_settle_gradients(what), make_known(kind), make_bundle_sums(kind, W, threads)
     (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST

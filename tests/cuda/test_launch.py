@@ -193,6 +193,18 @@ def test_squares_that_are_hardly_float32(kernel, shape, scale, use, rng):
     check_backward(c, saved, rng.standard_normal(shape).astype(np.float32))
 
 
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_gradients_where_deviations_are_huge(kernel, shape, use, rng):
+    """Their slope times the scale would be no float32."""
+    use(kernel)
+    x = (rng.standard_normal(shape) * 1e25).astype(np.float32)
+    grad = rng.standard_normal(shape).astype(np.float32)
+    mean, var = reference.statistics(x)
+    want = reference.backward(grad, x, mean, var)[0] * 1e25
+    got = device.backward(grad, device.batch_norm_train(x)[1]).input * np.float64(1e25)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_a_variance_beyond_float32_still_normalises(rng):
     """The saved variance is inf, its inverse root is not."""
     c = case(rng, (4, 3, 72), np.float32)
