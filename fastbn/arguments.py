@@ -187,7 +187,12 @@ def apart(name: str, out: Array, other: Array, exact_allowed: bool) -> None:
 
 def apart_from_parameters(out: Array, weight: Array | None, bias: Array | None) -> None:
     """Raise if out overlaps weight or bias."""
-    for name, vector in (("weight", weight), ("bias", bias)):
+    apart_from_vectors(out, weight=weight, bias=bias)
+
+
+def apart_from_vectors(out: Array, **vectors: Array | None) -> None:
+    """Raise if out overlaps vectors that kernels read while they write it."""
+    for name, vector in vectors.items():
         if vector is not None and not (out.flags.owndata and vector.flags.owndata):
             apart(name, out, vector, exact_allowed=False)
 

@@ -98,13 +98,15 @@ class Forward:
         """Check the statistics to normalise by."""
         eps, channels = arguments.epsilon(eps, positive=False), self.weight.size
         mean = arguments.parameter("running_mean", mean, channels, self.dtype)
-        return mean, arguments.parameter("running_var", var, channels, self.dtype), eps
+        var = arguments.parameter("running_var", var, channels, self.dtype)
+        arguments.apart_from_vectors(self.out, running_mean=mean, running_var=var)
+        return mean, var, eps
 
     def running(self, mean: Any, var: Any) -> tuple[Array, Array]:
         """Check running statistics that are given, or not; see ``running.pair``."""
         mean, var = running.pair(mean, var, self.layout.dims[1], self.dtype)
         if mean.size:
-            running.check_apart(mean, var, (self.weight, self.bias), (self.x, self.out))
+            running.check_apart(mean, var, (self.weight, self.bias), (self.x, self.out, self.residual))
         return mean, var
 
     def flat(self, x: Array | None) -> Array | None:

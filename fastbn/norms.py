@@ -199,7 +199,7 @@ class InstanceNorm(_ByChannel):
             return y
         if self.running_mean is not None and not self._away:
             moved = running.pair(self.running_mean, self.running_var, self._channels, self.dtype)
-            running.check_apart(*moved, (self.weight, self.bias), (x, out))
+            running.check_apart(*moved, (self.weight, self.bias), (x, out, None))
         y, self._saved = saved = family.instance_norm(x, self.weight, self.bias, axis=self.axis, eps=self.eps, out=out)
         if self.running_mean is not None and self.running_var is not None:
             self._move(saved[1])

@@ -34,12 +34,12 @@ def pair(mean: Any, var: Any, channels: int, dtype: np.dtype[Any]) -> tuple[Arra
     )
 
 
-def check_apart(mean: Array, var: Array, params: tuple[Any, Any], tensors: tuple[Any, Any]) -> None:
+def check_apart(mean: Array, var: Array, params: tuple[Any, Any], tensors: tuple[Any, Any, Any]) -> None:
     """Raise if a running statistic is memory of another array of the call.
 
-    ``params`` are weight and bias, ``tensors`` x and out, None where there is none. Kernels move channels while they
-    read others, and backward would read what was moved. Four arrays with memory of their own need no look at it: they
-    are apart unless they are the same.
+    ``params`` are weight and bias, ``tensors`` x, out and residual, None where there is none. Kernels move channels
+    while they read others, and backward would read what was moved. Four arrays with memory of their own need no look
+    at it: they are apart unless they are the same.
     """
     weight, bias = params
     owned = mean.flags.owndata and var.flags.owndata
@@ -47,7 +47,7 @@ def check_apart(mean: Array, var: Array, params: tuple[Any, Any], tensors: tuple
     same = mean is var or mean is weight or mean is bias or var is weight or var is bias
     if owned and not same:
         return
-    others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1]}
+    others = {"weight": weight, "bias": bias, "x": tensors[0], "out": tensors[1], "residual": tensors[2]}
     others = {name: other for name, other in others.items() if isinstance(other, np.ndarray)}
     refuse_shared(mean, var, others, arguments.share)
 

@@ -81,6 +81,27 @@ def test_tensors_that_hold_parameters_are_refused():
     assert np.array_equal(memory, before)
 
 
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+def test_tensors_that_hold_running_statistics_are_refused(dtype):
+    """Small float32 calls from the second one on ask compiled code."""
+    memory, other = array(dtype=dtype), array(dtype=dtype)
+    memory.reshape(-1)[3:6] = 1.0
+    inside, apart, before = memory.reshape(-1)[3:6], np.ones(3, dtype), memory.copy()
+    for _ in range(3):
+        fastbn.batch_norm_infer(other, apart, apart, out=np.empty_like(memory))
+        fastbn.batch_norm_train(other, None, None, apart.copy(), apart.copy(), residual=before)
+        for moved in ((inside, apart), (apart, inside)):
+            with refused("out", ValueError, "overlapping memory") as caught:
+                fastbn.batch_norm_infer(other, *moved, out=memory)
+            assert f"apart from running_{'mean' if moved[0] is inside else 'var'}" in str(caught.value)
+            with refused("out", ValueError, "overlapping memory"):
+                fastbn.functional.frozen(other, *moved, out=memory)
+            named = "running_mean" if moved[0] is inside else "running_var"
+            with refused(named, ValueError, "the same memory"):
+                fastbn.batch_norm_train(other, None, None, *moved, residual=memory)
+    assert np.array_equal(memory, before)
+
+
 def test_exact_aliases():
     x = array()
     with refused("out", ValueError, "the same memory"):

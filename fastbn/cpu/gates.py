@@ -54,6 +54,10 @@ def train(
         apart(m, C, v, C) and _in_nobodys_way(m, p, q, size, w, b, C) and _in_nobodys_way(v, p, q, size, w, b, C)
     ):
         return 0
+    if moved > 0 and residual is not None:
+        r = plain(residual, kind, dtype, size)
+        if not (apart(r, size, m, C) and apart(r, size, v, C)):
+            return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
     rs = float32s_of(residual, size)
@@ -78,6 +82,8 @@ def infer(
     if not (p == q or apart(p, size, q, size)) or not _fits(residual, x, q, kind, dtype, size):
         return 0
     if not (apart(q, size, w, C) and apart(q, size, b, C) and 0.0 <= eps < np.inf):
+        return 0
+    if not (apart(q, size, m, C) and apart(q, size, v, C)):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
