@@ -63,7 +63,7 @@ def _vector(name: str, value: Any) -> Array:
 
 
 def _on_host(value: Any) -> Any:
-    """Return what NumPy takes from wherever it lies: JAX's arrays are taken for a GPU's elsewhere, on the CPU too."""
+    """Return what NumPy takes from wherever it lies: JAX's arrays, on a GPU too."""
     if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
         return value
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numba
+import pytest
 
 import fastbn
 from fastbn import dispatch
@@ -29,3 +30,21 @@ def test_device_arrays_are_told_what_to_do():
         "x: expected a NumPy array, got a CUDA array"
     )
     assert "copy the array to the host" in str(error)
+
+
+def test_an_array_of_jax_is_a_gpus_only_there():
+    """Its type has CUDA's interface; the property raises on the CPU."""
+
+    class Jax:
+        on_gpu = False
+
+        @property
+        def __cuda_array_interface__(self):
+            if not self.on_gpu:
+                raise AttributeError
+            return {}
+
+    with pytest.raises(fastbn.ArgumentTypeError, match="x: expected a NumPy array, got Jax"):
+        fastbn.batch_norm_train(Jax())
+    Jax.on_gpu = True
+    assert dispatch.on_device(Jax())

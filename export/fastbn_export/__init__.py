@@ -2,7 +2,8 @@
 
 Requirement: ``import fastbn_export`` is instant and works without onnx; each public function loads what it needs on
 first use, and a missing extra says which install brings it. A public function and the module that defines it share a
-name; the names of this package are always the functions. The layers for `build` come from `layers`.
+name; the names of this package are always the functions. The layers for `build` come from `layers`, errors from where
+they are raised.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .build import build as build
+    from .files import ModelFileError as ModelFileError
     from .fold import fold as fold
     from .layers import AveragePool as AveragePool
     from .layers import Conv as Conv
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .layers import Softmax as Softmax
     from .recalibrate import recalibrate as recalibrate
     from .verify import verify as verify
+    from .worker import RunError as RunError
 
 __all__ = [
     "AveragePool",
@@ -34,7 +37,9 @@ __all__ = [
     "GlobalAveragePool",
     "Linear",
     "MaxPool",
+    "ModelFileError",
     "ReLU",
+    "RunError",
     "Sigmoid",
     "Softmax",
     "build",
@@ -45,14 +50,17 @@ __all__ = [
 
 _FUNCTIONS = {"build", "fold", "recalibrate", "verify"}
 
+_ERRORS = {"ModelFileError": "files", "RunError": "worker"}
+
 _EXTRA = {"onnx", "onnx_ir", "onnxruntime", "ml_dtypes", "rich"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = name if name in _FUNCTIONS else _ERRORS.get(name, "layers")
     try:
-        module = importlib.import_module(f"{__name__}.{name if name in _FUNCTIONS else 'layers'}")
+        module = importlib.import_module(f"{__name__}.{home}")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] in _EXTRA:
             raise ImportError(

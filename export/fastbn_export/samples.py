@@ -61,7 +61,7 @@ def guesses(model: onnx.ModelProto, samples: int, seed: int) -> Iterator[list[Fe
     for value in inputs:
         if value.type.WhichOneof("value") != "tensor_type":
             raise ArgumentTypeError(
-                value.name, "a tensor input (pass inputs= for others)", value.type.WhichOneof("value")
+                value.name, "a tensor input (others: inputs=, or --no-verify)", value.type.WhichOneof("value")
             )
     has_integers = any(_is_integer(value.type.tensor_type.elem_type) for value in inputs)
     dynamic = any(is_dynamic(dim) for value in inputs for dim in value.type.tensor_type.shape.dim)

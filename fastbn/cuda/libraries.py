@@ -287,7 +287,8 @@ def on_device(value: Any) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return bool(getattr(value, "is_cuda", False))
-    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__")
+    # Not a question for the class alone: those of JAX have the attribute on the CPU, too, where it raises.
+    return quick(type(value)) is not None or hasattr(value, "__cuda_array_interface__")
 
 
 def ready(name: str) -> None:

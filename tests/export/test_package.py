@@ -12,6 +12,13 @@ def test_the_package_exports_the_layers():
         assert getattr(fastbn_export, name) is getattr(layers, name)
 
 
+def test_the_errors_that_public_functions_raise_are_there(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    with pytest.raises(fastbn_export.ModelFileError):
+        fastbn_export.fold(tmp_path / "no.onnx")
+    assert issubclass(fastbn_export.RunError, RuntimeError)
+
+
 def test_everything_in_all_is_there_and_is_no_module():
     for name in fastbn_export.__all__:
         assert callable(getattr(fastbn_export, name)), name
