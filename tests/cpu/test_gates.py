@@ -137,7 +137,7 @@ def test_overlap(shift, rng):
 @pytest.mark.parametrize("moved", ["mean", "var"])
 @pytest.mark.parametrize("other", ["weight", "bias", "x", "y", "the other"])
 def test_statistics_that_move_lie_apart(moved, other, rng):
-    """Views of one memory are told, too; inference moves none, and reads them before it writes."""
+    """Views of one memory are told, too; inference moves none, they may not lie where it writes alone."""
     a = Arguments(rng)
     other = {"mean": "var", "var": "mean"}[moved] if other == "the other" else other
     memory = getattr(a, other).reshape(-1)
@@ -147,7 +147,7 @@ def test_statistics_that_move_lie_apart(moved, other, rng):
     assert a.enter("train") == 0
     assert all(same_bits(p, q) for p, q in zip(before, a.everything(), strict=True))
     a.bias = a.weight
-    assert a.enter("infer") == 1
+    assert a.enter("infer") == (other != "y")
 
 
 def test_parameters_in_the_output(rng):

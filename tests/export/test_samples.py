@@ -51,7 +51,7 @@ def test_absurd_sizes_are_refused():
 
 def test_a_sequence_must_be_given():
     x = helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, None)
-    with pytest.raises(TypeError, match="pass inputs="):
+    with pytest.raises(TypeError, match="others: inputs="):
         next(guesses(model(x), 1, 0))
     nodes = [helper.make_node("ConcatFromSequence", ["x"], ["y"], axis=0)]
     concat = graph(nodes, [x], [value("y", shape=None)])
