@@ -33,8 +33,7 @@ class _Ort:
         options.graph_optimization_level = (
             levels.ORT_DISABLE_ALL if request["level"] == "none" else levels.ORT_ENABLE_ALL
         )
-        source = _lifted(request).SerializeToString() if request["lifted"] else request["path"]
-        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(_source(request), options, providers=["CPUExecutionProvider"])
         session = self.session
         values = (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
         self.narrow = {value.name: value.type for value in values}
@@ -82,6 +81,20 @@ class _Reference:
     def run(self, feeds: dict[str, Any]) -> list[Any]:
         with np.errstate(all="ignore"):
             return list(self.evaluator.run(None, feeds))
+
+
+def _source(request: dict[str, Any]) -> str | bytes:
+    """Return the model as onnxruntime takes it: the path, or the bytes of one that was changed."""
+    if request["lifted"]:
+        return bytes(_lifted(request).SerializeToString())
+    if "moved" in request:
+        from fastbn_export.files import load_model
+        from fastbn_export.moved import move_factors
+
+        model = load_model(request["path"])
+        move_factors(model, np.random.default_rng(request["moved"]))
+        return bytes(model.SerializeToString())
+    return str(request["path"])
 
 
 def _lifted(request: dict[str, Any]) -> Any:

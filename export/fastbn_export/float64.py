@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fastbn_export.protos import graphs_of, nodes_of, tensors_of
 
-__all__ = ["changed", "fingerprints", "lift", "lift_array", "narrowest"]
+__all__ = ["changed", "fingerprints", "lift", "lift_array", "mixed_bits", "narrowest"]
 
 _SMALL_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 """The element types that are lifted."""
@@ -96,10 +96,15 @@ def _signs(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.
     Equal values are rounded the same way. Independent signs would let the errors of a constant weight average out,
     which the real ones do not.
     """
+    return np.where(mixed_bits(values, rng) >> np.uint64(63), 1.0, -1.0)
+
+
+def mixed_bits(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint64]:
+    """Return 64 bits for every value, the upper ones random: equal ones for equal values."""
     first, second = rng.integers(1, 2**63, size=2, dtype=np.uint64) | np.uint64(1)
     mixed = np.ascontiguousarray(values).view(np.uint64) * first
     mixed = (mixed ^ (mixed >> np.uint64(32))) * second
-    return np.where(mixed >> np.uint64(63), 1.0, -1.0).reshape(values.shape)
+    return np.asarray(mixed).reshape(values.shape)
 
 
 def _lift_type(kind: Any) -> None:

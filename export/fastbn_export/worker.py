@@ -90,6 +90,7 @@ class Worker:
         level: str = "none",
         lifted: bool = False,
         rounding: Rounding | None = None,
+        moved: int | None = None,
     ) -> None:
         """Load a model that was :meth:`put` there, in place of the one that had the key before.
 
@@ -107,6 +108,9 @@ class Worker:
             Lift the model to float64 first (`float64.lift`), in the child: the large copy is never written.
         rounding : Rounding, optional
             With ``lifted``: round its changed constants at random.
+        moved : int, optional
+            For onnxruntime, without ``lifted``: the seed by which its factors are moved by an ulp (`moved`), in the
+            child, too.
 
         Raises
         ------
@@ -123,6 +127,8 @@ class Worker:
         request["lifted"] = lifted
         if rounding is not None:
             request["rounding"] = [str(self.path(rounding.known)), rounding.seed, rounding.shake]
+        if moved is not None:
+            request["moved"] = moved
         self._loaded[key] = request
         self._alive.discard(key)
         self._ensure(key)
