@@ -2,8 +2,13 @@
 
 Two rules. *Algebra*: both models lifted to float64 may differ by no more than the rounding of the changed weights,
 measured by rounding them at random, or than the output's own type can show. *Run*: in its own dtype the candidate may
-be as far from the float64 truth as the original is (times four), or as its dtype allows; where there is no truth, as
-far from the original.
+be as far from the original as that dtype allows, or as far from the float64 truth as the original is (times four).
+
+The original's error is one draw of a random size, and where one direction dominates, as in a deep net that is badly
+conditioned, one draw is more than four times another in one of six cases. So where the Run rule fails and Algebra does
+not, the original is run up to six times more with its factors an ulp off (`moved`), and the largest of its errors
+counts. Only the original is moved, by what its own arithmetic does to it: a candidate that loses precision does not
+excuse itself. Without a float64 truth, and under a tolerance of the user's, there are no further draws.
 """
 
 from __future__ import annotations

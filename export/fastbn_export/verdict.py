@@ -24,6 +24,8 @@ class OutputReport:
         Largest difference of candidate and reference, each run in its own types.
     algebra : float or None
         Largest difference of the two models when both are evaluated in float64.
+    same_in_float64 : bool or None
+        Whether that difference is none but the rounding of changed weights; None where float64 was not possible.
     ok : bool
         Whether the output is the same.
     reason : str
@@ -39,6 +41,7 @@ class OutputReport:
     algebra: float | None
     ok: bool
     reason: str = ""
+    same_in_float64: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class VerifyReport:
     inputs: dict[str, str] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def only_rounding(self) -> bool:
+        """Whether what failed, failed in its own types alone, and is the same function in float64."""
+        wrong = [output for output in self.outputs if not output.ok]
+        return bool(wrong) and all(output.same_in_float64 for output in wrong)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and dicts, ready for JSON."""
