@@ -6,9 +6,9 @@ be as far from the original as that dtype allows, or as far from the float64 tru
 
 The original's error is one draw of a random size, and where one direction dominates, as in a deep net that is badly
 conditioned, one draw is more than four times another in one of six cases. So where the Run rule fails and Algebra does
-not, the original is run up to six times more with its factors an ulp off (`moved`), and the largest of its errors
-counts. Only the original is moved, by what its own arithmetic does to it: a candidate that loses precision does not
-excuse itself. Without a float64 truth, and under a tolerance of the user's, there are no further draws.
+not, the original is run up to eight times more with its factors an ulp off (`moved`), and 2.5 times the largest of
+its errors is allowed. Only the original is moved, by what its own arithmetic does to it: a candidate that loses
+precision does not excuse itself. Without a float64 truth, and under the user's own tolerance, there are no more draws.
 """
 
 from __future__ import annotations

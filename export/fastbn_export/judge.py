@@ -15,7 +15,10 @@ from fastbn_export.verdict import OutputReport
 __all__ = ["Judge"]
 
 _AS_GOOD = 4.0
-"""How much worse than the original's error, in the worst of its roundings, the candidate's may be."""
+"""How much worse than the original's own error the candidate's may be."""
+
+_AS_REDRAWN = 2.5
+"""The same of the largest error of the original in several roundings, which is no matter of luck."""
 
 _STEP_TOLERANCE = 5e-2
 """As `compare.RELATIVE`, for models that quantise or compare by themselves: a few steps of 8 bits."""
@@ -99,7 +102,7 @@ class Judge:
             return reason or ""
         base = [*truth, *own[len(truth) :]]  # float64 may have been too slow for all samples
         noise: list[Any] = []
-        for draw in chain([own], redraws):
+        for factor, draw in chain([(_AS_GOOD, own)], ((_AS_REDRAWN, draw) for draw in redraws)):
             if draw is None or not _fits(draw, base):
                 continue
             noise += [error(a, b) for a, b in zip(draw, base, strict=True)]
@@ -108,7 +111,7 @@ class Judge:
                 base,
                 relative=self.relative,
                 noise=noise,
-                factor=_AS_GOOD,
+                factor=factor,
                 per_channel=self.per_channel,
                 user=self.user,
             )

@@ -10,9 +10,9 @@ from fastbn_export.worker import RunError, Worker
 
 __all__ = ["REDRAWS", "Redraws"]
 
-REDRAWS = 6
+REDRAWS = 8
 """Where one direction dominates, the errors of two right models are two normal draws, and the one is more than 4 times
-the other in 16 of 100 cases; more than 4 times the largest of 1 + 6 in 5 of 10,000."""
+the other in 16 of 100 cases; more than 2.5 times the largest of 1 + 8 in 17 of 10,000."""
 
 
 class Redraws:
