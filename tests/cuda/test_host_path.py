@@ -46,7 +46,8 @@ step("infer", lambda: fastbn.batch_norm_infer(planes, w, w, w, w))
 STREAM = 0x7F0000001000
 step("stream", lambda: fastbn.batch_norm_infer(planes, w, w, w, w))
 STREAM = 0
-step("layer", lambda: fastbn.layer_norm(array(300, 768), array(768), array(768)))
+_, saved = step("layer", lambda: fastbn.layer_norm(array(300, 768), array(768), array(768)))
+step("layer_gradient", lambda: fastbn.backward(array(300, 768), saved))
 other = array(2, 64, 28, 28)
 call = lambda: fastbn.batch_norm_infer(planes, w, w, w, w, out=other)  # allocates nothing, so that no context is made
 thread = threading.Thread(target=lambda: step("thread", call))
@@ -62,8 +63,8 @@ for turn in ("first", "second"):
         _, saved = step("rows:" + turn, lambda: fastbn.batch_norm_train(x, w, w, array(64), array(64), out=y))
         step("gradient:" + turn, lambda: fastbn.backward(y, saved))
         step("slab:" + turn, lambda: fastbn.batch_norm_train(array(64, 96, 28, 28)))
-        _, saved = step("layer:" + turn, lambda: fastbn.layer_norm(array(50, 12500), array(12500), array(12500)))
-        step("layer_gradient:" + turn, lambda: fastbn.backward(array(50, 12500), saved))
+        _, saved = step("layer:" + turn, lambda: fastbn.layer_norm(array(50, 20000), array(20000), array(20000)))
+        step("layer_gradient:" + turn, lambda: fastbn.backward(array(50, 20000), saved))
     assert len(caught) == (EXPECTED if turn == "first" else 0), [str(w.message) for w in caught]
     assert all("several launches instead" in str(w.message) for w in caught), [str(w.message) for w in caught]
 print("end")
@@ -113,12 +114,13 @@ def test_calls_reach_the_driver_as_they_should(tmp_path):
     check(steps)
     compiled, kept = time.perf_counter() - begun, sorted((tmp_path / "kept").rglob("*.sm_90"))
     assert [path.name.split("-")[0] for path in kept] == [
-        "planes_normalise", "rows_train", "rows_train", "sets_train", "slab_train", "slab_train",
+        "held_backward", "held_train", "planes_normalise", "rows_train", "rows_train", "sets_settle", "slab_train",
+        "slab_train",
     ]  # fmt: skip
     changed = [path.stat().st_mtime_ns for path in kept]
     kept[0].write_bytes(b"cut off")
     check(run(tmp_path))  # the others come from the disk, and what is no kernel is compiled again
-    assert [path.stat().st_mtime_ns == then for path, then in zip(kept, changed, strict=True)] == [False] + [True] * 5
+    assert [path.stat().st_mtime_ns == then for path, then in zip(kept, changed, strict=True)] == [False] + [True] * 7
     assert time.perf_counter() - begun < 2 * compiled
 
 
@@ -187,6 +189,7 @@ def check(steps):
     assert [(s[0], s[5]) for s in steps["stream"]] == [("launch", "0x7f0000001000")]
     assert [s[:3] for s in steps["slab"] if s[0] == "launch"] == [("launch", 64, 1)]
     assert len(steps["infer"]) == 1 and [s[0] for s in steps["layer"]] == ["launch"]
-    assert steps["layer"][0][1:5] == (38, 1, 256, 8 * 768 * 4)
+    assert steps["layer"][0][1:5] == (300, 1, 96, 0)  # a set in the registers of three warps
+    assert [s[1:4] for s in steps["layer_gradient"]] == [(132, 1, 96), (192, 1, 256)]  # and their sums
     assert [s[0] for s in steps["thread"]] == ["launch"] * 2  # once more after the thread got a context
     assert "end" in steps
