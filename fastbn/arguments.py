@@ -140,6 +140,13 @@ def epsilon(value: Any, positive: bool) -> float:
     return eps
 
 
+def flag(name: str, value: Any) -> bool:
+    """Check a switch."""
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentTypeError(name, "True or False", value)
+    return bool(value)
+
+
 def activation(value: Any) -> bool | None:
     """Return True for "relu", None for None."""
     if value is None:

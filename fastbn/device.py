@@ -251,9 +251,9 @@ def train(
     N, C, S = f.layout.dims
     eps, momentum = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
     moved: tuple[Flat | None, Flat | None] = pair(running_mean, running_var, f.x, C, f) or (None, None)
-    if not checks.flag("update_stats", update_stats):
+    if not arguments.flag("update_stats", update_stats):
         moved = (None, None)
-    unbiased, found = checks.flag("unbiased", unbiased), f.mask(mask, lengths, train=True)
+    unbiased, found = arguments.flag("unbiased", unbiased), f.mask(mask, lengths, train=True)
     if f.x.size == 0:
         return f.result, f.saved(f.x.zeros(4 * C), frozen=False)
     if N * S == 1 and found is None:

@@ -72,13 +72,6 @@ def output(out: Any, x: DeviceArray, axis: int) -> tuple[DeviceArray, layout.Lay
     return array, found
 
 
-def flag(name: str, value: Any) -> bool:
-    """Check a switch."""
-    if not isinstance(value, bool | np.bool_):
-        raise ArgumentTypeError(name, "True or False", value)
-    return bool(value)
-
-
 def apart(name: str, out: DeviceArray, other: DeviceArray, exact_allowed: bool) -> None:
     """Raise if out overlaps another array, unless it is the very same memory and that is allowed."""
     (low, high), (start, end) = out.bounds(), other.bounds()

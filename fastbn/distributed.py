@@ -191,8 +191,7 @@ def batch_norm_train(
 
     def mine() -> tuple[tuple[Forward, Array, Array, float, float], Moments]:
         e, m = arguments.epsilon(eps, positive=True), arguments.number("momentum", momentum)
-        if not isinstance(unbiased, bool | np.bool_):
-            raise ArgumentTypeError("unbiased", "True or False", unbiased)
+        arguments.flag("unbiased", unbiased)
         f = masked.forward(x, weight, bias, axis, activation, residual, out, mask, lengths)
         return (f, *f.running(running_mean, running_var), e, m), _moments(f, e)
 

@@ -288,8 +288,7 @@ def update_running(
     TypeError
         Other types and dtypes.
     """
-    if not isinstance(unbiased, bool | np.bool_):
-        raise ArgumentTypeError("unbiased", "True or False", unbiased)
+    arguments.flag("unbiased", unbiased)
     if not dispatch.on_device(running_mean):
         running.update(running_mean, running_var, moments, momentum, unbiased)
         return

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastbn import arguments, core, ghosts, layout, masked, renorm, running
 from fastbn.blocks import BlockForward
-from fastbn.errors import ArgumentTypeError, ArgumentValueError
+from fastbn.errors import ArgumentValueError
 from fastbn.moments import Moments
 from fastbn.saved import BatchSaved, Saved, no_statistics
 
@@ -43,8 +43,7 @@ def check(o: Options) -> Options:
         if not isinstance(value, str) or value not in allowed:
             raise ArgumentValueError(name, " or ".join(f'"{a}"' for a in allowed), repr(value))
     for name, flag in (("update_stats", o.update_stats), ("unbiased", o.unbiased)):
-        if not isinstance(flag, bool | np.bool_):
-            raise ArgumentTypeError(name, "True or False", flag)
+        arguments.flag(name, flag)
     return o._replace(
         ghost=None if o.ghost is None else ghosts.check(o.ghost),
         eps=arguments.epsilon(o.eps, positive=True),

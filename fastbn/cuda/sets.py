@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from fastbn.cuda.channel import make_block_sum, make_slopes
+from fastbn.cuda.channel import make_block_sum, make_keep, make_slopes, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.simd import access, add, fma, join, mul, sub, total
 
 int32, int64 = types.int32, types.int64
@@ -89,6 +90,25 @@ def make_channel(what: SetVariant):
             return int32(first + (v * W) // S)
 
     return channel
+
+
+def make_statistics(what: SetVariant):
+    """(mean, its remainder, invstd) of a team's set from its threads' sums about m; the first thread writes them."""
+    kind, threads, team, A = what.kind, what.threads, what.team, ARITHMETIC[what.kind]
+    team_sum, resolve = make_team_sum(kind, threads, team), make_resolve(kind)
+    again, keep_statistics = make_again(kind, threads, team), make_keep(kind)
+
+    @device
+    def statistics(x, stats, m, s, q, i, sets, n, eps, lane, scratch):
+        sum_d, sum_d2 = team_sum(total(s), total(q), scratch)
+        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(n), eps)
+        if not good:
+            mean, rest, var, invstd = again(x, x, A(n), i, 1, sets, n, eps, scratch)
+        if lane == 0:
+            keep_statistics(stats, stats, stats, i, sets, (mean, rest, var, invstd), A(0), A(0), A(0), False)
+        return mean, rest, invstd
+
+    return statistics
 
 
 def make_pair(what: SetVariant):

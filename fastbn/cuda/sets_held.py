@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import WARP, make_keep, make_slopes, make_team_sum
+from fastbn.cuda.channel import WARP, make_slopes, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.plan_sets import together, words
-from fastbn.cuda.sets import SetVariant, make_affine, make_channel, make_parameter
+from fastbn.cuda.sets import SetVariant, make_affine, make_channel, make_pair, make_parameter, make_statistics
 from fastbn.cuda.simd import access, add, anew, fma, mul, sub, total
 
 int32, int64 = types.int32, types.int64
@@ -90,8 +89,7 @@ def train(what: SetVariant):
     kind, W, threads, team = what.kind, what.W, what.threads, what.team
     A, io, teams, sizes = ARITHMETIC[kind], access(kind, W), threads // team, 2 * (threads // 32)
     take, decode, store, splat = make_take(what, io.load), io.decode, io.store, io.splat
-    pivot, team_sum = make_team_pivot(kind, threads, team), make_team_sum(kind, threads, team)
-    resolve, again, keep_statistics = make_resolve(kind), make_again(kind, threads, team), make_keep(kind)
+    pivot, statistics = make_team_pivot(kind, threads, team), make_statistics(what)
     affine, channel = make_affine(what), make_channel(what)
 
     @kernel("TTAAAiiiiai", kind, threads, together(threads, what.held, W, False))
@@ -113,12 +111,7 @@ def train(what: SetVariant):
                 d = sub(decode(raw), m)
                 s, q = add(s, d), fma(d, d, q)
             v = int32(v + team)
-        sum_d, sum_d2 = team_sum(total(s), total(q), scratch)
-        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(n), eps)
-        if not good:
-            mean, rest, var, invstd = again(x, x, A(n), i, 1, sets, n, eps, scratch)
-        if lane == 0:
-            keep_statistics(stats, stats, stats, i, sets, (mean, rest, var, invstd), A(0), A(0), A(0), False)
+        mean, rest, invstd = statistics(x, stats, m, s, q, i, sets, n, eps, lane, scratch)
         v = lane
         for raw in held:
             if v < vectors:
@@ -188,7 +181,7 @@ def make_gradient(what: SetVariant):
     """Input gradient of a sample in hand; returns nothing."""
     kind, W, threads, team = what.kind, what.W, what.threads, what.team
     A, io, team_sum, slopes = ARITHMETIC[kind], access(kind, W), make_team_sum(kind, threads, team), make_slopes(kind)
-    decode, store, splat = io.decode, io.store, io.splat
+    store, splat, pair = io.store, io.splat, make_pair(what)
 
     @device
     def gradient(dx, first, xs, gs, ws, by, scratch, D, lane, vectors):
@@ -197,16 +190,16 @@ def make_gradient(what: SetVariant):
         v = lane
         for x, g, w in zip(xs, gs, ws):  # noqa: B905  (Numba's has no strict)
             if v < vectors:
-                u = mul(decode(g), w)
-                s, q = add(s, u), fma(u, mul(sub(decode(x), m), invstd), q)
+                u, t = pair(x, g, w, m, invstd)
+                s, q = add(s, u), fma(u, t, q)
             v = int32(v + team)
         sum_v, sum_vt = team_sum(total(s), total(q), scratch)
         c1, c0 = slopes(sum_vt - rest * invstd * sum_v, sum_v, invstd, invstd, rest, int64(D))
         v = lane
         for x, g, w in zip(xs, gs, ws):  # noqa: B905  (Numba's has no strict)
             if v < vectors:
-                t = mul(sub(decode(anew(x)), m), invstd)
-                store(dx, first + int64(v) * W, fma(invstd, mul(decode(anew(g)), w), fma(c1, t, c0)))
+                u, t = pair(anew(x), anew(g), w, m, invstd)
+                store(dx, first + int64(v) * W, fma(invstd, u, fma(c1, t, c0)))
             v = int32(v + team)
 
     return gradient

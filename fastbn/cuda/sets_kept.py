@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_keep, make_pivot, make_slopes, make_team_sum
+from fastbn.cuda.channel import make_pivot, make_slopes, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.finalize import make_again, make_resolve
-from fastbn.cuda.sets import SetVariant, make_affine, make_channel, make_pair
+from fastbn.cuda.sets import SetVariant, make_affine, make_channel, make_pair, make_statistics
 from fastbn.cuda.simd import access, add, fma, mul, sub, total
 
 int32, int64 = types.int32, types.int64
@@ -58,8 +57,7 @@ def train(what: SetVariant):
     kind, W, threads, team, kept = what.kind, what.W, what.threads, what.team, what.kept
     A, io, teams, sizes = ARITHMETIC[kind], access(kind, W), threads // team, 2 * (threads // 32)
     load_last, decode, store, recall = io.load_last, io.decode, io.store, io.recall
-    pivot, team_sum, resolve = make_pivot(kind), make_team_sum(kind, threads, team), make_resolve(kind)
-    again, keep_statistics, absorb = make_again(kind, threads, team), make_keep(kind), make_absorb(what)
+    pivot, absorb, statistics = make_pivot(kind), make_absorb(what), make_statistics(what)
     affine, channel = make_affine(what), make_channel(what)
 
     @kernel("TTAAAiiiiai", kind, threads, 1)
@@ -76,12 +74,7 @@ def train(what: SetVariant):
         own = int32(4 * which * vectors)
         m = pivot(x, i, 1, sets, n)
         s, q = absorb(x, slab, first, own, m, lane, vectors)
-        sum_d, sum_d2 = team_sum(total(s), total(q), scratch)
-        good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), A(n), eps)
-        if not good:
-            mean, rest, var, invstd = again(x, x, A(n), i, 1, sets, n, eps, scratch)
-        if lane == 0:
-            keep_statistics(stats, stats, stats, i, sets, (mean, rest, var, invstd), A(0), A(0), A(0), False)
+        mean, rest, invstd = statistics(x, stats, m, s, q, i, sets, n, eps, lane, scratch)
         v = lane
         while v < vectors:
             at = first + int64(v) * W
