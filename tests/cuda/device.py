@@ -160,11 +160,12 @@ layer_norm, group_norm, instance_norm = _sets(fastbn.layer_norm), _sets(fastbn.g
 
 
 def through_gpu(monkeypatch):
-    """Make tests.oracle check the GPU kernels instead of the CPU's."""
+    """Make tests.oracle and tests.test_family check the GPU kernels instead of the CPU's."""
     import sys
 
-    from tests import oracle
+    from tests import oracle, test_family
 
     monkeypatch.setattr(libraries, "NUMBA", Pretended())
-    monkeypatch.setattr(oracle, "fastbn", sys.modules[__name__])
+    for checks in (oracle, test_family):
+        monkeypatch.setattr(checks, "fastbn", sys.modules[__name__])
     monkeypatch.setattr(oracle, "frozen", frozen)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -18,7 +16,6 @@ from tests.tolerances import BF16, DTYPES
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     through_gpu(monkeypatch)
-    monkeypatch.setattr(family, "fastbn", sys.modules["tests.cuda.device"])
     monkeypatch.setattr(tuning, "WARP_VECTORS", 40)
     monkeypatch.setattr(tuning, "READ_AGAIN", 160)
     choice.forget()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -19,7 +17,6 @@ from tests.tolerances import BF16
 def launched(monkeypatch):
     """Small teams; what is launched: (forward or backward, W, threads, team, vectors a thread)."""
     through_gpu(monkeypatch)
-    monkeypatch.setattr(family, "fastbn", sys.modules["tests.cuda.device"])
     monkeypatch.setattr(tuning, "HELD_WARP", 4)
     monkeypatch.setattr(tuning, "SLAB_CHANNELS", 0)
     choice.forget()
