@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import arguments, dispatch, layout, quick, recycled, running, views
+from fastbn import arguments, dispatch, layout, quick, recycled, running, signs, views
+from fastbn.cpu import tuning
 from fastbn.errors import ArgumentValueError
 from fastbn.saved import BatchSaved, OverwrittenSaved, delivered, kept, no_statistics, output
+from fastbn.threads import get_num_threads
 
 Array = npt.NDArray[Any]
 
@@ -20,11 +22,25 @@ Array = npt.NDArray[Any]
 class Forward:
     """The checked arguments that training and inference share, in the form the kernels take."""
 
-    __slots__ = ("affine", "axis", "bias", "dtype", "in_place", "layout", "out", "relu", "residual", "weight", "x")
+    __slots__ = (
+        "affine",
+        "axis",
+        "bias",
+        "dtype",
+        "in_place",
+        "layout",
+        "out",
+        "relu",
+        "residual",
+        "signs",
+        "weight",
+        "x",
+    )
 
     x: Array
     out: Array
     residual: Array | None
+    signs: npt.NDArray[np.uint8] | None
 
     def __init__(
         self, x: Any, weight: Any, bias: Any, axis: Any, activation: Any, residual: Any, out: Any, in_place: bool
@@ -58,6 +74,7 @@ class Forward:
             self.x = x if x.strides == out.strides and x.flags.aligned else layout.like(x, self.layout)
         self.in_place = in_place and out is not None and np.may_share_memory(self.out, self.x)
         self.residual = None if residual is None else layout.like(residual, self.layout)
+        self.signs = None
 
     @property
     def count(self) -> int:
@@ -76,11 +93,19 @@ class Forward:
 
     def train(self, running_mean: Array, running_var: Array, momentum: float, eps: float) -> Array:
         """Normalise by the batch; returns its statistics. Running ones are moved if they have elements."""
+        x, residual, out = map(self.flat, (self.x, self.residual, self.out))
+        self.signs = self._room_for_signs(x, residual, out, once=False)
         stats: Array = dispatch.kernels().train(
-            *map(self.flat, (self.x, self.residual, self.out)),
-            self.weight, self.bias, running_mean, running_var, self.layout.dims, eps, momentum, self.relu,
+            x, residual, out, self.weight, self.bias, running_mean, running_var, self.layout.dims, eps, momentum,
+            self.relu, self.signs,
         )  # fmt: skip
         return stats
+
+    def _room_for_signs(self, x: Any, residual: Any, out: Any, once: bool) -> npt.NDArray[np.uint8] | None:
+        if self.in_place or not dispatch.kernels().keeps_signs(x, residual, out, self.layout.dims, self.relu, once):
+            return None
+        shared = out.size >= tuning.PARALLEL and get_num_threads() > 1
+        return signs.room(out.ctypes.data, out.size, out.itemsize, shared)
 
     def statistics(self, eps: float) -> Array:
         """Return the statistics of the batch."""
@@ -89,10 +114,11 @@ class Forward:
 
     def normalise(self, stats: Array) -> None:
         """Normalise by given statistics."""
+        x, residual, out = map(self.flat, (self.x, self.residual, self.out))
+        self.signs = self._room_for_signs(x, residual, out, once=True)
         dispatch.kernels().infer(
-            *map(self.flat, (self.x, self.residual, self.out)),
-            self.weight, self.bias, stats, self.layout.dims, self.relu,
-        )  # fmt: skip
+            x, residual, out, self.weight, self.bias, stats, self.layout.dims, self.relu, self.signs
+        )
 
     def by(self, mean: Any, var: Any, eps: Any) -> tuple[Array, Array, float]:
         """Check the statistics to normalise by."""
@@ -120,7 +146,9 @@ class Forward:
         saved.count, saved.updated = self.layout.dims[0] * self.layout.dims[2], updated
         saved.weight, saved.bias, saved.affine = self.weight, self.bias, self.affine
         saved.relu, saved.residual, saved.frozen = self.relu, self.residual is not None, frozen
-        saved.y = self.out if self.relu and saved.residual else None  # else the sign is found again from x
+        saved.signs = self.signs
+        behind = self.relu and saved.residual  # else the sign is found again from x
+        saved.y = self.out if behind and self.signs is None else None
         saved.places = None
         return saved
 
@@ -178,7 +206,9 @@ def frozen(
     eps: Any, axis: Any, activation: Any, residual: Any, out: Any,
 ) -> tuple[Array, BatchSaved]:  # fmt: skip
     """Normalise as ``batch_norm_infer`` and keep what ``backward`` needs: the statistics are constants there."""
-    done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
+    done = None
+    if residual is None or activation is None or getattr(x, "nbytes", 0) < tuning.STREAM // 3:  # else signs are kept
+        done = quick.infer(x, running_mean, running_var, weight, bias, eps, axis, activation, residual, out)
     if done is not None:
         return done[0], kept(done, x, True, 0)
     f = Forward(x, weight, bias, axis, activation, residual, out, in_place=True)

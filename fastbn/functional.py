@@ -93,7 +93,7 @@ def batch_norm_train(
     y : numpy.ndarray
         Shape, dtype and memory order of x.
     saved : Saved
-        For ``backward``. Keeps references to x (and to y with both residual and activation).
+        For ``backward``. Keeps references to x (with both residual and activation to y, or of a large one its signs).
 
     Raises
     ------

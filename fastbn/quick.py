@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn import layout, recycled, views
+from fastbn import layout, recycled, signs, views
 from fastbn.arguments import F32
 from fastbn.cpu.tuning import PARALLEL
 from fastbn.threads import get_num_threads
@@ -39,11 +39,13 @@ class Call(NamedTuple):
     axis: int
     values: int  # a channel
     fused: bool  # with a residual
+    signs: bool  # which training writes, or gradients read
 
 
-# The result, how it was found, its statistics, weight and bias as kernels take them, and which of the two were given.
-Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool]]
-_Key = tuple[tuple[int, ...], int, Any, bool]
+# The result, how it was found, its statistics, weight and bias as kernels take them, which of the two were given, and
+# the result's signs if they are kept.
+Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool], Array | None]
+_Key = tuple[tuple[int, ...], int, Any, bool, bool]
 _Known = dict[_Key, Call]
 _train: _Known = {}
 _infer: _Known = {}
@@ -51,11 +53,13 @@ _backward: _Known = {}
 _others: dict[tuple[str, _Key], Call | None] = {}  # large ones, and None for what goes the long way for good
 
 
-def _find(op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: bool) -> Call | None:
+def _find(
+    op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: bool, signs: bool = False
+) -> Call | None:
     """Return the call that is known, or gets to be known now that its kernel is compiled."""
     if type(axis) is not int or (activation is not None and type(activation) is not str) or x.dtype is not F32:
         return None  # True is 1 to a dictionary
-    key = x.shape, axis, activation, fused
+    key = x.shape, axis, activation, fused, signs
     call = known.get(key)
     return _find_other(op, known, x, key) if call is None else call
 
@@ -82,7 +86,7 @@ def _find_other(op: str, known: _Known, x: Array, key: _Key) -> Call | None:
 
 
 def _learn(
-    op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool
+    op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool, signs: bool
 ) -> Call | Literal[False] | None:  # fmt: skip
     """Find a call; None if there is none, False if its kernel is not compiled yet."""
     if len(shape) < 2 or 0 in shape or not -len(shape) <= axis < len(shape) or activation not in (None, "relu"):
@@ -94,8 +98,9 @@ def _learn(
     if (N * S == 1 and op == "train") or not entries.gated(op, where.dims, fused):
         return None
     relu = True if activation == "relu" else None
-    found = entries.find(op, where.dims, relu, fused)
-    return False if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused)
+    signs = signs or (op == "train" and entries.writes_signs(where.dims, relu, fused))
+    found = entries.find(op, where.dims, relu, fused, signs)
+    return False if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused, signs)
 
 
 def train(
@@ -107,7 +112,7 @@ def train(
         return None
     if (call := _find("train", _train, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _, signed = call
     affine = (weight is not None, bias is not None)
     weight = weight if affine[0] else views.constant(1.0, channels, F32)
     bias = bias if affine[1] else views.constant(0.0, channels, F32)
@@ -116,12 +121,16 @@ def train(
         running_mean = running_var = views.constant(0.0, 0, F32)
         moved = 0
     y = recycled.empty(x.shape, F32) if out is None else out
-    stats = _empty(3 * channels)
+    stats, bits = _empty(3 * channels), None
+    if signed:
+        if type(y) is not _array:
+            return None
+        bits = signs.room(y.ctypes.data, x.size, 4, shared=False)
     if enter(
-        x, residual, y, weight, bias, running_mean, running_var, stats, _array, F32, *numbers,
+        x, residual, y, weight, bias, running_mean, running_var, stats, bits, _array, F32, *numbers,
         moved, eps, momentum, relu,
     ):  # fmt: skip
-        return y, call, stats, weight, bias, affine
+        return y, call, stats, weight, bias, affine, bits
     return None
 
 
@@ -134,32 +143,33 @@ def infer(
         return None
     if (call := _find("infer", _infer, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _, _ = call
     affine = (weight is not None, bias is not None)
     weight = weight if affine[0] else views.constant(1.0, channels, F32)
     bias = bias if affine[1] else views.constant(0.0, channels, F32)
     y = recycled.empty(x.shape, F32) if out is None else out
     stats = _empty(3 * channels)
     if enter(x, residual, y, running_mean, running_var, weight, bias, stats, _array, F32, *numbers, eps, relu):
-        return y, call, stats, weight, bias, affine
+        return y, call, stats, weight, bias, affine, None
     return None
 
 
 def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Array | None] | None:
     """Gradients of input, weight, bias and, behind a ReLU, residual for a ``saved.BatchSaved``."""
-    y, fused = saved.y, saved.residual
-    if saved.places is not None or fused is not (y is not None):  # a residual without a ReLU: grad is its gradient
+    y, bits, fused = saved.y, saved.signs, saved.residual
+    # a residual without a ReLU: grad is its gradient
+    if saved.places is not None or fused is not (y is not None or bits is not None):
         return None
     x = saved.x
-    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, fused)
+    call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, fused, bits is not None)
     if call is None or call.where.dims != saved.layout.dims:
         return None
-    enter, numbers, relu, channels, _, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _, _ = call
     dx = recycled.empty(x.shape, F32) if out is None else out
     dr = recycled.empty(x.shape, F32) if fused else None
     dweight, dbias = _empty(channels, F32), _empty(channels, F32)
     if enter(
-        x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, _array, F32, *numbers,
+        x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, bits, _array, F32, *numbers,
         saved.frozen, relu,
     ):  # fmt: skip
         return dx, dweight, dbias, dr

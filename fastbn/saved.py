@@ -32,7 +32,8 @@ class Gradients(NamedTuple):
 class Saved:
     """What a forward pass leaves for ``backward``: x and its statistics.
 
-    References, not copies: x, weight, bias, a mask, and y with both residual and activation must not change in between.
+    References, not copies: x, weight, bias, a mask, and y with both residual and activation (unless it is large: then
+    its signs are kept) must not change in between.
 
     Attributes
     ----------
@@ -99,15 +100,18 @@ def no_statistics(channels: int, eps: float) -> Array:
 
 
 class BatchSaved(Saved):
-    """What batch norm saves; ``frozen`` statistics are constants, ``y`` tells the sign where x cannot.
+    """What batch norm saves; ``frozen`` statistics are constants, ``y`` or ``signs`` tell the sign where x cannot.
 
     ``places`` (``fastbn.places``) are the valid ones under a mask.
     """
 
-    __slots__ = ("affine", "axis", "bias", "frozen", "layout", "places", "relu", "residual", "weight", "x", "y")
+    __slots__ = (
+        "affine", "axis", "bias", "frozen", "layout", "places", "relu", "residual", "signs", "weight", "x", "y",
+    )  # fmt: skip
 
     x: Array
     y: Array | None
+    signs: npt.NDArray[np.uint8] | None
     axis: int
     layout: layout.Layout
     places: Any
@@ -132,13 +136,17 @@ class BatchSaved(Saved):
         mean, _, var = stats.reshape(3, -1)
         return Moments._of_variance(self.count, mean, var)
 
-    def restored(self, x: Any, y: Any) -> BatchSaved:
+    def release(self) -> None:  # noqa: D102
+        super().release()
+        del self.signs
+
+    def restored(self, x: Any, y: Any = None, signs: Any = None) -> BatchSaved:
         """Return what this was before ``release``: a copy, with x and y in the memory order they had."""
         s = BatchSaved()
         s.axis, s.layout, s.stats, s.count, s.updated = self.axis, self.layout, self.stats, self.count, self.updated
         s.weight, s.bias, s.affine, s.relu = self.weight, self.bias, self.affine, self.relu
         s.residual, s.frozen, s.places = self.residual, self.frozen, self.places
-        s.x, s.y = x, y
+        s.x, s.y, s.signs = x, y, signs
         return s
 
     def gradients(self, grad_output: Any, out: Any) -> Gradients:
@@ -160,10 +168,13 @@ class BatchSaved(Saved):
             arguments.apart("the output that the forward pass saved", out, self.y, exact_allowed=False)
         gated = layout.empty_like(x, where) if self.residual and self.relu else None
         if x.size:
-            tensors = [None if a is None else views.flat(a, where) for a in (x, grad, self.y, dx, gated)]
-            dweight, dbias = dispatch.kernels().backward(
-                *tensors, self.weight, self.bias, self.stats, where.dims, self.frozen, self.relu
+            values, g, y, to, to_residual = (
+                None if a is None else views.flat(a, where) for a in (x, grad, self.y, dx, gated)
             )
+            dweight, dbias = dispatch.kernels().backward(
+                values, g, y if self.signs is None else self.signs, to, to_residual, self.weight, self.bias, self.stats,
+                where.dims, self.frozen, self.relu,
+            )  # fmt: skip
         else:
             dweight, dbias = np.zeros_like(self.weight), np.zeros_like(self.bias)
         dx = delivered(dx, out)
@@ -213,10 +224,10 @@ class OverwrittenSaved(Overwritten, BatchSaved):
 def kept(done: quick.Done, x: Array, frozen: bool, updated: int) -> BatchSaved:
     """Return what backward needs after a quick call."""
     saved = OverwrittenSaved() if done[0] is x else BatchSaved()
-    _, call, saved.stats, saved.weight, saved.bias, saved.affine = done
+    _, call, saved.stats, saved.weight, saved.bias, saved.affine, saved.signs = done
     saved.x, saved.axis, saved.layout, saved.count, saved.relu = x, call.axis, call.where, call.values, call.relu
     saved.residual, saved.frozen, saved.updated, saved.places = call.fused, frozen, updated, None
-    saved.y = done[0] if call.fused and call.relu else None
+    saved.y = done[0] if call.fused and call.relu and saved.signs is None else None
     return saved
 
 

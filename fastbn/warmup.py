@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 import fastbn
-from fastbn import arguments
+from fastbn import arguments, functional
+from fastbn.cpu import tuning
 
-# One shape for each kernel: channels-first, one cached block of rows, rows swept in bands.
-SHAPES = {"planes": (2, 4, 512), "rows": (64, 100), "rows swept": (4096, 80)}
+# One shape for each kernel, and the axis to repeat it along until results stream: channels-first, one cached block of
+# rows, rows swept in bands.
+SHAPES = {"planes": ((2, 4, 512), 2), "rows": ((64, 100), 1), "rows swept": ((4096, 80), 0)}
 
 
 def _dtypes() -> list[np.dtype[Any]]:
@@ -29,8 +31,8 @@ def _dtypes() -> list[np.dtype[Any]]:
 def tasks() -> list[tuple[str, Callable[[], None]]]:
     """Return what there is to compile, as (label, call) pairs in the order to run them."""
     return [
-        (f"{kind} {dtype.name}", functools.partial(_run, shape, dtype))
-        for dtype, (kind, shape) in itertools.product(_dtypes(), SHAPES.items())
+        (f"{kind} {dtype.name}", functools.partial(_run, shape, axis, dtype))
+        for dtype, (kind, (shape, axis)) in itertools.product(_dtypes(), SHAPES.items())
     ]
 
 
@@ -39,7 +41,7 @@ def _variants(x: npt.NDArray[Any]) -> Iterator[dict[str, Any]]:
         yield {"activation": activation, "residual": residual}
 
 
-def _run(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _run(shape: tuple[int, ...], axis: int, dtype: np.dtype[Any]) -> None:
     x: npt.NDArray[Any] = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     parameters = arguments.arithmetic(dtype)
     mean, var = np.zeros(shape[1], parameters), np.ones(shape[1], parameters)
@@ -50,3 +52,20 @@ def _run(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         fastbn.backward(x, saved)
     for mask in (np.arange(x[:, 0].size) % 2 > 0, np.arange(x[:, 0].size) > 0):  # values and runs are packed
         fastbn.batch_norm_train(x, mask=mask.reshape(x[:, 0].shape))
+    large = np.repeat(x, 1 + tuning.READ_ONCE_RUNS // (2 * x.nbytes), axis)
+    for some in (x, large):
+        _run_fused(some)
+        _run_fused(np.ascontiguousarray(some[..., 1:]))
+
+
+def _run_fused(x: npt.NDArray[Any]) -> None:
+    """Run what depends on whether results stream and whether runs or rows are whole lines.
+
+    Where gradients read signs instead of the output, and where they write the residual's gradient.
+    """
+    parameters = arguments.arithmetic(x.dtype)
+    given = np.zeros(x.shape[1], parameters), np.ones(x.shape[1], parameters)
+    fused: dict[str, Any] = {"activation": "relu", "residual": x}
+    _, saved = fastbn.batch_norm_train(x, None, None, *given, **fused)
+    fastbn.backward(x, saved)
+    functional.frozen(x, *given, **fused)

@@ -125,8 +125,11 @@ def test_with_a_residual(shape, axis, activation, rng, long_way, monkeypatch):
     long_way.clear()
     short = results(c, activation, residual)
     # Without a ReLU grad is the residual's gradient; one that is streamed must begin where dx does.
+    signs = activation is not None and 3 * residual.nbytes >= tuning.STREAM
     some_way = activation is None or (shape == LARGE_RUNS and 5 * residual.nbytes >= tuning.STREAM)
-    assert set(long_way) == ({1} if some_way else set())
+    assert set(long_way) == ({1} if some_way else set()) | (
+        {0} if signs else set()
+    )  # frozen they are kept the long way
     over = residual.copy()
     assert same_bits(c.train(activation=activation, residual=over, out=over)[0], short[0])
     for name in ("train", "infer", "backward"):
@@ -137,10 +140,35 @@ def test_with_a_residual(shape, axis, activation, rng, long_way, monkeypatch):
         _, kept, _, _ = c.train(activation=activation, residual=residual)
         with pytest.raises(ValueError, match=r"^out: expected memory apart from"):
             fastbn.backward(c.grad, kept, out=c.grad)
-        if activation is not None:
+        if activation is not None and not signs:
             with pytest.raises(ValueError, match=r"^out: expected memory apart from"):
                 fastbn.backward(c.grad, kept, out=c.out)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (8, 16, 5, 5), (3, 5, 1000)], ids=str)
+def test_signs_instead_of_the_output(shape, rng, long_way, monkeypatch):
+    monkeypatch.setattr(tuning, "STREAM", 0)
+    for known in ("_train", "_backward", "_others"):
+        monkeypatch.setattr(quick, known, {})
+    c = Case(rng, shape)
+    options = {"activation": "relu", "residual": rng.standard_normal(shape, dtype=np.float32)}
+    for _ in range(2):
+        fastbn.backward(c.grad, c.train(**options)[1])
+        long_way.clear()
+    y, kept, _, _ = c.train(**options)
+    assert not long_way and kept.y is None
+    short, again = fastbn.backward(c.grad, kept), y.copy()
+    runs = len(shape) > 2  # whose gradients depend on where the residual's lies
+    assert set(long_way) == ({1} if runs else set())
+    for wrong in (y.tolist(), y.astype(np.float64), y[:-1], y.view("i4"), y.view([("f", "f4")])):
+        with pytest.raises((TypeError, ValueError), match=r"^out: expected"):
+            c.train(**options, out=wrong)
+    for name in ("train", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+    z, other, _, _ = c.train(**options)
+    assert same_bits(again, z)
+    assert all(same_bits(a, b) for a, b in zip(short, fastbn.backward(c.grad, other), strict=True))
 
 
 @pytest.mark.parametrize("change", [

@@ -10,8 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
+from fastbn import quick  # noqa: E402
+from fastbn.cpu import tuning  # noqa: E402
 from fastbn.torch import batch_norm  # noqa: E402
-from tests.torch_cases import DTYPES, dense, gappy, last, make, ours, theirs  # noqa: E402
+from tests.torch_cases import DTYPES, LAYOUTS, close, dense, gappy, last, make, ours, theirs  # noqa: E402
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -79,6 +81,7 @@ def test_strides_that_pytorchs_own_gradient_gets_wrong():
     torch.testing.assert_close(negative, -want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, the first time in a process
 def test_a_tangent_of_the_gradient():
     x, g, w, b, _, _ = make((6, 5), torch.float32)
     x.requires_grad_()
@@ -160,6 +163,50 @@ def test_memory_is_autograds_to_keep():
     y.sum().backward()
     del x, y
     assert memory() is None and node.saved.mean.shape == (5,)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """All results count as large: signs are kept instead of them."""
+    for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
+        monkeypatch.setattr(tuning, name, 0)
+    for name in ("train", "infer", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=str)
+def test_signs_are_kept_instead_of_large_outputs(shape, layout, training, dtype, large):
+    x, r, w, b, m, v = make(shape, dtype, layout)
+    for t in (x, r, w, b):
+        t.requires_grad_()
+    seed = torch.randn(shape, dtype=torch.float64).to(dtype)
+    found = []
+    for changed in (False, True):
+        y = ours(x, r, w, b, m, v, training, "relu")
+        signs, memory = y.grad_fn.saved_tensors[3], weakref.ref(y.grad_fn.saved_tensors[3])
+        assert signs.dtype is torch.uint8 and signs.numel() < x.numel() // 8 + 64
+        if changed:
+            with torch.no_grad():
+                y.fill_(-1)
+        found.append(torch.autograd.grad(y, (x, r, w, b), seed, retain_graph=not changed))
+        del signs
+    assert memory() is None
+    y = ours(x, r, w, b, m, v, training, "relu")
+    found.append(torch.autograd.grad(y, (x, r, w, b), seed, create_graph=True))
+    for kernel, again, graph in zip(*found, strict=True):
+        assert torch.equal(kernel, again)
+        close(graph.detach(), kernel, dtype, "differentiable")
+
+
+def test_signs_in_memory_of_their_own_are_moved_by_hooks(large):
+    x, r, w, b, m, v = make((3, 5, 7, 9), torch.float32, last)
+    x.requires_grad_()
+    expected = torch.autograd.grad(ours(x, r, w, b, m, v, True, "relu"), x, r)[0]
+    with torch.autograd.graph.save_on_cpu():
+        y = ours(x, r, w, b, m, v, True, "relu")
+    assert torch.equal(torch.autograd.grad(y, x, r)[0], expected)
 
 
 @pytest.mark.parametrize("layout", [dense, last])

@@ -39,6 +39,15 @@ with event.install_listener("numba:compile", listener):
                 fastbn.batch_norm_infer(c.x, rm, rv, **c.options())
                 fastbn.backward(c.x, frozen(c.x, rm, rv, c.weight, c.bias, **c.options())[1])
             fastbn.Moments.of(c.x)
+    for shape in ((4, 8, 200000), (4, 8, 200001), (64, 100000), (50000, 128), (50000, 127)):  # large: signs are kept
+        x = np.ones(shape, np.dtype(label))
+        stats = np.zeros(shape[1], x.dtype), np.ones(shape[1], x.dtype)
+        for y, saved in (
+            fastbn.batch_norm_train(x, None, None, *stats, activation="relu", residual=x),
+            frozen(x, *stats, activation="relu", residual=x),
+        ):
+            assert saved.signs is not None
+            fastbn.backward(x, saved)
 compiled = {{str(e.data["dispatcher"].py_func.__name__) for _, e in listener.buffer}}
 print(sorted(compiled))
 """
@@ -59,5 +68,5 @@ def test_tasks_are_labelled_and_cover_every_kernel_and_dtype():
 
 
 def test_shapes_reach_every_kernel():
-    kinds = {launch.plan((s[0], s[1], s[2] if len(s) > 2 else 1)).kind for s in warmup.SHAPES.values()}
+    kinds = {launch.plan((s[0], s[1], s[2] if len(s) > 2 else 1)).kind for s, _ in warmup.SHAPES.values()}
     assert kinds == {"planes", "rows", "swept"}

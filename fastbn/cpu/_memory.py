@@ -10,6 +10,7 @@ from numba.core.errors import TypingError
 from numba.core.extending import intrinsic
 
 from fastbn.cpu._jit import part
+from fastbn.cpu._signs import Marked, Signs, get_sign, load_signs, mark, marked, numbers
 from fastbn.cpu._vectors import (
     F16,
     F32,
@@ -33,9 +34,15 @@ from fastbn.cpu._vectors import (
 
 @intrinsic
 def base(typingctx, array):
-    """Address of a contiguous array's first element, None of None; the caller keeps the array alive."""
+    """Address of a contiguous array's first element, None of None; the caller keeps the array alive.
+
+    Of an output and its signs (``_signs``) an address to write both.
+    """
     if isinstance(array, types.NoneType):
         return types.none(array), nothing
+    if isinstance(array, types.BaseTuple):
+        kind = Marked(types.CPointer(array[0].dtype))
+        return kind(array), lambda ctx, builder, sig, args: marked(ctx, builder, sig.args[0], args[0])
 
     def codegen(ctx, builder, sig, args):
         return ctx.make_array(sig.args[0])(ctx, builder, args[0]).data
@@ -64,7 +71,9 @@ def split(typingctx, x):
     """Address x; of bfloat16 numbers, to be read in split vectors (order within a vector must not matter)."""
     if isinstance(x, types.NoneType):
         return types.none(x), nothing
-    result = SplitPointer(x.dtype) if half(x) == "bf16" else x
+    result = x
+    if half(x) == "bf16":
+        result = Marked(SplitPointer(x.dtype)) if isinstance(x, Marked) else SplitPointer(x.dtype)
     return result(x), lambda ctx, builder, sig, args: args[0]
 
 
@@ -75,6 +84,8 @@ def load(typingctx, x, i):
         return types.none(x, types.intp), nothing
 
     def codegen(ctx, builder, sig, args):
+        if isinstance(sig.args[0], Signs):
+            return load_signs(builder, sig.args[0], *args)
         vec, size = memory_vector(sig.args[0])
         raw = builder.load(vector_pointer(builder, args[0], args[1], vec))
         raw.align = size
@@ -90,6 +101,8 @@ def load_n(typingctx, x, i, n):
         return types.none(x, types.intp, types.intp), nothing
 
     def codegen(ctx, builder, sig, args):
+        if isinstance(sig.args[0], Signs):  # their memory goes on behind the last one
+            return load_signs(builder, sig.args[0], *args[:2])
         vec, size = memory_vector(sig.args[0])
         ptr = vector_pointer(builder, args[0], args[1], vec)
         mask = lanes_below(builder, vec.count, args[2])
@@ -106,40 +119,43 @@ def _check(y, v):
         raise TypingError(f"v: expected {vector_of(y).lanes} lanes of float{vector_of(y).bits}, got {v.name}")
 
 
-@intrinsic
-def store(typingctx, y, i, v):
-    """y[i:i+W] = v, rounded to y's dtype; nothing into None."""
+def _storing(y, v, more, put):
+    """Signature and code of a store by ``put(builder, raw, address, size, *more)``."""
+    kinds = (y, types.intp, v, *more)
     if isinstance(y, types.NoneType):
-        return types.void(y, types.intp, v), nothing
-
+        return types.void(*kinds), nothing
     _check(y, v)
 
     def codegen(ctx, builder, sig, args):
-        vec, size = memory_vector(sig.args[0])
-        raw = encode(builder, sig.args[0], args[2])
-        builder.store(raw, vector_pointer(builder, args[0], args[1], vec)).align = size
+        kind = sig.args[0]
+        vec, size = memory_vector(kind)
+        raw = encode(builder, kind, args[2])
+        put(builder, raw, vector_pointer(builder, numbers(builder, kind, args[0]), args[1], vec), size, *args[3:])
+        mark(builder, kind, args[0], args[1], raw, *args[3:])
         return ctx.get_dummy_value()
 
-    return types.void(y, types.intp, v), codegen
+    return types.void(*kinds), codegen
+
+
+@intrinsic
+def store(typingctx, y, i, v):
+    """y[i:i+W] = v, rounded to y's dtype; nothing into None."""
+
+    def put(builder, raw, address, size):
+        builder.store(raw, address).align = size
+
+    return _storing(y, v, (), put)
 
 
 @intrinsic
 def store_n(typingctx, y, i, v, n):
     """Write the first n lanes of v to y[i:i+n]; nothing into None."""
-    if isinstance(y, types.NoneType):
-        return types.void(y, types.intp, v, types.intp), nothing
 
-    _check(y, v)
+    def put(builder, raw, address, size, n):
+        mask = lanes_below(builder, raw.type.count, n)
+        masked(builder, "store", raw.type, [raw, address, ir.Constant(I32, size), mask], ir.VoidType())
 
-    def codegen(ctx, builder, sig, args):
-        vec, size = memory_vector(sig.args[0])
-        raw = encode(builder, sig.args[0], args[2])
-        ptr = vector_pointer(builder, args[0], args[1], vec)
-        mask = lanes_below(builder, vec.count, args[3])
-        masked(builder, "store", vec, [raw, ptr, ir.Constant(I32, size), mask], ir.VoidType())
-        return ctx.get_dummy_value()
-
-    return types.void(y, types.intp, v, types.intp), codegen
+    return _storing(y, v, (types.intp,), put)
 
 
 class StreamInstr(StoreInstr):
@@ -165,18 +181,11 @@ def stream_store(builder, value, pointer, align):
 @intrinsic
 def stream(typingctx, y, i, v):
     """y[i:i+W] = v past the caches; y + i must be aligned to the vector (see ``head``). End with ``fence``."""
-    if isinstance(y, types.NoneType):
-        return types.void(y, types.intp, v), nothing
 
-    _check(y, v)
+    def put(builder, raw, address, size):
+        stream_store(builder, raw, address, size * raw.type.count)
 
-    def codegen(ctx, builder, sig, args):
-        vec, size = memory_vector(sig.args[0])
-        raw = encode(builder, sig.args[0], args[2])
-        stream_store(builder, raw, vector_pointer(builder, args[0], args[1], vec), size * vec.count)
-        return ctx.get_dummy_value()
-
-    return types.void(y, types.intp, v), codegen
+    return _storing(y, v, (), put)
 
 
 @intrinsic
@@ -198,7 +207,8 @@ def head(typingctx, y, i):
 
     def codegen(ctx, builder, sig, args):
         vec, size = memory_vector(sig.args[0])
-        address = builder.ptrtoint(vector_pointer(builder, args[0], args[1], vec), I64)
+        first = numbers(builder, sig.args[0], args[0])
+        address = builder.ptrtoint(vector_pointer(builder, first, args[1], vec), I64)
         gap = builder.and_(builder.neg(address), ir.Constant(I64, size * vec.count - 1))
         return builder.lshr(gap, ir.Constant(I64, size.bit_length() - 1))
 
@@ -210,6 +220,8 @@ def get(typingctx, x, i):
     """x[i] as float64, half types decoded."""
 
     def codegen(ctx, builder, sig, args):
+        if isinstance(sig.args[0], Signs):
+            return get_sign(builder, *args)
         raw = builder.load(builder.gep(args[0], [args[1]]))
         kind = half(sig.args[0])
         if kind == "f16":
@@ -297,7 +309,7 @@ def _asking(locality):
     """Intrinsic that asks for the line of x[i], which may lie behind the array; nothing for None."""
 
     def prefetch(typingctx, x, i):
-        if isinstance(x, types.NoneType):
+        if isinstance(x, types.NoneType | Signs):
             return types.void(x, types.intp), nothing
 
         def codegen(ctx, builder, sig, args):

@@ -73,6 +73,7 @@ for _pointer in (SplitPointer, WidePointer):
 
 def vector_of(pointer: types.CPointer) -> Vector:
     """Return the vector type that arithmetic on this array uses: what 64 bytes of it hold."""
+    pointer = getattr(pointer, "numbers", pointer)  # see ``_signs``
     if isinstance(pointer, WidePointer):
         return pointer.vector
     if half(pointer):
@@ -225,7 +226,7 @@ def encode(builder, pointer: types.CPointer, value):
     return (_round_by_instruction if _has("avx512bf16") else _round_by_integers)(builder, vector, value)
 
 
-def _lowest(builder, bits: int, n):
+def lowest(builder, bits: int, n):
     """Return an integer whose n lowest bits are set."""
     low, high, one = ir.Constant(I64, 0), ir.Constant(I64, bits), ir.Constant(I64, 1)
     n = builder.select(builder.icmp_signed("<", n, low), low, n)
@@ -235,7 +236,7 @@ def _lowest(builder, bits: int, n):
 
 def lanes_below(builder, lanes: int, n):
     """Mask of the elements whose number is < n: the n lowest bits, made as one number and not lane by lane."""
-    bits = builder.trunc(_lowest(builder, lanes, n), ir.IntType(lanes))
+    bits = builder.trunc(lowest(builder, lanes, n), ir.IntType(lanes))
     return builder.bitcast(bits, ir.VectorType(ir.IntType(1), lanes))
 
 
@@ -244,8 +245,8 @@ def elements_below(builder, vector: Vector, n):
     if not vector.split:
         return lanes_below(builder, vector.lanes, n)
     one, width = ir.Constant(I64, 1), vector.lanes // 2
-    even = _lowest(builder, width, builder.ashr(builder.add(n, one), one))
-    odd = _lowest(builder, width, builder.ashr(n, one))
+    even = lowest(builder, width, builder.ashr(builder.add(n, one), one))
+    odd = lowest(builder, width, builder.ashr(n, one))
     bits = builder.or_(even, builder.shl(odd, ir.Constant(I64, width)))
     mask = builder.trunc(bits, ir.IntType(vector.lanes))
     return builder.bitcast(mask, ir.VectorType(ir.IntType(1), vector.lanes))

@@ -30,6 +30,7 @@ Numbers = tuple[int | bool | None, ...]
 
 _INT, _FLOAT = types.intp, types.float64
 _F32, _F64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
+_BITS = types.Array(types.uint8, 1, "C")
 # Each with its kernels, and what follows the place.
 _GATES: dict[str, tuple[Any, tuple[Any, Any], tuple[Any, ...]]] = {
     "train": (gates.train, (planes.train, rows.train), (_INT, _FLOAT, _FLOAT)),
@@ -44,16 +45,18 @@ def _address(kernel: Any, args: tuple[Any, ...]) -> int | None:
     return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _kernel_arguments(op: str, by_rows: bool, relu: Any, residual: Any) -> tuple[Any, ...]:
+def _kernel_arguments(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool) -> tuple[Any, ...]:
     """Return the types of a kernel's arguments."""
+    residual = _F32 if fused else types.none
     place = (types.UniTuple(_INT, 3), _INT, _INT) if by_rows else (_INT, _INT, _INT)
     last = relu, types.boolean, types.Array(types.int64, 1, "C")
     if op == "train":
-        return (_F32, residual, *[_F32] * 5, _F64, *place, _FLOAT, _FLOAT, *last)
+        y = types.Tuple((_F32, _BITS)) if signs else _F32
+        return (_F32, residual, y, *[_F32] * 4, _F64, *place, _FLOAT, _FLOAT, *last)
     if op == "infer":
         return (_F32, residual, *[_F32] * 3, _F64, *place, *last)
-    early = () if by_rows else (types.none,)
-    return (_F32, _F32, residual, _F32, residual, *early, *[_F32] * 4, _F64, *place, types.boolean, *last)
+    y, early = _BITS if signs else residual, () if by_rows else (types.none,)
+    return (_F32, _F32, y, _F32, residual, *early, *[_F32] * 4, _F64, *place, types.boolean, *last)
 
 
 def _compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
@@ -67,14 +70,15 @@ def _compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
 
 
 @functools.cache
-def _code(op: str, by_rows: bool, relu: Any, fused: bool) -> Entry | None:
+def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool) -> Entry | None:
     """Compile a gate."""
     gate, _, behind = _GATES[op]
     place = [*([_INT, _INT] if by_rows else [types.none, types.none]), types.boolean]
-    other = handle if fused else types.none
-    objects = (
-        [handle, handle, other, handle, other, *[handle] * 7] if op == "backward" else [handle, other, *[handle] * 8]
-    )
+    other, bits = handle if fused else types.none, handle if signs else types.none
+    if op == "backward":
+        objects = [handle, handle, types.none if signs else other, handle, other, *[handle] * 5, bits, *[handle] * 2]
+    else:
+        objects = [handle, other, *[handle] * 6, *([bits] if op == "train" else []), *[handle] * 2]
     addresses = [_INT] * (6 if op == "infer" else 5)  # and size, N, C, S
     return _compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
@@ -95,14 +99,22 @@ def gated(op: str, dims: Dims, fused: bool) -> bool:
     return p.kind == "rows"
 
 
-def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[Entry, Numbers] | None:
+def writes_signs(dims: Dims, relu: bool | None, fused: bool) -> bool:
+    """Tell what ``launch.keeps_signs`` says of training on float32 tensors."""
+    return fused and relu is not None and _streamed("train", launch.plan(dims), dims, fused)
+
+
+def find(
+    op: str, dims: Dims, relu: bool | None, fused: bool = False, signs: bool = False
+) -> tuple[Entry, Numbers] | None:
     """Return the gate of a contiguous float32 tensor for one thread, and the numbers that it takes behind the objects.
 
     None before its kernel is compiled, and where gates cannot work; only for what is ``gated``. ``fused``: with a
-    residual. It is called as
-    ``train(x, residual, y, weight, bias, running_mean, running_var, stats, ndarray, float32, *numbers, moved, eps,
-    momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps, relu)``
-    or ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, ndarray, float32, *numbers, frozen, relu)``.
+    residual; ``signs``: which training writes, or gradients read instead of y. It is called as
+    ``train(x, residual, y, weight, bias, running_mean, running_var, stats, signs, ndarray, float32, *numbers, moved,
+    eps, momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps,
+    relu)`` or ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, signs, ndarray, float32, *numbers,
+    frozen, relu)``.
     """
     if not readable():
         return None
@@ -110,10 +122,10 @@ def find(op: str, dims: Dims, relu: bool | None, fused: bool = False) -> tuple[E
     by_rows = p.kind != "planes"
     activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]
-    addresses = [_address(kernel, _kernel_arguments(op, by_rows, activation, _F32 if fused else types.none))]
+    addresses = [_address(kernel, _kernel_arguments(op, by_rows, activation, fused, signs))]
     if op == "infer":
         addresses.insert(0, _address(finalize.given, (_F32, _F32, _F64, _FLOAT)))
-    if None in addresses or (code := _code(op, by_rows, activation, fused)) is None:
+    if None in addresses or (code := _code(op, by_rows, activation, fused, signs)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
     return code, (*addresses, math.prod(dims), *dims, *place, _streamed(op, p, dims, fused))

@@ -54,10 +54,17 @@ def given(mean: Array, var: Array, eps: float) -> Array:
     return np.concatenate([mean, 1.0 / np.sqrt(wide + eps), wide])
 
 
+def keeps_signs(
+    x: Array, residual: Array | None, out: Array, dims: Dims, relu: bool | None, once: bool = False
+) -> bool:
+    """See ``launch.keeps_signs``: never, here."""
+    return False
+
+
 @_quiet
 def train(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array,
-    dims: Dims, eps: float, momentum: float, relu: bool | None,
+    dims: Dims, eps: float, momentum: float, relu: bool | None, signs: Array | None = None,
 ) -> Array:  # fmt: skip
     """See ``launch.train``."""
     stats, n = moments(x, weight, dims, eps), dims[0] * dims[2]
@@ -72,7 +79,7 @@ def train(
 @_quiet
 def infer(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, stats: Array, dims: Dims,
-    relu: bool | None,
+    relu: bool | None, signs: Array | None = None,
 ) -> None:  # fmt: skip
     """See ``launch.infer``."""
     mean, invstd = stats.reshape(3, -1)[:2]

@@ -11,7 +11,19 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu._jit import jit, part
-from fastbn.cpu.objects import call, data, float32s, float32s_of, float64s, plain, same_shape, vector, zeros2
+from fastbn.cpu.objects import (
+    call,
+    data,
+    float32s,
+    float32s_of,
+    float64s,
+    or_signs,
+    plain,
+    same_shape,
+    vector,
+    with_signs,
+    zeros2,
+)
 
 
 @part
@@ -37,10 +49,13 @@ def _fits(residual, x, q, kind, dtype, size):
 
 @jit
 def train(
-    x, residual, y, weight, bias, running_mean, running_var, stats, kind, dtype, kernel,
+    x, residual, y, weight, bias, running_mean, running_var, stats, signs, kind, dtype, kernel,
     size, N, C, S, V, per, streamed, moved, eps, momentum, relu,
 ):  # fmt: skip
-    """Training forward of size elements; 1 if done, 0 if refused. ``moved`` is C or, without running statistics, 0."""
+    """Training forward of size elements; 1 if done, 0 if refused. ``moved`` is C or, without running statistics, 0.
+
+    ``signs``, ours, are written if there are any.
+    """
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     m, v = vector(running_mean, kind, dtype, moved), vector(running_var, kind, dtype, moved)
@@ -58,7 +73,7 @@ def train(
         r = plain(residual, kind, dtype, size)
         if not (apart(r, size, m, C) and apart(r, size, v, C)):
             return 0
-    xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
+    xs, ys, ws, bs = float32s(p, size), with_signs(float32s(q, size), signs), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
     rs = float32s_of(residual, size)
     if V is None:
@@ -97,15 +112,15 @@ def infer(
 
 @jit
 def backward(
-    x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, kind, dtype, kernel,
+    x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, signs, kind, dtype, kernel,
     size, N, C, S, V, per, streamed, frozen, relu,
 ):  # fmt: skip
-    """Gradients; dx may be grad if y and dr are None. ``dr``, ``dweight``, ``dbias`` and ``stats`` are ours."""
+    """Gradients; dx may be grad if dr is None. ``dr``, ``dweight``, ``dbias``, ``stats`` and ``signs`` are ours."""
     p, g, q = plain(x, kind, dtype, size), plain(grad, kind, dtype, size), plain(dx, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
     if p == 0 or g == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
         return 0
-    if not apart(p, size, q, size) or not ((g == q and y is None) or apart(g, size, q, size)):
+    if not apart(p, size, q, size) or not ((g == q and dr is None) or apart(g, size, q, size)):
         return 0
     if not (apart(q, size, w, C) and apart(q, size, b, C)):
         return 0
@@ -115,7 +130,7 @@ def backward(
             return 0
     xs, gs, ds, ws, bs = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C), float32s(b, C)
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
-    ys, rs = float32s_of(y, size), float32s_of(dr, size)
+    ys, rs = or_signs(float32s_of(y, size), signs), float32s_of(dr, size)
     if V is None:
         call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, streamed, zeros2())
     else:

@@ -158,6 +158,36 @@ def float32s_of(typingctx, a, size):
     return kind(a, types.intp), codegen
 
 
+_BITS = types.Array(types.uint8, 1, "C")
+
+
+def _bits(ctx, builder, signs):
+    """Array at the elements of an object, of which kernels take the address alone."""
+    field = builder.add(builder.ptrtoint(signs, I64), ir.Constant(I64, DATA))
+    return array(ctx, builder, _BITS, builder.load(builder.inttoptr(field, BYTES.as_pointer())), ir.Constant(I64, 0))
+
+
+@intrinsic
+def with_signs(typingctx, y, signs):
+    """An output and the array that its signs go to (``_signs``) as kernels take them; y if that is None."""
+    if isinstance(signs, types.NoneType):
+        return y(y, signs), lambda ctx, builder, sig, args: args[0]
+    pair = types.Tuple((y, _BITS))
+
+    def codegen(ctx, builder, sig, args):
+        return ctx.make_tuple(builder, pair, [args[0], _bits(ctx, builder, args[1])])
+
+    return pair(y, signs), codegen
+
+
+@intrinsic
+def or_signs(typingctx, y, signs):
+    """Signs as kernels read them instead of an output y; y if there are none."""
+    if isinstance(signs, types.NoneType):
+        return y(y, signs), lambda ctx, builder, sig, args: args[0]
+    return _BITS(y, signs), lambda ctx, builder, sig, args: _bits(ctx, builder, args[1])
+
+
 @intrinsic
 def zeros2(typingctx):
     """Array of two int64 zeros on the stack."""

@@ -24,6 +24,7 @@ from fastbn.cpu.simd import (
     least,
     like,
     most,
+    signs,
     split,
 )
 from fastbn.cpu.sweep import gradient_run, gradient_seam
@@ -72,7 +73,8 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
         return joined(
             x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim
         )
-    x, g, y = split(base(x)), split(base(g)), split(base(y))
+    x, g = split(base(x)), split(base(g))
+    y = signs(split(base(y)), x)
     dx, dr, early = split(base(dx)), split(base(dr)), split(base(early))
     W = lanes(x)
     per, every = block_channels(N, C, S, W, SLAB), most(1, RUN // S)

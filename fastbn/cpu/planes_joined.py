@@ -37,6 +37,7 @@ from fastbn.cpu.simd import (
     like,
     load,
     most,
+    signs,
     splat,
     split,
     stream,
@@ -142,7 +143,8 @@ def _row(
 @helper
 def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, S, frozen, relu, streamed, claim):
     """See ``planes_backward.backward``. Rows are written last one first: what the cache got last."""
-    x, g, y = split(base(x)), split(base(g)), split(base(y))
+    x, g = split(base(x)), split(base(g))
+    y = signs(split(base(y)), x)
     dx, dr, early = split(base(dx)), split(base(dr)), split(base(early))
     W = lanes(x)
     lines = LINES if y is None else LINES_TOO

@@ -15,7 +15,7 @@ from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.band import NEAR, band_gradient, band_normalise, band_sums, nothing_yet
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.finalize import put_given
-from fastbn.cpu.simd import base, empty, fence, fetch_add, head, lanes, least, like
+from fastbn.cpu.simd import base, empty, fence, fetch_add, head, lanes, least, like, signs
 from fastbn.cpu.tuning import SIDE
 
 PAD = 32  # spare elements of an array of columns from NumPy, so that its first one can begin a vector
@@ -143,7 +143,8 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
     """Gradients. Floor: two reads and one write of the tensor (and y, dr where they exist)."""
     T = x.size
     R = (T + V - 1) // V
-    x, g, y, dx, dr = base(x), base(g), base(y), base(dx), base(dr)
+    x, g, dx, dr = base(x), base(g), base(dx), base(dr)
+    y = signs(base(y), x)
     per = _channels(dx, per, dims, V)
     wide = column_stride(V if per >= dims[1] else per * dims[2])
     scratch, totals = empty(7 * wide, weight), empty(2 * wide, stats)

@@ -15,7 +15,7 @@ from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.band import NEAR, band_gradient, band_normalise, band_sums, nothing_yet
 from fastbn.cpu.columns import phase, settle_gradients, settle_moments, spread_affine, spread_pivots
 from fastbn.cpu.rows import column_stride
-from fastbn.cpu.simd import aligned, base, empty, fence, fetch_add, get, least, like, put
+from fastbn.cpu.simd import aligned, base, empty, fence, fetch_add, get, least, like, put, signs
 
 
 @helper
@@ -63,7 +63,8 @@ def sums(x, g, y, dr, out, columns, part, V, height, width, relu, streamed, clai
     """
     T, wide = x.size, column_stride(V)
     scratch = empty(2 * column_stride(width), columns)
-    x, g, y, dr, part, claim = base(x), base(g), base(y), base(dr), aligned(part), base(claim)
+    x, g, dr, part, claim = base(x), base(g), base(dr), aligned(part), base(claim)
+    y = signs(base(y), x)
     m, s = column_constants(x, base(out), columns, V, streamed), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
@@ -109,7 +110,7 @@ def settle_backward(
     m = column_constants(x, base(out), columns, V, streamed)
     _add_bands(s, V, count)
     return settle_gradients(
-        x, base(g), base(y), dims, (0, dims[1], V), m, s, s + wide,
+        x, base(g), signs(base(y), x), dims, (0, dims[1], V), m, s, s + wide,
         base(stats), base(weight), base(bias), base(dweight), base(dbias), frozen, relu, m + 3 * wide, m + 4 * wide,
         masked,
     )  # fmt: skip
@@ -135,7 +136,8 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
 def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     """Input gradient of every band, last band first."""
     T, wide = x.size, column_stride(V)
-    x, g, y, dx, dr, claim = base(x), base(g), base(y), base(dx), base(dr), base(claim)
+    x, g, dx, dr, claim = base(x), base(g), base(dx), base(dr), base(claim)
+    y = signs(base(y), x)
     m = column_constants(x, dx, columns, V, streamed)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)

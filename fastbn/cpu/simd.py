@@ -41,6 +41,7 @@ from fastbn.cpu._memory import (
     widen_add,
 )
 from fastbn.cpu._scalars import empty, least, most
+from fastbn.cpu._signs import signs
 from fastbn.cpu._vectors import V32, V64, Vector, vector_of
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "prefetch",
     "put",
     "rounded",
+    "signs",
     "splat",
     "split",
     "store",

@@ -194,7 +194,6 @@ class _BatchNorm(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Any, weight: Any, bias: Any, args: Args) -> Tensor:
         y, saved = _forward(args, keep=True)
-        saved.release()
         gradients.keep(ctx, saved, y, args)
         return y
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import functional, views
+from fastbn import functional, signs, views
 from fastbn.saved import BatchSaved
 from fastbn.torch import masked, native
 from fastbn.torch.tensors import Opaque, arithmetic, array, laid_out, parameter, tensor, vector
@@ -17,10 +17,18 @@ Found = tuple[Tensor | None, ...]
 
 
 def keep(ctx: Any, saved: Any, y: Tensor, args: native.Args) -> None:
-    """Leave what ``by_kernels`` and ``differentiable`` need to autograd, which then sees changes to it."""
+    """Leave what ``by_kernels`` and ``differentiable`` need to autograd, which then sees changes to it.
+
+    Behind a residual and a ReLU y, or its signs as bytes.
+    """
     input, _, weight, bias, _, _, _, _, eps, _, mask, lengths = args
     through, behind = (not saved.residual, saved.residual) if saved.relu else (False, False)
-    ctx.save_for_backward(input, weight, bias if through else None, y if behind else None, mask)
+    bits = getattr(saved, "signs", None)
+    sign = y if behind else None
+    if bits is not None:
+        sign, ctx.phase = torch.from_numpy(bits), signs.phase(bits)
+    saved.release()
+    ctx.save_for_backward(input, weight, bias if through else None, sign, mask)
     if bias is not None and not through and isinstance(saved, BatchSaved):  # what nobody keeps must not be read, either
         saved.bias = views.constant(0.0, saved.bias.size, saved.bias.dtype)
     ctx.saved, ctx.strides, ctx.eps, ctx.lengths = saved, input.stride(), eps, masked.kept(lengths)
@@ -33,7 +41,8 @@ def by_kernels(ctx: Any, grad_output: Tensor) -> Found:
     try:
         grad = array(grad_output)
         input = laid_out(input, ctx.strides)
-        saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
+        sign = {"signs": array(y)} if _are_signs(y) else {"y": None if y is None else array(laid_out(y, ctx.strides))}
+        saved = ctx.saved.restored(array(input), **sign)
         _moved(ctx, saved, weight, bias)
     except Opaque:
         return differentiable(ctx, grad_output)
@@ -71,7 +80,7 @@ def differentiable(ctx: Any, grad_output: Tensor) -> Found:
     create, wanted, saved = torch.is_grad_enabled(), ctx.needs_input_grad, ctx.saved
     input, weight, bias, y, mask = ctx.saved_tensors
     with torch.enable_grad():
-        before = grad_output if y is None else grad_output.masked_fill(y <= 0, 0.0)
+        before = grad_output if y is None else _before_relu(grad_output, y, ctx, input)
         if mask is not None or ctx.lengths is not None:
             before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
         given = {0: input, 2: weight, 3: bias}
@@ -88,6 +97,21 @@ def differentiable(ctx: Any, grad_output: Tensor) -> Found:
         ) if sources else ()  # fmt: skip
     found = dict(zip(sources, grads, strict=True)) | ({1: before} if wanted[1] else {})
     return tuple(found.get(i) for i in range(5))
+
+
+def _are_signs(y: Tensor | None) -> bool:
+    """Tell whether these are the signs of an output rather than itself."""
+    return y is not None and y.dtype is torch.uint8
+
+
+def _before_relu(grad: Tensor, y: Tensor, ctx: Any, input: Tensor) -> Tensor:
+    """Return the gradient in front of the ReLU, by the output or by its signs."""
+    if not _are_signs(y):
+        return grad.masked_fill(y <= 0, 0.0)
+    order = ctx.saved.layout.order
+    bits = (y[signs.HEAD :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    positive = bits.flatten()[ctx.phase : ctx.phase + input.numel()].view([input.shape[a] for a in order])
+    return grad.masked_fill(positive.permute(*np.argsort(order).tolist()) == 0, 0.0)
 
 
 def _again(ctx: Any, saved: Any, alias: dict[int, Any], mask: Any, relu: str | None) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import quick
+from fastbn import quick, signs
 from fastbn.arguments import F32
 from fastbn.cpu import entries, objects
 from tests.oracle import same_bits
@@ -60,21 +60,29 @@ class Arguments:
             fastbn.backward(self.grad, saved)
             _, saved = fastbn.batch_norm_train(self.x, self.weight, self.bias, residual=self.y, activation="relu")
             fastbn.backward(self.grad, saved)
+            saved.y, saved.signs = None, signs.room(0, self.x.size, 4, shared=False)
+            fastbn.backward(self.grad, saved)
             fastbn.batch_norm_infer(self.x, self.mean, self.var, self.weight, self.bias)
+        self.signs = saved.signs
 
     def enter(self, op):
-        fused = op == "fused"
-        code, numbers = entries.find("backward" if fused else op, (N, C, 1), True if fused else None, fused)
-        about = self.stats, np.ndarray, F32, *numbers
+        fused = op in ("fused", "by signs")
+        signs = self.signs if op == "by signs" else None
+        code, numbers = entries.find(
+            "backward" if fused else op, (N, C, 1), True if fused else None, fused, signs is not None
+        )
+        about = np.ndarray, F32, *numbers
         if op == "train":
             vectors = self.weight, self.bias, self.mean, self.var
-            return code(self.x, None, self.y, *vectors, *about, C, self.eps, self.momentum, None)
+            return code(self.x, None, self.y, *vectors, self.stats, None, *about, C, self.eps, self.momentum, None)
         if op == "infer":
-            return code(self.x, None, self.y, self.mean, self.var, self.weight, self.bias, *about, self.eps, None)
+            vectors = self.mean, self.var, self.weight, self.bias
+            return code(self.x, None, self.y, *vectors, self.stats, *about, self.eps, None)
         vectors = self.weight, self.bias, self.dweight, self.dbias
         if fused:
-            return code(self.x, self.grad, self.kept, self.y, self.dr, *vectors, *about, False, True)
-        return code(self.x, self.grad, None, self.y, None, *vectors, *about, False, None)
+            kept = self.kept if signs is None else None
+            return code(self.x, self.grad, kept, self.y, self.dr, *vectors, self.stats, signs, *about, False, True)
+        return code(self.x, self.grad, None, self.y, None, *vectors, self.stats, None, *about, False, None)
 
     def everything(self):
         return [np.array(a) for a in vars(self).values() if isinstance(a, np.ndarray)]
@@ -83,6 +91,7 @@ class Arguments:
 TAKEN = {
     "train": ("x", "y", "weight", "bias", "mean", "var"), "infer": ("x", "y", "mean", "var", "weight", "bias"),
     "backward": ("x", "grad", "y", "weight", "bias"), "fused": ("x", "grad", "kept", "y", "weight", "bias"),
+    "by signs": ("x", "grad", "y", "weight", "bias"),
 }  # fmt: skip
 
 
@@ -124,7 +133,7 @@ def test_overlap(shift, rng):
     a.x, a.y, a.grad = at(size), at(size + shift), at(3 * size)
     assert (a.enter("train"), a.enter("infer"), a.enter("backward")) == (0, shift == 0, 0)
     a.x, a.grad, a.y = at(3 * size), at(size), at(size + shift)
-    assert (a.enter("backward"), a.enter("fused")) == (shift == 0, 0)
+    assert (a.enter("backward"), a.enter("fused"), a.enter("by signs")) == (shift == 0, 0, 0)
     a.grad, a.kept = at(0), at(size)
     assert a.enter("fused") == 0
     for start in (0, 2 * size):
@@ -196,4 +205,4 @@ def test_a_kernel_that_fails_raises_here(rng):
     much = (*numbers[:-3], 1 << 58, *numbers[-2:])  # columns that no memory holds
     vectors = a.weight, a.bias, a.mean, a.var
     with pytest.raises(MemoryError):
-        code(a.x, None, a.y, *vectors, a.stats, np.ndarray, F32, *much, C, a.eps, a.momentum, None)
+        code(a.x, None, a.y, *vectors, a.stats, None, np.ndarray, F32, *much, C, a.eps, a.momentum, None)

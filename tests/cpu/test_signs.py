@@ -1,0 +1,122 @@
+"""Signs of an output, which gradients read instead of it: the same bits as from the output itself, wherever it lies."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import functional, quick, signs
+from fastbn.cpu import tuning
+from tests.oracle import same_bits
+
+if numba.config.DISABLE_JIT:
+    pytest.skip("needs the kernels", allow_module_level=True)
+
+# Whole lines and parts of them, runs of less than a line, rows in one block, in several, and in bands.
+SHAPES = [
+    ((4, 6, 64), 1), ((3, 40, 49), 1), ((2, 5, 331), 1), ((7, 1, 1000), 1), ((1, 9, 1000), 1), ((64, 48), 1),
+    ((33, 100), 1), ((9, 3001), 1), ((8, 6000), 1), ((3000, 100), 1), ((2100, 128), 1), ((5, 9, 31), -1),
+]  # fmt: skip
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """All results stream, so that small arrays do too."""
+    for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
+        monkeypatch.setattr(tuning, name, 0)
+    for name in ("train", "infer", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+
+
+def _filled(rng, shape, dtype, at):
+    """Return numbers that begin ``at`` elements into memory, some of them zero, NaN or too small for half types."""
+    memory = np.empty(np.prod(shape) + at, dtype)
+    x = memory[at:].reshape(shape)
+    x[...] = rng.standard_normal(shape)
+    x.flat[3], x.flat[-2] = 0, np.nan
+    return x
+
+
+def _spread(saved, x):
+    """Return an array like x that is 1 where the output was positive or NaN and 0 elsewhere."""
+    first, order = signs.phase(saved.signs), saved.layout.order
+    bits = np.unpackbits(saved.signs[signs.HEAD :], bitorder="little")[first : first + x.size]
+    return bits.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
+
+
+def _by(frozen, x, residual, out, axis, rng):
+    C, kind = x.shape[axis], np.float64 if x.dtype == np.float64 else np.float32
+    w, b = rng.standard_normal(C).astype(kind), rng.standard_normal(C).astype(kind)
+    options = {"axis": axis, "activation": "relu", "residual": residual, "out": out}
+    if frozen:
+        return functional.frozen(x, np.zeros(C, kind), np.ones(C, kind), w, b, **options)
+    return fastbn.batch_norm_train(x, w, b, **options)
+
+
+def _by_output(saved, y, grad):
+    saved.y, saved.signs = y, None
+    return fastbn.backward(grad, saved)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_gradients_are_those_by_the_output(shape, axis, dtype, frozen, rng, threads):
+    for at, count in ((0, 1), (5, 2), (16, 2)):
+        threads(count)
+        x, residual, out, grad = (_filled(rng, shape, dtype, k) for k in (0, 1, at, 3))
+        y, saved = _by(frozen, x, residual, out, axis, rng)
+        assert saved.y is None and saved.signs.nbytes < x.size // 8 + 64
+        kept = y.copy()
+        positive = _spread(saved, x)
+        with np.errstate(invalid="ignore"):
+            assert np.array_equal(positive == 1, ~(y.astype(np.float64) <= 0))
+        y[...] = -1  # the caller's
+        found = fastbn.backward(grad, saved)
+        assert all(same_bits(a, b) for a, b in zip(found, _by_output(saved, kept, grad), strict=True))
+
+
+def test_in_any_memory_order(rng):
+    x = rng.standard_normal((6, 5, 7, 9), dtype=np.float32).transpose(0, 3, 1, 2)
+    y, saved = _by(False, x, x, None, 1, rng)
+    assert y.strides == x.strides
+    assert np.array_equal(_spread(saved, x) == 1, y > 0)
+
+
+def test_what_rounds_to_zero_is_not_positive(rng):
+    x = np.full((4, 3, 40), 1e-30, np.float16)
+    residual = np.where(rng.random(x.shape) > 0.5, 1e-7, 0).astype(np.float16)
+    y, saved = functional.frozen(
+        x, np.full(3, 1e-9, np.float32), np.ones(3, np.float32), activation="relu", residual=residual
+    )
+    assert np.array_equal(_spread(saved, x) == 1, y > 0)
+
+
+def test_in_place_there_is_nothing_to_keep(rng):
+    x = rng.standard_normal((4, 3, 40), dtype=np.float32)
+    known = np.zeros(3, np.float32), np.ones(3, np.float32)
+    _, saved = functional.frozen(x, *known, activation="relu", residual=x.copy(), out=x)
+    assert saved.signs is None
+    with pytest.raises(ValueError, match=r"^saved: expected an x that was not overwritten"):
+        fastbn.backward(x, saved)
+
+
+def test_the_residual_may_be_overwritten(rng):
+    x, residual = (rng.standard_normal((4, 3, 40), dtype=np.float32) for _ in range(2))
+    y, saved = fastbn.batch_norm_train(x, activation="relu", residual=residual.copy())
+    found = fastbn.backward(x, saved)
+    z, again = fastbn.batch_norm_train(x, activation="relu", residual=residual, out=residual)
+    assert same_bits(y, z) and all(
+        same_bits(a, b) for a, b in zip(found[::3], fastbn.backward(x, again)[::3], strict=True)
+    )
+
+
+def test_small_results_are_kept_themselves(rng, monkeypatch):
+    monkeypatch.setattr(tuning, "STREAM", 1 << 20)
+    x = rng.standard_normal((4, 3, 40), dtype=np.float32)
+    y, saved = fastbn.batch_norm_train(x, activation="relu", residual=x)
+    assert saved.signs is None and saved.y is y
