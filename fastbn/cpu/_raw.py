@@ -9,9 +9,10 @@ from numba.core.errors import TypingError
 from numba.core.extending import intrinsic
 
 from fastbn.cpu._jit import part
-from fastbn.cpu._memory import ask, head, stream_store
+from fastbn.cpu._memory import ask, head
 from fastbn.cpu._parts import LINE
 from fastbn.cpu._scalars import least
+from fastbn.cpu._stores import stream_store
 from fastbn.cpu._vectors import I64, nothing
 
 GAP = 1 << 12  # elements of a gap that is read rather than skipped

@@ -23,7 +23,6 @@ from fastbn.cpu._memory import (
     ask,
     base,
     clear,
-    fence,
     fetch_add,
     get,
     head,
@@ -35,13 +34,11 @@ from fastbn.cpu._memory import (
     prefetch,
     put,
     split,
-    store,
-    store_n,
-    stream,
     widen_add,
 )
 from fastbn.cpu._scalars import empty, least, most
 from fastbn.cpu._signs import signs
+from fastbn.cpu._stores import fence, store, store_n, stream
 from fastbn.cpu._vectors import V32, V64, Vector, vector_of
 
 __all__ = [
