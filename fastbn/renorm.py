@@ -75,10 +75,10 @@ class RenormSaved(BatchSaved):
         return Gradients(dx, dweight if self.affine[0] else None, dbias if self.affine[1] else None, residual)
 
 
-def correct(
+def normalise(
     f: Forward, stats: Array, running_mean: Array, running_var: Array, eps: float, limits: tuple[float, float]
 ) -> RenormSaved:
-    """Put weight*r and weight*d + bias into ``f``; returns what backward needs."""
+    """Normalise with weight*r and weight*d + bias; returns what backward needs."""
     rmax, dmax = limits
     mean, invstd, _ = stats.reshape(3, -1)
     with np.errstate(all="ignore"):
@@ -87,6 +87,7 @@ def correct(
         d = np.clip((mean - running_mean) * towards, -dmax, dmax)
         weight = f.weight
         f.weight, f.bias = (weight * r).astype(f.dtype), (weight * d + f.bias).astype(f.dtype)
+    f.normalise(stats)
     plain = f.saved(stats, frozen=False)
     saved = RenormSaved()
     for name in (*BatchSaved.__slots__, "stats", "count", "updated"):

@@ -134,8 +134,11 @@ def _statistics_first(f: core.Forward, rm: Array, rv: Array, o: Options) -> Batc
     batch = Moments._of_variance(f.count, mean, var)
     if o.nonfinite == "raise":
         refuse_nonfinite(batch, f.dtype)
-    saved = f.saved(stats, frozen=False) if o.renorm is None else renorm.correct(f, stats, rm, rv, o.eps, o.renorm)
-    f.normalise(stats)
+    if o.renorm is None:
+        f.normalise(stats)
+        saved = f.saved(stats, frozen=False)
+    else:
+        saved = renorm.normalise(f, stats, rm, rv, o.eps, o.renorm)
     saved.updated = _move(rm, rv, [batch], f.dtype, o)
     return saved
 

@@ -115,6 +115,16 @@ def test_the_residual_may_be_overwritten(rng):
     )
 
 
+@pytest.mark.parametrize("option", [{"renorm": (3.0, 5.0)}, {"nonfinite": "raise"}, {"unbiased": False}], ids=str)
+def test_where_statistics_come_first(option, rng):
+    x, residual, grad = (rng.standard_normal((4, 3, 40), dtype=np.float32) for _ in range(3))
+    running = np.zeros(3, np.float32), np.ones(3, np.float32)
+    y, saved = fastbn.batch_norm_train(x, None, None, *running, activation="relu", residual=residual, **option)
+    assert saved.y is None
+    found = fastbn.backward(grad, saved)
+    assert all(same_bits(a, b) for a, b in zip(found[::3], _by_output(saved, y, grad)[::3], strict=True))
+
+
 def test_small_results_are_kept_themselves(rng, monkeypatch):
     monkeypatch.setattr(tuning, "STREAM", 1 << 20)
     x = rng.standard_normal((4, 3, 40), dtype=np.float32)
