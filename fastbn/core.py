@@ -14,7 +14,6 @@ from fastbn import arguments, dispatch, layout, quick, recycled, running, signs,
 from fastbn.cpu import tuning
 from fastbn.errors import ArgumentValueError
 from fastbn.saved import BatchSaved, OverwrittenSaved, delivered, kept, no_statistics, output
-from fastbn.threads import get_num_threads
 
 Array = npt.NDArray[Any]
 
@@ -23,19 +22,8 @@ class Forward:
     """The checked arguments that training and inference share, in the form the kernels take."""
 
     __slots__ = (
-        "affine",
-        "axis",
-        "bias",
-        "dtype",
-        "in_place",
-        "layout",
-        "out",
-        "relu",
-        "residual",
-        "signs",
-        "weight",
-        "x",
-    )
+        "affine", "axis", "bias", "dtype", "in_place", "layout", "out", "relu", "residual", "signs", "weight", "x",
+    )  # fmt: skip
 
     x: Array
     out: Array
@@ -102,10 +90,8 @@ class Forward:
         return stats
 
     def _room_for_signs(self, x: Any, residual: Any, out: Any, once: bool) -> npt.NDArray[np.uint8] | None:
-        if self.in_place or not dispatch.kernels().keeps_signs(x, residual, out, self.layout.dims, self.relu, once):
-            return None
-        shared = out.size >= tuning.PARALLEL and get_num_threads() > 1
-        return signs.room(out.ctypes.data, out.size, out.itemsize, shared)
+        keeps = dispatch.kernels().keeps_signs(x, residual, out, self.layout.dims, self.relu, once)
+        return signs.room(out.ctypes.data, out.size, out.itemsize) if keeps and not self.in_place else None
 
     def statistics(self, eps: float) -> Array:
         """Return the statistics of the batch."""

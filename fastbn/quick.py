@@ -125,7 +125,7 @@ def train(
     if signed:
         if type(y) is not _array:
             return None
-        bits = signs.room(y.ctypes.data, x.size, 4, shared=False)
+        bits = signs.room(y.ctypes.data, x.size, 4)
     if enter(
         x, residual, y, weight, bias, running_mean, running_var, stats, bits, _array, F32, *numbers,
         moved, eps, momentum, relu,

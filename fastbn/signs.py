@@ -20,11 +20,11 @@ HEAD, TAIL = 16, 8  # bytes in front of the bits, and what vectors may read behi
 _BYTE = np.dtype(np.uint8)
 
 
-def room(address: int, size: int, itemsize: int, shared: bool) -> npt.NDArray[np.uint8]:
-    """Return memory for the signs of an output at an address, which several threads may write."""
+def room(address: int, size: int, itemsize: int) -> npt.NDArray[np.uint8]:
+    """Return memory for the signs of an output at an address, which one thread will write or ``launch`` says it."""
     phase = address % LINE // itemsize
     signs = recycled.empty((HEAD + (phase + size + 7) // 8 + TAIL,), _BYTE)
-    signs[:HEAD].view(np.int64)[:] = phase, shared
+    signs[:HEAD].view(np.int64)[:] = phase, 0
     return signs
 
 

@@ -140,6 +140,15 @@ def keeps_signs(
     return tuning.streams(x, residual, out, least=streams_from(plan(dims, lanes_of(x), once), once))
 
 
+def _together(p: Plan, signs: Array | None) -> bool:
+    """Tell whether several threads are to work, and tell it to a kernel that writes signs."""
+    if signs is None:
+        return p.parallel
+    together = p.parallel and pool.get_num_threads() > 1
+    signs[8:16].view(np.int64)[0] = together
+    return together
+
+
 def train(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array,
     dims: Dims, eps: float, momentum: float, relu: bool | None, signs: Array | None = None,
@@ -148,13 +157,13 @@ def train(
     p = plan(dims, lanes_of(x))
     N, C, S = dims
     stats = np.empty(3 * C)
-    y = out if signs is None else (out, signs)
+    y, together = out if signs is None else (out, signs), _together(p, signs)
     tensors = (x, residual, y, weight, bias, running_mean, running_var, stats)
     streamed = tuning.streams(x, residual, out)
     if p.kind == "rows":
-        pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, p.parallel)
+        pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, together)
     elif p.kind == "planes":
-        pool.run(planes.train, (*tensors, N, C, S, eps, momentum, relu, streamed), C, p.parallel)
+        pool.run(planes.train, (*tensors, N, C, S, eps, momentum, relu, streamed), C, together)
     else:
         columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
         rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
@@ -182,7 +191,7 @@ def _swept_normalise(
     p = _written(p, out)
     down, across = p.bands(x.size)
     work = (x, residual, out if signs is None else (out, signs), columns, p.V, p.height, p.width, relu, streamed)
-    pool.run(rows_swept.normalise, work, down * across, p.parallel)
+    pool.run(rows_swept.normalise, work, down * across, _together(p, signs))
 
 
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
@@ -246,14 +255,14 @@ def infer(
     p = plan(dims, lanes_of(x), once=True)
     N, C, S = dims
     streamed = tuning.streams(x, residual, out, least=streams_from(p, once=True))
-    y = out if signs is None else (out, signs)
+    y, together = out if signs is None else (out, signs), _together(p, signs)
     if p.kind == "planes":
         work = (x, residual, y, weight, bias, stats, N, C, S, relu, streamed)
-        pool.run(planes.infer, work, N * C, p.parallel)
+        pool.run(planes.infer, work, N * C, together)
         return
     if in_one_call(p, C, alone=not p.parallel or pool.get_num_threads() == 1):
         matrix = (x, residual, y, weight, bias, stats, dims, p.V, p.per, relu, streamed)
-        pool.run(rows.infer, matrix, C, p.parallel)
+        pool.run(rows.infer, matrix, C, together)
         return
     p = _swept(p, x.size)
     columns = room_for_columns(weight, p.V, 3)

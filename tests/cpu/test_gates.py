@@ -60,7 +60,7 @@ class Arguments:
             fastbn.backward(self.grad, saved)
             _, saved = fastbn.batch_norm_train(self.x, self.weight, self.bias, residual=self.y, activation="relu")
             fastbn.backward(self.grad, saved)
-            saved.y, saved.signs = None, signs.room(0, self.x.size, 4, shared=False)
+            saved.y, saved.signs = None, signs.room(0, self.x.size, 4)
             fastbn.backward(self.grad, saved)
             fastbn.batch_norm_infer(self.x, self.mean, self.var, self.weight, self.bias)
         self.signs = saved.signs

@@ -9,7 +9,7 @@ import pytest
 
 import fastbn
 from fastbn import functional, quick, signs
-from fastbn.cpu import tuning
+from fastbn.cpu import _signs, tuning
 from tests.oracle import same_bits
 
 if numba.config.DISABLE_JIT:
@@ -123,6 +123,23 @@ def test_where_statistics_come_first(option, rng):
     assert saved.y is None
     found = fastbn.backward(grad, saved)
     assert all(same_bits(a, b) for a, b in zip(found[::3], _by_output(saved, y, grad)[::3], strict=True))
+
+
+def test_both_sides_mean_the_same_memory():
+    assert signs.HEAD == _signs.HEAD
+    for address, size, itemsize in ((0, 1, 8), (60, 100, 4), (62, 31, 2), (2048 + 16, 1000, 4)):
+        room = signs.room(address, size, itemsize)
+        last = signs.phase(room) + size - 1
+        assert signs.phase(room) < 64 // itemsize and signs.HEAD + last // 8 + signs.TAIL < room.size
+
+
+def test_one_thread_or_several(rng, threads):
+    """Only several threads put parts of lines into place atomically."""
+    x = rng.standard_normal((8, 16, 64, 72), dtype=np.float32)
+    for count in (1, 2):
+        threads(count)
+        _, saved = fastbn.batch_norm_train(x, activation="relu", residual=x)
+        assert saved.signs[8:16].view(np.int64)[0] == (count > 1)
 
 
 def test_small_results_are_kept_themselves(rng, monkeypatch):
