@@ -6,14 +6,10 @@ and the output is the caller's to change. Behind a ReLU alone they are found aga
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from fastbn import recycled
-
-Array = npt.NDArray[Any]
 
 LINE = 64  # bytes, as whose part ``phase`` is counted
 HEAD, TAIL = 16, 8  # bytes in front of the bits, and what vectors may read behind them
@@ -21,13 +17,10 @@ _BYTE = np.dtype(np.uint8)
 
 
 def room(address: int, size: int, itemsize: int) -> npt.NDArray[np.uint8]:
-    """Return memory for the signs of an output at an address, which one thread will write or ``launch`` says it."""
-    phase = address % LINE // itemsize
-    signs = recycled.empty((HEAD + (phase + size + 7) // 8 + TAIL,), _BYTE)
-    signs[:HEAD].view(np.int64)[:] = phase, 0
+    """Return memory for the signs of an output at an address, which one thread will write or ``launch`` says it.
+
+    As much wherever the output lies: PyTorch's checkpoints compare the shapes of what is saved and what is saved again.
+    """
+    signs = recycled.empty((HEAD + (LINE // itemsize + size + 7) // 8 + TAIL,), _BYTE)
+    signs[:HEAD].view(np.int64)[:] = address % LINE // itemsize, 0
     return signs
-
-
-def phase(signs: npt.NDArray[np.uint8]) -> int:
-    """Return the number of the bit of element 0."""
-    return int(signs[:HEAD].view(np.int64)[0])

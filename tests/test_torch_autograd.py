@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
-from fastbn import quick  # noqa: E402
+from fastbn import quick, recycled  # noqa: E402
 from fastbn.cpu import tuning  # noqa: E402
 from fastbn.torch import batch_norm  # noqa: E402
 from tests.torch_cases import DTYPES, LAYOUTS, close, dense, gappy, last, make, ours, theirs  # noqa: E402
@@ -207,6 +209,46 @@ def test_signs_in_memory_of_their_own_are_moved_by_hooks(large):
     with torch.autograd.graph.save_on_cpu():
         y = ours(x, r, w, b, m, v, True, "relu")
     assert torch.equal(torch.autograd.grad(y, x, r)[0], expected)
+
+
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize("odd", [lambda n: slice(3, 3 + n), lambda n: slice(1, None, 3)], ids=["unaligned", "strided"])
+def test_signs_that_hooks_put_at_odd_places(odd, create, large):
+    def back(t):
+        if t.dtype is not torch.uint8:
+            return t
+        return torch.empty(3 * t.numel() + 3, dtype=torch.uint8)[odd(t.numel())][: t.numel()].copy_(t)
+
+    x, r, w, b, m, v = make((3, 5, 700), torch.float32)
+    x.requires_grad_()
+    expected = torch.autograd.grad(ours(x, r, w, b, m, v, True, "relu"), x, r)[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), back):
+        y = ours(x, r, w, b, m, v, True, "relu")
+    close(torch.autograd.grad(y, x, r, create_graph=create)[0].detach(), expected, torch.float32, "moved")
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_checkpoint_whose_second_output_lies_elsewhere(create, large, monkeypatch):
+    """Its signs then have another phase; their shape must be the first one's."""
+    from torch.utils.checkpoint import checkpoint
+
+    places = iter([1, 15, 0, 9] * 9)
+    own = recycled.empty
+    monkeypatch.setattr(
+        recycled, "empty", lambda *kind: own(*kind) if kind[1].itemsize == 1 else _at(next(places), *kind)
+    )
+    x, r, w, b, m, v = make((3, 5, 128), torch.float32)
+    x.requires_grad_()
+    for _ in range(2):
+        expected = torch.autograd.grad(ours(x, r, w, b, m, v, True, "relu"), x, r)[0]
+        y = checkpoint(ours, x, r, w, b, m, v, True, "relu", use_reentrant=False)
+        close(torch.autograd.grad(y, x, r, create_graph=create)[0].detach(), expected, torch.float32, "checkpoint")
+
+
+def _at(place, shape, dtype):
+    """Return memory that begins so many elements into a line."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + 128, np.uint8)
+    return np.ndarray(shape, dtype, memory.data, -memory.ctypes.data % 64 + place * dtype.itemsize)
 
 
 @pytest.mark.parametrize("layout", [dense, last])

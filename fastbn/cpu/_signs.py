@@ -60,9 +60,10 @@ class _MarkedModel(models.StructModel):
 
 
 def _header(builder, data):
-    """Return the number of the bit of element 0, and ``shared``."""
+    """Return the number of the bit of element 0, and ``shared``; signs that were copied may begin anywhere."""
     head = builder.bitcast(data, I64.as_pointer())
     phase, shared = builder.load(head), builder.load(builder.gep(head, [ir.Constant(I64, 1)]))
+    phase.align = shared.align = 1
     behind = builder.add(builder.ptrtoint(data, I64), ir.Constant(I64, HEAD))
     return builder.add(builder.shl(behind, ir.Constant(I64, 3)), phase), shared
 

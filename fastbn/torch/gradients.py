@@ -26,7 +26,7 @@ def keep(ctx: Any, saved: Any, y: Tensor, args: native.Args) -> None:
     bits = getattr(saved, "signs", None)
     sign = y if behind else None
     if bits is not None:
-        sign, ctx.phase = torch.from_numpy(bits), signs.phase(bits)
+        sign = torch.from_numpy(bits)
     saved.release()
     ctx.save_for_backward(input, weight, bias if through else None, sign, mask)
     if bias is not None and not through and isinstance(saved, BatchSaved):  # what nobody keeps must not be read, either
@@ -41,8 +41,10 @@ def by_kernels(ctx: Any, grad_output: Tensor) -> Found:
     try:
         grad = array(grad_output)
         input = laid_out(input, ctx.strides)
-        sign = {"signs": array(y)} if _are_signs(y) else {"y": None if y is None else array(laid_out(y, ctx.strides))}
-        saved = ctx.saved.restored(array(input), **sign)
+        if _are_signs(y):
+            saved = ctx.saved.restored(array(input), signs=array(y.contiguous()))
+        else:
+            saved = ctx.saved.restored(array(input), None if y is None else array(laid_out(y, ctx.strides)))
         _moved(ctx, saved, weight, bias)
     except Opaque:
         return differentiable(ctx, grad_output)
@@ -110,7 +112,8 @@ def _before_relu(grad: Tensor, y: Tensor, ctx: Any, input: Tensor) -> Tensor:
         return grad.masked_fill(y <= 0, 0.0)
     order = ctx.saved.layout.order
     bits = (y[signs.HEAD :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    positive = bits.flatten()[ctx.phase : ctx.phase + input.numel()].view([input.shape[a] for a in order])
+    places = torch.arange(input.numel()) + y[:8].clone().view(torch.int64)  # the phase: a checkpoint's second differs
+    positive = bits.flatten()[places].view([input.shape[a] for a in order])
     return grad.masked_fill(positive.permute(*np.argsort(order).tolist()) == 0, 0.0)
 
 
