@@ -131,5 +131,5 @@ def _in_order(grad: Tensor, input: Tensor) -> Tensor:
     """Return the gradient in the memory format of the input: PyTorch's operator is wrong about some others."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if last is not None and not input.is_contiguous() and input.is_contiguous(memory_format=last):
-        return grad.contiguous(memory_format=last)
+        return grad.movedim(1, -1).contiguous().movedim(-1, 1)  # vmap cannot say contiguous(memory_format=...)
     return grad.contiguous()
