@@ -64,6 +64,9 @@ class Forward:
         self.residual = None if residual is None else layout.like(residual, self.layout)
         self.signs = None
 
+    def __setstate__(self, state: Any) -> None:
+        layout.restore(self, state, "x", "out", "residual")
+
     @property
     def count(self) -> int:
         """Values per channel."""

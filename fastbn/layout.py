@@ -101,3 +101,15 @@ def like(x: Array, layout: Layout) -> Array:
     if ordered.flags.c_contiguous and x.flags.aligned:
         return x
     return np.array(ordered, order="C").transpose(np.argsort(layout.order))
+
+
+def restore(of: Any, state: tuple[Any, dict[str, Any]], *names: str) -> None:
+    """Do what an object's ``__setstate__`` does, its arrays of these names in the order of its ``layout``.
+
+    A pickle of an array keeps C and Fortran order alone.
+    """
+    for name, value in state[1].items():
+        setattr(of, name, value)
+    for name in names:
+        if (x := getattr(of, name, None)) is not None:
+            setattr(of, name, like(x, of.layout))

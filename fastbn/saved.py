@@ -122,6 +122,9 @@ class BatchSaved(Saved):
     residual: bool
     frozen: bool
 
+    def __setstate__(self, state: Any) -> None:
+        layout.restore(self, state, "x", "y")
+
     @property
     def moments(self) -> Moments:  # noqa: D102
         if not self.frozen:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -310,3 +312,19 @@ def test_every_float16_survives_the_identity():
     y = fastbn.batch_norm_infer(x, np.zeros(1, np.float32), np.ones(1, np.float32), eps=0.0)
     keep = ~np.isnan(x)
     assert np.isnan(y[~keep]).all() and np.array_equal(y[keep], x[keep])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("options", [{}, {"ghost": 2}, {"mask": True}, {"renorm": (3.0, 5.0)}], ids=str)
+def test_saved_can_be_copied_and_pickled(options, copied, rng):
+    """A pickle of an array loses its memory order, unless that is C's or Fortran's."""
+    for order in itertools.permutations(range(3)):
+        x, residual, grad = (
+            np.asarray(normal(rng, (4, 5, 7), np.float32).transpose(order), order="C").transpose(np.argsort(order))
+            for _ in range(3)
+        )
+        running, valid = (np.zeros(5, np.float32), np.ones(5, np.float32)), np.arange(28).reshape(4, 7) % 3 > 0
+        given = options | ({"mask": valid} if "mask" in options else {})
+        _, saved = fastbn.batch_norm_train(x, None, None, *running, activation="relu", residual=residual, **given)
+        want, found = fastbn.backward(grad, saved), fastbn.backward(grad, copied(saved))
+        assert same_bits(want.input, found.input) and same_bits(want.residual, found.residual)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import ml_dtypes
 import numba
 import numpy as np
@@ -89,6 +91,13 @@ def test_in_any_memory_order(rng):
     y, saved = _by(False, x, x, None, 1, rng)
     assert y.strides == x.strides
     assert np.array_equal(_spread(saved, x) == 1, y > 0)
+
+
+def test_in_a_pickle(rng):
+    x, residual, grad = (rng.standard_normal((4, 7, 5), dtype=np.float32).transpose(0, 2, 1) for _ in range(3))
+    _, saved = fastbn.batch_norm_train(x, activation="relu", residual=residual)
+    found = fastbn.backward(grad, pickle.loads(pickle.dumps(saved)))
+    assert all(same_bits(a, b) for a, b in zip(found[::3], fastbn.backward(grad, saved)[::3], strict=True))
 
 
 def test_what_rounds_to_zero_is_not_positive(rng):
