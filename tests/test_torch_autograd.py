@@ -251,15 +251,22 @@ def _at(place, shape, dtype):
     return np.ndarray(shape, dtype, memory.data, -memory.ctypes.data % 64 + place * dtype.itemsize)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("shape", "layout"), [((3, 5, 7, 9), dense), ((3, 5, 7, 9), last), ((2, 5, 3, 4, 5), last)])
-def test_many_gradients_at_once(shape, layout, fused):
+def test_many_gradients_at_once(shape, layout, fused, activation):
     x, r, w, b, _, _ = make(shape, torch.float64, layout)
-    y = ours(x.requires_grad_(), r if fused else None, w, b, None, None, True, "relu")
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    y = ours(x, r if fused else None, w, b, None, None, True, activation)
     seeds = torch.randn(2, *shape, dtype=torch.float64)
-    (found,) = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)
-    for got, seed in zip(found, seeds, strict=True):
-        torch.testing.assert_close(got, torch.autograd.grad(y, x, seed, retain_graph=True)[0])
+
+    def gradients(seed, **options):
+        return torch.autograd.grad(y, leaves, seed, retain_graph=True, **options)
+
+    want = [torch.stack(each) for each in zip(*map(gradients, seeds), strict=True)]
+    for found in (gradients(seeds, is_grads_batched=True), torch.vmap(gradients)(seeds)):
+        for got, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("layout", [dense, last])

@@ -87,17 +87,17 @@ def differentiable(ctx: Any, grad_output: Tensor) -> Found:
             before = before.masked_fill(~masked.valid(input, mask, ctx.lengths), 0.0)
         given = {0: input, 2: weight, 3: bias}
         ones = torch.ones(input.shape[1:2], dtype=arithmetic(input), device=input.device)
-        if bias is None and wanted[3]:  # nothing but its own gradient depends on it
-            given[3] = torch.zeros_like(ones).requires_grad_()
         if weight is None and given[3] is not None:  # PyTorch has no second derivative of bias alone
             given[2] = ones
         alias = {i: None if t is None else t.view_as(t) for i, t in given.items()}
         again = _again(ctx, saved, alias, mask, "relu" if saved.relu and y is None else None)
-        sources = [i for i in (0, 2, 3) if wanted[i]]
+        sources = [i for i in (0, 2, 3) if wanted[i] and given[i] is not None]
         grads = torch.autograd.grad(
             again, [alias[i] for i in sources], _in_order(before, input), create_graph=create
         ) if sources else ()  # fmt: skip
-    found = dict(zip(sources, grads, strict=True)) | ({1: before} if wanted[1] else {})
+        found = dict(zip(sources, grads, strict=True)) | ({1: before} if wanted[1] else {})
+        if bias is None and wanted[3]:  # nothing but its own gradient depends on it
+            found[3] = before.sum([0, *range(2, input.dim())], dtype=ones.dtype)
     return tuple(found.get(i) for i in range(5))
 
 
