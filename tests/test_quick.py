@@ -283,6 +283,7 @@ def test_one_value_per_channel_and_nothing(c):
     assert fastbn.batch_norm_train(c.x[:0])[0].shape == (0, 100)
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")  # NumPy 2.5; it still works
 def test_x_reshaped_behind_our_back(c):
     """Its layout is that of the forward pass; what is known of the new shape is not used."""
     _, kept, *_ = c.train(out=None)
