@@ -12,8 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
-from fastbn import quick, recycled  # noqa: E402
-from fastbn.cpu import tuning  # noqa: E402
+from fastbn import recycled  # noqa: E402
 from fastbn.torch import batch_norm  # noqa: E402
 from tests.torch_cases import DTYPES, LAYOUTS, close, dense, gappy, last, make, ours, theirs  # noqa: E402
 
@@ -165,15 +164,6 @@ def test_memory_is_autograds_to_keep():
     y.sum().backward()
     del x, y
     assert memory() is None and node.saved.mean.shape == (5,)
-
-
-@pytest.fixture
-def large(monkeypatch):
-    """All results count as large: signs are kept instead of them."""
-    for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
-        monkeypatch.setattr(tuning, name, 0)
-    for name in ("train", "infer", "backward"):
-        monkeypatch.setattr(quick, name, lambda *a: None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

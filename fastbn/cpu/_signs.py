@@ -21,30 +21,25 @@ HEAD = 16  # bytes in front of the bits; behind them eight more may be read
 _ONE = {"f16": 0x3C00, "bf16": 0x3F80}
 
 
-class Signs(types.CPointer):
+class _OfNumbers(types.CPointer):
+    """A pointer that kernels use like the pointer to ``numbers``."""
+
+    def __init__(self, numbers: types.CPointer):
+        super().__init__(numbers.dtype)
+        self.numbers = numbers
+        self.name = f"{type(self).__name__} of {numbers.name}"
+
+    @property
+    def key(self):
+        return self.name
+
+
+class Signs(_OfNumbers):
     """The number of a bit in memory, to be read like the ``numbers``: ones and zeros."""
 
-    def __init__(self, numbers: types.CPointer):
-        super().__init__(numbers.dtype)
-        self.numbers = numbers
-        self.name = f"signs like {numbers.name}"
 
-    @property
-    def key(self):
-        return "signs", self.numbers
-
-
-class Marked(types.CPointer):
+class Marked(_OfNumbers):
     """The address of ``numbers``, the number of the bit that tells the first one's sign, and ``shared``."""
-
-    def __init__(self, numbers: types.CPointer):
-        super().__init__(numbers.dtype)
-        self.numbers = numbers
-        self.name = f"marked {numbers.name}"
-
-    @property
-    def key(self):
-        return "marked", self.numbers
 
 
 @register_model(Signs)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import functional, quick, signs
+from fastbn import functional, signs
 from fastbn.cpu import _signs, tuning
 from tests.oracle import same_bits
 
@@ -25,13 +25,7 @@ SHAPES = [
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """All results stream, so that small arrays do too."""
-    for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
-        monkeypatch.setattr(tuning, name, 0)
-    for name in ("train", "infer", "backward"):
-        monkeypatch.setattr(quick, name, lambda *a: None)
+pytestmark = pytest.mark.usefixtures("large")
 
 
 def _filled(rng, shape, dtype, at):
