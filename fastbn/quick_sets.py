@@ -60,9 +60,9 @@ def _learn(op: str, known: dict[Key, Call], x: Array, groups: int) -> Call | Non
         sizes, rows = Groups(N, groups, C, x.size // (N * C)), (N, groups)
         if N * sizes.length == 1:
             return None
-    from fastbn.cpu import entries
+    from fastbn.cpu import entries_sets
 
-    found = entries.find_sets(op, sizes)
+    found = entries_sets.find(op, sizes)
     if found is None:
         return None
     if len(known) >= REMEMBERED:

@@ -324,6 +324,6 @@ def test_without_gates_calls_go_the_long_way(c, long_way, monkeypatch):
     from fastbn.cpu import entries
 
     monkeypatch.setattr(quick, "_train", {})
-    monkeypatch.setattr(entries, "_address", lambda kernel, args: None)
+    monkeypatch.setattr(entries, "address_of", lambda kernel, args: None)
     c.train()
     assert long_way

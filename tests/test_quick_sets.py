@@ -9,7 +9,7 @@ import pytest
 import fastbn
 from fastbn import family, quick_sets
 from fastbn.arguments import F32
-from fastbn.cpu import entries, launch_sets, tuning
+from fastbn.cpu import entries_sets, launch_sets, tuning
 from tests.cpu.test_gates import REFUSED
 from tests.oracle import same_bits
 
@@ -158,9 +158,9 @@ def test_without_gates_calls_go_the_long_way(rng, monkeypatch):
     x, _, weight, bias = draw(rng, (6, 20))
     want = fastbn.layer_norm(x, weight, bias)[0]
     monkeypatch.setattr(quick_sets, "_train", {})
-    monkeypatch.setattr(entries, "_set_code", lambda *a: None)
+    monkeypatch.setattr(entries_sets, "_code", lambda *a: None)
     assert same_bits(fastbn.layer_norm(x, weight, bias)[0], want) and not quick_sets._train
-    assert entries.find_sets("train", (1 << 12, 1, 1 << 8, 1)) is None and tuning.PARALLEL < 1 << 20
+    assert entries_sets.find("train", (1 << 12, 1, 1 << 8, 1)) is None and tuning.PARALLEL < 1 << 20
     assert not launch_sets.is_small((2, 1, launch_sets.SWEPT_BACK, 1))
     assert isinstance(fastbn.layer_norm(x, weight, bias)[1], family.GroupSaved)
 
