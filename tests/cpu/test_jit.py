@@ -285,13 +285,15 @@ def test_every_store_past_the_caches_is_one(python, tmp_path):
 
 BESIDE = """
 import fastbn, numba, numpy
+from numba.core.postproc import PostProcessor
 from numba.core.registry import cpu_target
 from numba.core.types import BaseFunction
 from numba.extending import overload
 
-context, ask = cpu_target.target_context, BaseFunction.get_call_type
+context, ask, process = cpu_target.target_context, BaseFunction.get_call_type, PostProcessor.run
 fastbn.batch_norm_train(numpy.ones((8, 4), "f4"))
 assert not {"refresh", "get_abi_sizeof"} & set(vars(context)) and BaseFunction.get_call_type is ask
+assert PostProcessor.run is process
 
 def twice(x):
     raise NotImplementedError
@@ -308,3 +310,30 @@ def test_numba_is_left_as_it_was(python, tmp_path):
     """Numba remembers while a kernel is compiled, and has imported little where code is on the disk; then as ever."""
     python(BESIDE, FASTBN_CACHE_DIR=tmp_path)
     python(BESIDE, FASTBN_CACHE_DIR=tmp_path)
+
+
+OWNER = """
+import numpy as np
+from numba.core.runtime import rtsys
+from fastbn.cpu._jit import helper, jit
+
+@helper
+def inner(n):
+    return np.ones(n).sum()
+
+@jit
+def outer(n):
+    s = 0.0
+    for i in range(n):
+        s += inner(i + 1)
+    return s
+
+assert outer(10) == 55.0
+stats = rtsys.get_allocation_stats()
+assert stats.alloc >= 10 and stats.alloc == stats.free, stats
+"""
+
+
+def test_a_part_that_owns_memory_gives_it_back(python, tmp_path):
+    """Others are compiled without marks of where their variables end."""
+    python(OWNER, FASTBN_CACHE_DIR=tmp_path, NUMBA_NRT_STATS=1)
