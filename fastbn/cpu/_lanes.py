@@ -10,7 +10,8 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic, lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
-from fastbn.cpu._vectors import F64, I32, Vector, broadcast, elements_below, vector_of
+from fastbn.cpu._tails import elements_below
+from fastbn.cpu._vectors import F64, I32, Vector, broadcast, vector_of
 
 
 @intrinsic

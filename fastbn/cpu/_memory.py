@@ -7,8 +7,10 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
+from fastbn.cpu._halves import decode
 from fastbn.cpu._jit import part
 from fastbn.cpu._signs import Marked, Signs, get_sign, load_signs, marked, numbers
+from fastbn.cpu._tails import lanes_below, masked
 from fastbn.cpu._vectors import (
     F16,
     F32,
@@ -18,10 +20,7 @@ from fastbn.cpu._vectors import (
     SplitPointer,
     WidePointer,
     broadcast,
-    decode,
     half,
-    lanes_below,
-    masked,
     memory_vector,
     nothing,
     vector_of,

@@ -15,7 +15,9 @@ from numba import types
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, register_model
 
-from fastbn.cpu._vectors import F64, I64, constant, decode, half, lowest, memory_vector
+from fastbn.cpu._halves import decode
+from fastbn.cpu._tails import lowest
+from fastbn.cpu._vectors import F64, I64, constant, half, memory_vector
 
 HEAD = 16  # bytes in front of the bits; behind them eight more may be read
 _ONE = {"f16": 0x3C00, "bf16": 0x3F80}

@@ -8,8 +8,10 @@ from numba import types
 from numba.core.errors import TypingError
 from numba.core.extending import intrinsic
 
+from fastbn.cpu._halves import encode
 from fastbn.cpu._signs import mark, numbers
-from fastbn.cpu._vectors import I32, encode, lanes_below, masked, memory_vector, nothing, vector_of, vector_pointer
+from fastbn.cpu._tails import lanes_below, masked
+from fastbn.cpu._vectors import I32, memory_vector, nothing, vector_of, vector_pointer
 
 
 def _check(y, v):
