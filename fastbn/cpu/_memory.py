@@ -7,13 +7,11 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-from fastbn.cpu._halves import decode
+from fastbn.cpu._halves import decode, decode_one
 from fastbn.cpu._jit import part
 from fastbn.cpu._signs import Marked, Signs, get_sign, load_signs, marked, numbers
-from fastbn.cpu._tails import lanes_below, masked
+from fastbn.cpu._tails import load_first
 from fastbn.cpu._vectors import (
-    F16,
-    F32,
     F64,
     I32,
     I64,
@@ -101,10 +99,7 @@ def load_n(typingctx, x, i, n):
             return load_signs(builder, sig.args[0], *args[:2])
         vec, size = memory_vector(sig.args[0])
         ptr = vector_pointer(builder, args[0], args[1], vec)
-        mask = lanes_below(builder, vec.count, args[2])
-        zero = ir.Constant(vec, None)
-        raw = masked(builder, "load", vec, [ptr, ir.Constant(I32, size), mask, zero], vec)
-        return decode(builder, sig.args[0], raw)
+        return decode(builder, sig.args[0], load_first(builder, vec, ptr, size, args[2]))
 
     return vector_of(x)(x, types.intp, types.intp), codegen
 
@@ -132,12 +127,7 @@ def get(typingctx, x, i):
     def codegen(ctx, builder, sig, args):
         if isinstance(sig.args[0], Signs):
             return get_sign(builder, *args)
-        raw = builder.load(builder.gep(args[0], [args[1]]))
-        kind = half(sig.args[0])
-        if kind == "f16":
-            raw = builder.bitcast(raw, F16)
-        elif kind == "bf16":
-            raw = builder.bitcast(builder.shl(builder.zext(raw, I32), ir.Constant(I32, 16)), F32)
+        raw = decode_one(builder, sig.args[0], builder.load(builder.gep(args[0], [args[1]])))
         return raw if raw.type == F64 else builder.fpext(raw, F64)
 
     return types.float64(x, types.intp), codegen

@@ -10,7 +10,7 @@ from numba.core.extending import intrinsic
 
 from fastbn.cpu._halves import encode
 from fastbn.cpu._signs import mark, numbers
-from fastbn.cpu._tails import lanes_below, masked
+from fastbn.cpu._tails import store_first
 from fastbn.cpu._vectors import I32, memory_vector, nothing, vector_of, vector_pointer
 
 
@@ -51,12 +51,7 @@ def store(typingctx, y, i, v):
 @intrinsic
 def store_n(typingctx, y, i, v, n):
     """Write the first n lanes of v to y[i:i+n]; nothing into None."""
-
-    def put(builder, raw, address, size, n):
-        mask = lanes_below(builder, raw.type.count, n)
-        masked(builder, "store", raw.type, [raw, address, ir.Constant(I32, size), mask], ir.VoidType())
-
-    return _storing(y, v, (types.intp,), put)
+    return _storing(y, v, (types.intp,), store_first)
 
 
 class StreamInstr(StoreInstr):

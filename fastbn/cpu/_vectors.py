@@ -10,7 +10,7 @@ from numba.core.datamodel import models
 from numba.core.extending import register_model
 from numba.core.registry import cpu_target
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
