@@ -119,8 +119,10 @@ def _store_pieces(builder, raw, address, size: int, n):
     while width > 1:
         width //= 2
         low, high = halves(builder, raw)
-        there = builder.and_(n, ir.Constant(I64, width))
-        taken = builder.icmp_signed("!=", there, ir.Constant(I64, 0))
-        with builder.if_then(taken):
+        there, before = builder.and_(n, ir.Constant(I64, width)), builder.block
+        with builder.if_then(builder.icmp_signed("!=", there, ir.Constant(I64, 0))):
             builder.store(low, builder.bitcast(address, low.type.as_pointer())).align = size
-        raw, address = builder.select(taken, high, low), builder.gep(address, [there])
+            inside = builder.block
+        raw, address = builder.phi(low.type), builder.gep(address, [there])
+        raw.add_incoming(low, before)
+        raw.add_incoming(high, inside)
