@@ -33,6 +33,7 @@ try:
         """
 
         _linking_libraries: Any
+        _called: Any
 
         def add_ir_module(self, ir_module: Any) -> None:
             for function in ir_module.functions:
@@ -42,13 +43,28 @@ try:
             super().add_ir_module(ir_module)
 
         def finalize(self) -> None:
-            """Link the parts, and what they call and have not linked themselves."""
-            libraries = list(self._linking_libraries)
-            for library in libraries:  # which grows
-                if isinstance(library, _Part):
-                    libraries += [called for called in library._linking_libraries if called not in libraries]
-            self._linking_libraries = libraries
+            """Link what is called, and what parts call, who link nothing themselves."""
+            self._called, self._linking_libraries = self._closure(), []
             super().finalize()
+
+        def _closure(self) -> list[Any]:
+            """Return what this library and its parts call, callers first: LLVM links nothing that nobody calls yet."""
+            found: list[Any] = []
+            self._add_called(found)
+            return found[::-1]
+
+        def _add_called(self, found: list[Any]) -> None:
+            """Add what this library calls, each behind what it calls itself."""
+            for called in self._linking_libraries:
+                if called not in found:
+                    if isinstance(called, _Part):
+                        called._add_called(found)
+                    found.append(called)
+
+        def _optimize_final_module(self) -> None:
+            for called in self._called:
+                self._final_module.link_in(_module(called), preserve=True)
+            super()._optimize_final_module()
 
     class _Part(_Kernel):
         """A library that kernels link and nobody runs. It links nothing itself; all optimisation is left to the kernel.
@@ -65,13 +81,24 @@ try:
             self._finalize_dynamic_globals()
             self._finalized = True
 
-        def _get_module_for_linking(self) -> Any:
-            """Return the module itself, its functions to be dropped where inlined; Numba would copy it first."""
+        def alone(self) -> Any:
+            """Return the module of this part, whose functions are dropped where they are inlined."""
             self._ensure_finalized()
             for function in self._final_module.functions:
                 if not function.is_declaration and function.linkage == Linkage.external:
                     function.linkage = Linkage.linkonce_odr
             return self._final_module
+
+        def _get_module_for_linking(self) -> Any:
+            """Return what others than kernels link: this part with all that it calls."""
+            whole = self.alone().clone()
+            for called in self._closure():
+                whole.link_in(_module(called), preserve=True)
+            return whole
+
+    def _module(library: Any) -> Any:
+        """Return the module that kernels link."""
+        return library.alone() if isinstance(library, _Part) else library._get_module_for_linking()
 
     @ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.py_object)  # type: ignore[untyped-decorator]
     def _not_callable(module: Any, args: Any, kwargs: Any) -> Any:
