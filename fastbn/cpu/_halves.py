@@ -7,13 +7,14 @@ that nobody links, and by integers.
 from __future__ import annotations
 
 import functools
+import platform
 
 import llvmlite.ir as ir
 from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 
-from fastbn.cpu._vectors import ARM, F16, F32, I16, I32, Vector, constant, half, halves, has, vector_of
+from fastbn.cpu._vectors import F16, F32, I16, I32, Vector, constant, half, halves, has, vector_of
 
 
 def decode(builder, pointer: types.CPointer, raw):
@@ -45,7 +46,7 @@ def decode_one(builder, pointer: types.CPointer, raw):
 @functools.cache
 def _has_float16() -> bool:
     """Tell whether the CPU converts float16 itself."""
-    return has("f16c") or has("avx512f") or ARM
+    return has("f16c") or has("avx512f") or platform.machine().lower() in ("aarch64", "arm64")
 
 
 def _from_float16(builder, raw, of):

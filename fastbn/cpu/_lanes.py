@@ -11,7 +11,7 @@ from numba.core.extending import intrinsic, lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from fastbn.cpu._tails import elements_below
-from fastbn.cpu._vectors import F64, I32, Vector, broadcast, chains, vector_of
+from fastbn.cpu._vectors import F64, I32, Vector, broadcast, vector_of
 
 
 @intrinsic
@@ -61,44 +61,16 @@ _operator(operator.mul, Vector, Vector, lambda ctx, builder, sig, args: builder.
 _operator(operator.add, types.CPointer, types.Integer, lambda ctx, builder, sig, args: builder.gep(args[0], [args[1]]))
 
 
-def _fused(builder, a, b, c):
-    """Return a * b + c."""
-    kind = a.type
-    name = f"llvm.fmuladd.v{kind.count}f{64 if kind.element == F64 else 32}"
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), [a, b, c]
-    )
-
-
 @intrinsic
 def fma(typingctx, a, b, c):
     """Return a * b + c with one rounding where the CPU has it (``fmuladd``: a libm call would cost 50x)."""
-    return a(a, b, c), lambda ctx, builder, sig, args: _fused(builder, *args)
 
+    def codegen(ctx, builder, sig, args):
+        vec = args[0].type
+        name = f"llvm.fmuladd.v{vec.count}f{sig.args[0].bits}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(vec, [vec] * 3), name), args)
 
-def _adding(number):
-    """Intrinsic that adds two terms u, and u*v, to four sums and products, the first one to that of this number.
-
-    Several hide the latency of additions. Where the CPU has not the registers for all (``chains``) the first ones get
-    what would be the others', which stay zero: with AVX2 training in half types takes 0.85-0.9 of the time.
-    """
-
-    def add(typingctx, s, q, u0, v0, u1, v1):
-        def codegen(ctx, builder, sig, args):
-            count = chains(sig.args[2])
-            sums, products = ([builder.extract_value(four, i) for i in range(4)] for four in args[:2])
-            for i, (u, v) in enumerate((args[2:4], args[4:]), number):
-                at = i % count
-                sums[at], products[at] = builder.fadd(sums[at], u), _fused(builder, u, v, products[at])
-            both = [ctx.make_tuple(builder, sig.args[0], values) for values in (sums, products)]
-            return ctx.make_tuple(builder, sig.return_type, both)
-
-        return types.UniTuple(s, 2)(s, q, u0, v0, u1, v1), codegen
-
-    return intrinsic(add)
-
-
-add_two, add_next_two = _adding(0), _adding(2)
+    return a(a, b, c), codegen
 
 
 @intrinsic

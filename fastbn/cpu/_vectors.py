@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 
 import llvmlite.ir as ir
 from numba import types
@@ -11,7 +10,6 @@ from numba.core.datamodel import models
 from numba.core.extending import register_model
 from numba.core.registry import cpu_target
 
-ARM = platform.machine().lower() in ("aarch64", "arm64")
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
@@ -112,13 +110,6 @@ def has(feature: str) -> bool:
     """Tell whether the CPU that kernels are compiled for has a feature, by LLVM's name."""
     features = getattr(cpu_target.target_context.codegen(), "_tm_features", "") or ""
     return f"+{feature}" in features.split(",")
-
-
-def chains(vector: Vector) -> int:
-    """Return how many sums of such vectors, and as many of their products, fit in half of the CPU's registers."""
-    count, size = (32, 64) if has("avx512f") else (16, 32) if has("avx") else (32, 16) if ARM else (16, 16)
-    room = count // 2 * size // (vector.lanes * vector.bits // 8)
-    return 4 if room >= 8 else 2 if room >= 4 else 1
 
 
 def halves(builder, vector):

@@ -25,13 +25,12 @@ from fastbn.cpu.planes import (
 )
 from fastbn.cpu.planes_gradients import block_gradients, gradient_constants, write_part
 from fastbn.cpu.simd import (
-    add_next_two,
-    add_two,
     base,
     clear,
     empty,
     fence,
     fetch_add,
+    fma,
     head,
     lanes,
     least,
@@ -77,7 +76,7 @@ def gradient_and_sum_run(x, g, y, dx, dr, early, i, end, c, relu, streamed, at, 
     m, k, b, c1, c0 = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, c[3]), splat(x, c[4])
     start, scale, shift = splat(x, d[0]), splat(x, d[1]), splat(x, d[2])
     alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
-    sums, squares = (s, zero, zero, zero), (q, zero, zero, zero)
+    s1 = s2 = s3 = q1 = q2 = q3 = zero
     while at + 4 * W <= stop and i + 4 * W <= end:
         ask_four(x, at + far)
         ask_four(g, at + far)
@@ -86,15 +85,15 @@ def gradient_and_sum_run(x, g, y, dx, dr, early, i, end, c, relu, streamed, at, 
         u0, u1, v0, v1 = _two(
             x, g, y, dx, dr, early, i, m, k, b, c1, c0, relu, streamed, alike, at, start, scale, shift
         )
-        sums, squares = add_two(sums, squares, u0, v0, u1, v1)
+        s, s1, q, q1 = s + u0, s1 + u1, fma(u0, v0, q), fma(u1, v1, q1)
         at, i = at + 2 * W, i + 2 * W
         u2, u3, v2, v3 = _two(
             x, g, y, dx, dr, early, i, m, k, b, c1, c0, relu, streamed, alike, at, start, scale, shift
         )
-        sums, squares = add_next_two(sums, squares, u2, v2, u3, v3)
+        s2, s3, q2, q3 = s2 + u2, s3 + u3, fma(u2, v2, q2), fma(u3, v3, q3)
         at, i = at + 2 * W, i + 2 * W
     i = gradient_run(x, g, y, dx, dr, i, end, c, relu, streamed, 0)
-    s, q = sum_rest(x, g, y, early, at, stop, start, scale, shift, relu, sums, squares)
+    s, q = sum_rest(x, g, y, early, at, stop, start, scale, shift, relu, (s, s1, s2, s3), (q, q1, q2, q3))
     return i, s, q
 
 

@@ -32,8 +32,6 @@ from fastbn.cpu.ahead import ask_four
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import near, wide_sums
 from fastbn.cpu.simd import (
-    add_next_two,
-    add_two,
     ask,
     base,
     blend,
@@ -169,15 +167,15 @@ def write_and_sum(x, y, w, b, i, end, col, c, streamed, far, at, n, start, s, q)
     """
     W, stop = lanes(x), at + n
     m, k, r, start, zero = splat(x, c[0]), splat(x, c[1]), splat(x, c[2]), splat(x, start), splat(x, 0.0)
-    sums, squares = (s, zero, zero, zero), (q, zero, zero, zero)
+    s1 = s2 = s3 = q1 = q2 = q3 = zero
     while at + 4 * W <= stop and i + 4 * W <= end:
         ask_four(x, at + far)
         for o in (0, W, 2 * W, 3 * W):
             prefetch(x, at + NEAR + o)
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
-        sums, squares = add_two(sums, squares, v0, v0, v1, v1)
-        sums, squares = add_next_two(sums, squares, v2, v2, v3, v3)
+        s, s1, s2, s3 = s + v0, s1 + v1, s2 + v2, s3 + v3
+        q, q1, q2, q3 = fma(v0, v0, q), fma(v1, v1, q1), fma(v2, v2, q2), fma(v3, v3, q3)
         z0, z1 = value(x, w, b, i, col, m, k, r), value(x, w, b, i + W, col + W, m, k, r)
         z2, z3 = value(x, w, b, i + 2 * W, col + 2 * W, m, k, r), value(x, w, b, i + 3 * W, col + 3 * W, m, k, r)
         write(y, i, z0, streamed)
@@ -197,11 +195,9 @@ def write_and_sum(x, y, w, b, i, end, col, c, streamed, far, at, n, start, s, q)
             prefetch(x, at + NEAR + o)
         v0, v1 = load(x, at) - start, load(x, at + W) - start
         v2, v3 = load(x, at + 2 * W) - start, load(x, at + 3 * W) - start
-        sums, squares = add_two(sums, squares, v0, v0, v1, v1)
-        sums, squares = add_next_two(sums, squares, v2, v2, v3, v3)
+        s, s1, s2, s3 = s + v0, s1 + v1, s2 + v2, s3 + v3
+        q, q1, q2, q3 = fma(v0, v0, q), fma(v1, v1, q1), fma(v2, v2, q2), fma(v3, v3, q3)
         at += 4 * W
-    s, s1, s2, s3 = sums
-    q, q1, q2, q3 = squares
     while at + W <= stop:
         ask(x, at + far)
         prefetch(x, at + NEAR)

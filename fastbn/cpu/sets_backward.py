@@ -25,8 +25,6 @@ from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.simd import (
-    add_next_two,
-    add_two,
     ask,
     base,
     blend,
@@ -71,13 +69,13 @@ def add_to(dw, i, v):
 
 
 @part
-def sum_step(x, g, w, dw, db, i, col, c):
-    """One vector of ``sum_elements``: returns u and xhat."""
+def sum_step(x, g, w, dw, db, i, col, c, s, q):
+    """One vector of ``sum_elements``."""
     v, h = fma(load(x, i) - c[0], c[1], c[2]), load(g, i)
     u = weighed(h, load_or_splat(x, w, col))
     add_to(dw, col, h * v)
     add_to(db, col, h)
-    return u, v
+    return s + u, fma(u, v, q)
 
 
 @part
@@ -88,21 +86,16 @@ def sum_elements(x, g, w, dw, db, at, L, col, c):
     s = q = 0.0
     for o in range(0, L, RUN):
         i, end = at + o, at + min(L, o + RUN)
-        sums = products = zero, zero, zero, zero
+        s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zero
         while i + 4 * W <= end:
             j = col + i - at
-            u0, v0 = sum_step(x, g, w, dw, db, i, j, c)
-            u1, v1 = sum_step(x, g, w, dw, db, i + W, j + W, c)
-            sums, products = add_two(sums, products, u0, v0, u1, v1)
-            u2, v2 = sum_step(x, g, w, dw, db, i + 2 * W, j + 2 * W, c)
-            u3, v3 = sum_step(x, g, w, dw, db, i + 3 * W, j + 3 * W, c)
-            sums, products = add_next_two(sums, products, u2, v2, u3, v3)
+            s0, q0 = sum_step(x, g, w, dw, db, i, j, c, s0, q0)
+            s1, q1 = sum_step(x, g, w, dw, db, i + W, j + W, c, s1, q1)
+            s2, q2 = sum_step(x, g, w, dw, db, i + 2 * W, j + 2 * W, c, s2, q2)
+            s3, q3 = sum_step(x, g, w, dw, db, i + 3 * W, j + 3 * W, c, s3, q3)
             i += 4 * W
-        s0, s1, s2, s3 = sums
-        q0, q1, q2, q3 = products
         while i + W <= end:
-            u, v = sum_step(x, g, w, dw, db, i, col + i - at, c)
-            s0, q0 = s0 + u, fma(u, v, q0)
+            s0, q0 = sum_step(x, g, w, dw, db, i, col + i - at, c, s0, q0)
             i += W
         if i < end:
             n, j = end - i, col + i - at

@@ -16,18 +16,7 @@ stores (2x on the write) and picks another rounding for the scalar remainder of 
 
 from __future__ import annotations
 
-from fastbn.cpu._lanes import (
-    add_next_two,
-    add_two,
-    blend,
-    first,
-    fma,
-    rounded,
-    splat,
-    total,
-    where_nonzero,
-    where_positive,
-)
+from fastbn.cpu._lanes import blend, first, fma, rounded, splat, total, where_nonzero, where_positive
 from fastbn.cpu._memory import (
     after,
     aligned,
@@ -56,8 +45,6 @@ __all__ = [
     "V32",
     "V64",
     "Vector",
-    "add_next_two",
-    "add_two",
     "after",
     "aligned",
     "ask",
