@@ -104,8 +104,8 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q):
     thread sums a run: four vectors at a time to four sums, which hides the latency of the additions, then one by one to
     the first, the tail to the second.
 
-    Rejected: as many sums as the registers of CPUs without AVX-512 hold, one or two. With AVX2 half types took 0.84-0.91
-    of the time, but 128 numbers in a row added in float32 cost accuracy: gradients of layer norm left their bound.
+    Rejected: as many sums as the registers of CPUs without AVX-512 hold, one or two. With AVX2 half types took 0.84 to
+    0.91 of the time, but 128 numbers in a row added in float32: gradients of layer norm left their bound.
     """
     W = lanes(x)
     m, k, b, zero = splat(x, m), splat(x, k), splat(x, b), splat(x, 0.0)
