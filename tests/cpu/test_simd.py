@@ -117,9 +117,8 @@ def test_split_vectors_know_their_elements():
 
 @pytest.mark.parametrize("code", [np.uint16, np.int16])
 def test_nan_stays_nan(code):
-    """Quiet NaN, what arithmetic makes of any."""
-    x = np.array([0x7FC00000, 0xFFC00000, 0x7FC00001, 0xFFC08000, 0x7FFF8000, 0x7FFF7FFF, 0x7FFFFFFF, 0xFFFFFFFF] * 4)
-    x = x.astype(np.uint32).view(np.float32)
+    bits = [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFC08000, 0x7FFF8000, 0x7FFF7FFF, 0xFFFFFFFF]
+    x = np.array(bits * 4, np.uint32).view(np.float32)
     y = np.empty(x.size, code)
     copy(x, y, x.size)
     assert np.isnan(y.view({np.uint16: np.float16, np.int16: BF16}[code]).astype(np.float32)).all()
