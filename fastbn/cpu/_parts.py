@@ -62,8 +62,7 @@ try:
                     found.append(called)
 
         def _optimize_final_module(self) -> None:
-            for called in self._called:
-                self._final_module.link_in(_module(called), preserve=True)
+            _link(self._final_module, self._called)
             super()._optimize_final_module()
 
     class _Part(_Kernel):
@@ -92,13 +91,14 @@ try:
         def _get_module_for_linking(self) -> Any:
             """Return what others than kernels link: this part with all that it calls."""
             whole = self.alone().clone()
-            for called in self._closure():
-                whole.link_in(_module(called), preserve=True)
+            _link(whole, self._closure())
             return whole
 
-    def _module(library: Any) -> Any:
-        """Return the module that kernels link."""
-        return library.alone() if isinstance(library, _Part) else library._get_module_for_linking()
+    def _link(module: Any, libraries: list[Any]) -> None:
+        """Link libraries into a module, of parts no more than themselves."""
+        for library in libraries:
+            other = library.alone() if isinstance(library, _Part) else library._get_module_for_linking()
+            module.link_in(other, preserve=True)
 
     @ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.py_object)  # type: ignore[untyped-decorator]
     def _not_callable(module: Any, args: Any, kwargs: Any) -> Any:

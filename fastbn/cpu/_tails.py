@@ -19,10 +19,10 @@ PAGE = 4096  # bytes that are readable if one of them is; larger pages are sever
 def lowest(builder, bits: int, n):
     """Return an integer whose n lowest bits are set."""
     one = ir.Constant(I64, 1)
-    return builder.sub(builder.shl(one, _within(builder, n, bits)), one)
+    return builder.sub(builder.shl(one, _clamped(builder, n, bits)), one)
 
 
-def _within(builder, n, most: int):
+def _clamped(builder, n, most: int):
     """Return n, but at least 0 and at most ``most``."""
     low, high = ir.Constant(I64, 0), ir.Constant(I64, most)
     n = builder.select(builder.icmp_signed("<", n, low), low, n)
@@ -32,7 +32,7 @@ def _within(builder, n, most: int):
 def _below(builder, n, numbers: list[int], bits: int):
     """Mask of the ``numbers`` that are < n, made by comparing integers of so many bits."""
     vec = ir.VectorType(ir.IntType(bits), len(numbers))
-    limit = broadcast(builder, vec, builder.trunc(_within(builder, n, len(numbers)), vec.element))
+    limit = broadcast(builder, vec, builder.trunc(_clamped(builder, n, len(numbers)), vec.element))
     return builder.icmp_signed(">", limit, ir.Constant(vec, numbers))
 
 
@@ -88,14 +88,15 @@ def _load_whole(builder, vec: ir.VectorType, address, size: int, n):
     place = builder.and_(builder.ptrtoint(address, I64), ir.Constant(I64, PAGE - 1))
     inside = builder.icmp_unsigned("<=", place, ir.Constant(I64, PAGE - LINE))
     some = builder.icmp_signed(">", n, ir.Constant(I64, 0))  # else nothing here need be readable
+    whole = builder.and_(inside, some)
     line = cgutils.alloca_once(builder, vec)
     line.align = LINE
-    with builder.if_then(builder.not_(builder.and_(inside, some)), likely=False):
-        length = builder.mul(_within(builder, n, vec.count), ir.Constant(I64, size))
+    with builder.if_then(builder.not_(whole), likely=False):
+        length = builder.mul(_clamped(builder, n, vec.count), ir.Constant(I64, size))
         cgutils.raw_memcpy(
             builder, builder.bitcast(line, I8.as_pointer()), builder.bitcast(address, I8.as_pointer()), length, 1
         )
-    value = builder.load(builder.select(builder.and_(inside, some), address, line))
+    value = builder.load(builder.select(whole, address, line))
     value.align = size
     return value
 
@@ -112,7 +113,7 @@ def store_first(builder, raw, address, size: int, n):
 def _store_pieces(builder, raw, address, size: int, n):
     """Store a line, or the half, quarter, ... that add up to its first n elements."""
     width = raw.type.count
-    n = _within(builder, n, width)
+    n = _clamped(builder, n, width)
     with builder.if_then(builder.icmp_signed("==", n, ir.Constant(I64, width))):
         builder.store(raw, address).align = size
     address = builder.bitcast(address, raw.type.element.as_pointer())

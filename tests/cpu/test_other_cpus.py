@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numba
@@ -15,9 +12,14 @@ from numba.core.registry import cpu_target
 if numba.config.DISABLE_JIT or platform.machine() not in ("x86_64", "AMD64"):
     pytest.skip("compiles for other x86 CPUs", allow_module_level=True)
 
+ROOT = Path(__file__).parents[2]
 # LLVM's names; Numba takes what the name implies as given, and we look for what is named.
 FEATURES = {"haswell": "+avx,+avx2,+fma,+f16c,+popcnt", "nehalem": "+sse4.2,+popcnt"}
 
+VECTORS = """
+import pytest
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/cpu/test_simd.py"]))
+"""
 WHOLE = """
 import numpy as np
 from tests.oracle import case, check_backward, check_train
@@ -35,21 +37,13 @@ def environment(request, tmp_path):
     ours = cpu_target.target_context.codegen()._tm_features.split(",")
     if not set(FEATURES[request.param].split(",")) <= set(ours):
         pytest.skip("this CPU is an older one")
-    return os.environ | {
-        "NUMBA_CPU_NAME": request.param, "NUMBA_CPU_FEATURES": FEATURES[request.param],
-        "FASTBN_CACHE_DIR": str(tmp_path),
+    return {
+        "NUMBA_CPU_NAME": request.param, "NUMBA_CPU_FEATURES": FEATURES[request.param], "FASTBN_CACHE_DIR": tmp_path,
     }  # fmt: skip
 
 
-def run(environment, *arguments):
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True)
+@pytest.mark.parametrize("code", [VECTORS, WHOLE], ids=["vectors", "kernels"])
+def test_other_registers(python, monkeypatch, environment, code):
+    monkeypatch.chdir(ROOT)  # for what it imports of the tests
+    done = python(code, check=False, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_vectors(environment):
-    run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cpu/test_simd.py")
-
-
-def test_kernels(environment):
-    run(environment, "-c", WHOLE)
