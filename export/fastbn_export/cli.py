@@ -95,7 +95,8 @@ def _handler(module: str, name: str) -> Handler:
 
 
 def _fail(command: str, message: str) -> int:
-    print(f"fastbn {command}: {' '.join(message.split())}", file=sys.stderr)
+    if sys.stderr is not None:  # closed: print would take standard output instead
+        print(f"fastbn {command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

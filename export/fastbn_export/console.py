@@ -84,7 +84,7 @@ def working(label: str, after: float = 1.0) -> Iterator[None]:
     """Show a moving bar on standard error while the body runs, if it runs longer than ``after`` seconds."""
     done = threading.Event()
     thread = threading.Thread(target=_wait, args=(label, after, done), daemon=True)
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         thread.start()
     try:
         yield

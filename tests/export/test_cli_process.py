@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -72,3 +73,19 @@ def test_a_signal_leaves_no_temporary_files(folder, number, told):
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (2, f"fastbn fold: {told}\n")
     assert os.listdir(folder / "t") == [] and not (folder / "out.onnx").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams with a shell")
+def test_closed_streams(folder):
+    """Standard error may be closed, as for daemons: what was asked for is done, and output is kept clean."""
+
+    def run(command, *closed):
+        shell = " ".join([f"'{sys.executable}' -m fastbn_export.cli", command, *closed])
+        return subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=folder, check=False)
+
+    done = run("inspect in.onnx --json", "2>&-")
+    assert done.returncode == 0 and len(json.loads(done.stdout)["entries"]) == 2
+    done = run("inspect none.onnx --json", "2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert run("fold in.onnx out.onnx", "<&-", ">&-", "2>&-").returncode == 0
+    onnx.checker.check_model(str(folder / "out.onnx"), full_check=True)
