@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from fastbn import __version__
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse has said why
         return int(end.code or 0)
     try:
-        with _ended_in_order():
+        with _ended_in_order(), _any_character():
             return _handler(*arguments.handler)(arguments)
     except _Terminated:
         return _fail(arguments.command, "terminated")
@@ -86,6 +87,21 @@ def _ended_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Let standard output write what its encoding lacks as escapes, as standard error does: names may be anything."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
+        yield
+        return
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # what was still to be written there
+            out.reconfigure(errors="strict")
 
 
 def _handler(module: str, name: str) -> Handler:

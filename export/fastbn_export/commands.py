@@ -15,7 +15,7 @@ import onnx
 
 from fastbn.errors import ArgumentValueError
 from fastbn_export.checked import CheckedFold, Fold, fold_checked
-from fastbn_export.console import bytes_text, line, print_table, working
+from fastbn_export.console import bytes_text, json_text, line, print_table, working
 from fastbn_export.files import (
     ModelFileError,
     atomic_path,
@@ -164,7 +164,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     with working("folding"):
         report = fold_model(model, duplicate=arguments.duplicate).report
     if arguments.json:
-        line(json.dumps(report.to_dict(), indent=2, ensure_ascii=False, default=str))
+        line(json_text(report.to_dict()))
         return DONE
     rows = [(entry.name, entry.kind, *_fate(entry)) for entry in report.entries]
     if rows:

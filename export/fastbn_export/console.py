@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["bytes_text", "line", "print_table", "progress", "working"]
+__all__ = ["bytes_text", "json_text", "line", "print_table", "progress", "working"]
 
 T = TypeVar("T")
 
@@ -16,6 +17,16 @@ T = TypeVar("T")
 def line(text: str = "") -> None:
     """Print one line to standard output."""
     print(text, flush=True)
+
+
+def json_text(content: object) -> str:
+    """Return JSON for standard output, with escapes of its own where characters are not in the output's encoding."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2, default=str)
+    return text
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

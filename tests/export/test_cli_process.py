@@ -89,3 +89,24 @@ def test_closed_streams(folder):
     assert (done.returncode, done.stdout) == (2, "")
     assert run("fold in.onnx out.onnx", "<&-", ">&-", "2>&-").returncode == 0
     onnx.checker.check_model(str(folder / "out.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_names_that_the_output_cannot_write(folder, encoding):
+    """Such as a Windows console's, or a pipe's there; the model was written already when the command failed."""
+    model = network()
+    for node in model.graph.node:
+        node.name += " é層\U0001f600"
+    save_model(model, folder / "in.onnx")
+
+    def run(*command):
+        program = [sys.executable, "-m", "fastbn_export.cli", *command]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(program, capture_output=True, cwd=folder, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        return done.stdout.decode(encoding.partition(":")[0])
+
+    assert "1 of 2" in run("fold", "in.onnx", os.fsdecode(b"out\xff.onnx"))
+    entries = json.loads(run("inspect", "in.onnx", "--json"))["entries"]
+    assert all(entry["name"].endswith(" é層\U0001f600") for entry in entries)
+    assert "BatchNormalization" in run("inspect", "in.onnx")
