@@ -181,8 +181,9 @@ class Worker:
             child.kill()
 
         timer = threading.Timer(self.timeout, end)
-        timer.start()
+        timer.daemon = True  # or the interpreter would wait for one that nobody cancels
         try:
+            timer.start()  # in here: a Ctrl-C may come before it returns
             send(cast("IO[bytes]", child.stdin), request, values)  # type: ignore[arg-type]
             message, outputs = receive(cast("IO[bytes]", child.stdout))  # type: ignore[arg-type]
         except (EOFError, OSError):
@@ -191,6 +192,9 @@ class Worker:
             if timed_out.is_set():
                 raise RunTimeout(f"no answer within {self.timeout:g} s") from None
             raise RunCrash(f"the process running the model died ({_why(status)})") from None
+        except BaseException:
+            self._stop()  # its answer would be taken for that to the next request
+            raise
         finally:
             timer.cancel()
         if "error" in message:

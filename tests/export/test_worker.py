@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -96,3 +97,40 @@ def test_a_killed_child_is_told_and_replaced():
         assert worker.run("m", {"x": np.ones(1, np.float32)})[0].tolist() == [1]
         worker.drop("m")
         assert not worker.is_loaded("m")
+
+
+def test_an_interrupt_is_not_waited_for(monkeypatch):
+    """One between two steps of Timer.start left a thread behind that the interpreter waited for until the timeout."""
+    started = []
+
+    def start(timer):
+        plain(timer)
+        started.append(timer)
+        raise KeyboardInterrupt
+
+    plain = threading.Timer.start
+    with Worker(30) as worker:
+        worker.put("a", identity(TensorProto.FLOAT))
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Timer, "start", start)
+            with pytest.raises(KeyboardInterrupt):
+                worker.load("a", "a")
+        started[0].join(10)
+        assert not started[0].is_alive()
+        worker.load("a", "a")
+        assert worker.run("a", {"x": np.ones(2, np.float32)})[0].tolist() == [1, 1]
+
+
+def test_the_answer_to_an_interrupted_request_is_not_the_next_ones(monkeypatch):
+
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    with Worker(30) as worker:
+        worker.put("a", identity(TensorProto.FLOAT))
+        worker.load("a", "a")
+        with monkeypatch.context() as patched:
+            patched.setattr("fastbn_export.worker.receive", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                worker.run("a", {"x": np.ones(2, np.float32)})
+        assert worker.run("a", {"x": np.full(2, 3, np.float32)})[0].tolist() == [3, 3]
