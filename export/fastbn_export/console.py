@@ -45,9 +45,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(escape(column), justify="right" if right else "left", overflow="fold")
     for row in text:
         table.add_row(*(escape(cell) for cell in row))
-    console = Console()
+
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with status 1, which says that a check failed
+
+    console = Ours()
     if not console.is_terminal:
-        console = Console(width=_width(columns, text, title))
+        console = Ours(width=_width(columns, text, title))
     console.print(table)
 
 

@@ -110,3 +110,13 @@ def test_names_that_the_output_cannot_write(folder, encoding):
     entries = json.loads(run("inspect", "in.onnx", "--json"))["entries"]
     assert all(entry["name"].endswith(" é層\U0001f600") for entry in entries)
     assert "BatchNormalization" in run("inspect", "in.onnx")
+
+
+def test_a_reader_that_leaves_does_not_fail_a_check(folder):
+    """The status was 1 where a table met the closed pipe, as if OUT had not been written."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    run = [sys.executable, "-m", "fastbn_export.cli", "fold", "in.onnx", "out.onnx"]
+    done = subprocess.run(run, stdout=writes, stderr=subprocess.PIPE, text=True, cwd=folder, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "") and (folder / "out.onnx").exists()
