@@ -4,9 +4,9 @@
 - ``nogil``: threads are ours (``pool.py``), so a kernel exists in one variant only. A ``parallel=True`` twin was the
   alternative: twice the compile time, a cache entry that the serial variant can pick up by mistake (numba#6845),
   OpenMP that kills a forked child and ``workqueue`` that aborts the process under concurrent calls.
-- The cache lies in a folder per user, named after a hash of all our sources, of Numba's version and of the cache that
-  blocks are made for (``tuning.CORE_CACHE``). Numba itself looks only at the file of the kernel, so a helper changed in
-  another file would keep its old code.
+- The cache lies in a folder per user, named after a hash of all our sources, of Numba's version and settings and of the
+  cache that blocks are made for (``tuning.CORE_CACHE``). Numba itself looks only at the file of the kernel, so a helper
+  changed in another file would keep its old code.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from fastbn.cpu._parts import KERNEL_OPTIONS, OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
+"""Numba's settings that change machine code, but not the key that it is kept under."""
+
 
 @functools.cache
 def source_digest() -> str:
@@ -42,6 +45,7 @@ def source_digest() -> str:
         np.__version__,
         sys.version,
         str(tuning.CORE_CACHE),
+        *(str(getattr(numba.config, name, None)) for name in _SETTINGS),
     )
 
 

@@ -177,6 +177,13 @@ def test_any_changed_source_changes_the_folder(python, tmp_path):
     assert len(set(seen)) == 3
 
 
+@pytest.mark.parametrize("setting", ["NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO", "NUMBA_OPT"])
+def test_what_a_setting_slows_down_is_kept_apart(setting, python, tmp_path):
+    """Processes without it loaded the slow code for good."""
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path, **{setting: "1"})) == (0, 1)
+    assert counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (0, 1)
+
+
 def test_a_users_numba_settings_are_left_alone(python, tmp_path):
     code = """
 import numba, os
