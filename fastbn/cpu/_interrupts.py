@@ -1,4 +1,4 @@
-"""Ctrl-C waits until a kernel is compiled."""
+"""Ctrl-C, and whatever other signal a program has a handler for, waits until a kernel is compiled."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from typing import Any
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Within, an interrupt waits, a second at most.
+    """Within, handlers of signals wait, a second at most.
 
     LLVM's objects do not outlive an exception that Python raises between any two of Numba's lines: one Ctrl-C of some
-    40 ended the process with a segmentation fault as they were disposed of (in another trial none of 45). Signals reach
-    Python in the main thread alone.
+    40 ended the process with a segmentation fault as they were disposed of (in another trial none of 45). And Python
+    drops what a handler raises while such an object is disposed of: `fastbn warmup` went on, one SIGTERM in ten.
+    Signals reach Python in the main thread alone.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    before: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
+    came: dict[int, Any] = {}
     try:
+        for number in before:
+            signal.signal(number, came.setdefault)  # at its number, the frame
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        with contextlib.ExitStack() as stack:  # all are called, whatever the first raises
+            for number, frame in reversed(came.items()):
+                stack.callback(before[number], number, frame)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a kernel compiles."""
+"""Ctrl-C and other signals while a kernel compiles."""
 
 from __future__ import annotations
 
@@ -17,6 +17,28 @@ def test_an_interrupt_waits_for_the_end():
         signal.raise_signal(signal.SIGINT)
         done.append(True)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_every_handler_waits():
+    """Of a service that is stopped, or of a timeout; each is called once, whatever another one raises."""
+    called = []
+
+    def stop(number, frame):
+        called.append(number)
+        raise SystemExit(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        with pytest.raises(SystemExit), held_back():
+            for number in (*numbers, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert not called
+        assert called == list(numbers)
+        assert all(signal.getsignal(number) is stop for number in numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_error_of_a_compilation_is_not_lost():
