@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import llvmlite
 import numba
 import numpy as np
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 
 from fastbn import disk
@@ -33,6 +35,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 """Numba's settings that change machine code, but not the key that it is kept under."""
+
+
+if hasattr(os, "register_at_fork"):  # a child of a fork amid a compilation would wait for its end, and nobody is there
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 @functools.cache
