@@ -30,7 +30,6 @@ __all__ = [
     "external_files",
     "load_model",
     "place",
-    "refer",
     "save_model",
 ]
 
@@ -313,37 +312,35 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
     """Move the large tensors to ``<out>.data``; only the skeleton of the model is copied, never the weights."""
     sidecar = out.with_name(out.name + ".data")
     check_output(sidecar)
-    moved: list[tuple[Any, int, int]] = []
-    with atomic_path(sidecar) as part, atomic_path(out) as skeleton, part.open("w+b") as stream:
+    moved: list[tuple[Any, Any, int]] = []
+    with atomic_path(out) as skeleton, atomic_path(sidecar) as part, part.open("w+b") as stream:
+        for tensor in tensors_of(model):
+            if (length := len(tensor.raw_data)) >= _EXTERNAL_TENSOR:
+                header = onnx.TensorProto()
+                moved.append((tensor, header, place(header, sidecar.name, stream, length)))
+                stream.write(tensor.raw_data)
+        stream.flush()  # the disk may be full: only now can everything be read back
         try:
-            for tensor in tensors_of(model):
-                if len(tensor.raw_data) >= _EXTERNAL_TENSOR:
-                    moved.append((tensor, *refer(tensor, sidecar.name, stream)))
+            for tensor, header, _ in moved:
+                tensor.ClearField("raw_data")
+                tensor.MergeFrom(header)
             skeleton.write_bytes(model.SerializeToString())
         finally:
-            for tensor, offset, length in moved:  # the caller's model gets its weights back, read from the new file
+            for tensor, header, offset in moved:  # the caller's model gets its weights back, read from the new file
                 stream.seek(offset)
-                tensor.raw_data = stream.read(length)
+                tensor.raw_data = stream.read(int(header.external_data[-1].value))
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
 
 
-def refer(tensor: Any, location: str, stream: Any) -> tuple[int, int]:
-    """Move the bytes of a tensor to the end of a data file called `location`; returns where they are."""
-    offset, length = place(tensor, location, stream, len(tensor.raw_data))
-    stream.write(tensor.raw_data)
-    tensor.ClearField("raw_data")
-    return offset, length
-
-
-def place(tensor: Any, location: str, stream: Any, length: int) -> tuple[int, int]:
-    """Make a tensor point to the next `length` bytes of a data file, which are still to be written."""
+def place(tensor: Any, location: str, stream: Any, length: int) -> int:
+    """Make a tensor point to the next `length` bytes of a data file, which are still to be written; return where."""
     stream.write(b"\0" * (-stream.tell() % 64))  # aligned for whoever maps the file
     offset = stream.tell()
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
-    return offset, length
+    return int(offset)
 
 
 def _reason(error: Exception) -> str:

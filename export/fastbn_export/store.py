@@ -22,7 +22,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 from .facts import all_graphs
-from .files import external_files, load_model, place, refer
+from .files import external_files, load_model, place
 from .originals import originals, remember
 from .protos import tensors_of, used_names
 from .sparse import found, hidden
@@ -265,7 +265,9 @@ def _move_out(tensor: Any, location: str, file: BinaryIO) -> None:
             tensor.ClearField(field)
         tensor.raw_data = raw
     if len(tensor.raw_data) >= _EXTERNAL:
-        refer(tensor, location, file)
+        place(tensor, location, file, len(tensor.raw_data))
+        file.write(tensor.raw_data)
+        tensor.ClearField("raw_data")
 
 
 def _stream(model: ir.Model, file: BinaryIO) -> bool:

@@ -36,6 +36,34 @@ def test_round_trip_with_external_data(tmp_path):
     assert load_model(path, external_data=False).graph.initializer[0].data_location == TensorProto.EXTERNAL
 
 
+@pytest.fixture
+def full_disk():
+    """Let no file grow beyond 6000 bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_model_that_does_not_fit_is_not_changed(tmp_path, full_disk):
+    """Its tensors are moved to the file one by one, and some may be there already."""
+    original = model()
+    for name in ("a", "b"):
+        original.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(np.ones(600, "f4"), name))
+    before = original.SerializeToString()
+    with pytest.raises(ModelFileError, match="cannot be written"):
+        save_model(original, tmp_path / "m.onnx", external=True)
+    assert original.SerializeToString() == before and os.listdir(tmp_path) == []
+
+
+def test_the_data_file_is_there_before_the_model(tmp_path, monkeypatch):
+    order, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda part, out: (order.append(out.name), replace(part, out)))
+    save_model(model(), tmp_path / "m.onnx", external=True)
+    assert order == ["m.onnx.data", "m.onnx"]
+
+
 def truncated(path):
     save_model(model(), path)
     path.write_bytes(path.read_bytes()[:-200])
