@@ -145,14 +145,15 @@ def jit(function: F) -> F:
     dispatcher = numba.njit(nogil=True, error_model="numpy", **KERNEL_OPTIONS)(function)
     folder = cache_folder()
     if folder is not None and not numba.config.DISABLE_JIT:
-        theirs = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(folder)  # read by the cache's constructor only
+        ours = {"CACHE_DIR": str(folder), "CACHE_LOCATOR_CLASSES": ""}  # read by the cache's constructor only
+        theirs = {name: getattr(numba.config, name, "") for name in ours}
+        vars(numba.config).update(ours)
         try:
             dispatcher._cache = _cache_class()(dispatcher.py_func)
         except (OSError, RuntimeError, AttributeError):  # or Numba's inside has changed
             pass
         finally:
-            numba.config.CACHE_DIR = theirs
+            vars(numba.config).update(theirs)
     return dispatcher  # type: ignore[no-any-return]
 
 

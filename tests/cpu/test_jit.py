@@ -191,8 +191,12 @@ before = numba.config.CACHE_DIR
 import fastbn
 from fastbn.cpu import planes
 assert numba.config.CACHE_DIR == before == os.environ.get("NUMBA_CACHE_DIR", "")
+if locators := os.environ.get("NUMBA_CACHE_LOCATOR_CLASSES"):
+    assert getattr(numba.config, "CACHE_LOCATOR_CLASSES", locators) == locators
 """
     python(code, FASTBN_CACHE_DIR=tmp_path)
+    first = python(code + CALL, FASTBN_CACHE_DIR=tmp_path, NUMBA_CACHE_LOCATOR_CLASSES="InTreeCacheLocator")
+    assert counts(first) == (0, 1) and counts(python(CALL, FASTBN_CACHE_DIR=tmp_path)) == (1, 0)
 
 
 def test_no_kernel_is_compiled_in_two_variants():
