@@ -58,8 +58,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 def _width(columns: Sequence[str], rows: list[list[str]], title: str) -> int:
     """Return the width that shows every cell whole: a file or a pipe has no edge to wrap at."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    return max(sum(widths) + 3 * len(widths) + 1, len(title), 20)
+    from rich.cells import cell_len  # some characters are two wide
+
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    return max(sum(widths) + 3 * len(widths) + 1, cell_len(title), 20)
 
 
 def _is_number(cell: str) -> bool:

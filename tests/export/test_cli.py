@@ -11,6 +11,7 @@ import pytest
 from fastbn_export import commands
 from fastbn_export.build import build
 from fastbn_export.cli import main
+from fastbn_export.console import print_table
 from fastbn_export.files import load_model, save_model
 from fastbn_export.fold import FoldResult, fold
 from fastbn_export.layers import Linear, ReLU, Sigmoid
@@ -315,3 +316,11 @@ def test_a_handler_of_the_caller_stays(fastbn):
             assert signal.getsignal(signal.SIGTERM) is handler
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def test_a_table_in_a_pipe_is_not_wrapped(capsys):
+    """Some characters are two columns wide."""
+    pytest.importorskip("rich")
+    print_table("t", ["name", "why"], [["層" * 40, "upstream: a shift does not pass Relu"], ["a", "b"]])
+    printed = capsys.readouterr().out
+    assert "層" * 40 in printed and "upstream: a shift does not pass Relu" in printed
