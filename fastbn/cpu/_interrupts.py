@@ -24,13 +24,15 @@ def held_back() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     before: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
     came: dict[int, Any] = {}
-    try:
-        for number in before:
+
+    def called() -> None:
+        with contextlib.ExitStack() as calls:  # all of them, whatever the first raises
+            for number, frame in reversed(came.items()):
+                calls.callback(before[number], number, frame)
+
+    with contextlib.ExitStack() as end:
+        end.callback(called)  # at the very end: when every handler is back
+        for number, handler in before.items():
+            end.callback(signal.signal, number, handler)
             signal.signal(number, came.setdefault)  # at its number, the frame
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        with contextlib.ExitStack() as stack:  # all are called, whatever the first raises
-            for number, frame in reversed(came.items()):
-                stack.callback(before[number], number, frame)
