@@ -11,8 +11,8 @@ Results begin in the middle of a page. Where y begins 48 or 64 bytes further int
 each load of x for one of what was just stored to y: 1.1-1.3x in training and gradients, 1.4-2.7x in inference. NumPy's
 large arrays begin 16 bytes into a page, PyTorch's 64.
 
-``FASTBN_KEEP_BYTES`` says how much may lie here unused: by default 512 MB, or an eighth of the machine's memory if that
-is less; 0 turns recycling off.
+``FASTBN_KEEP_BYTES`` says how much may lie here unused: by default 512 MB, or an eighth of the machine's or the
+container's memory if that is less; 0 turns recycling off.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from fastbn import limits
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +89,7 @@ def _limit(named: str | None) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not POSIX
         memory = 4 << 30
+    memory = min(memory, limits.memory() or memory)
     return min(512 << 20, memory // 8)
 
 

@@ -71,11 +71,13 @@ def _blocks() -> str:
 
 
 def _threads() -> str:
-    from fastbn import get_num_threads
+    from fastbn import get_num_threads, limits
 
     set_by = [
         f"{name}={os.environ[name]}" for name in ("FASTBN_NUM_THREADS", "NUMBA_NUM_THREADS") if name in os.environ
     ]
+    if not set_by and limits.cores():
+        set_by = [f"CPU quota: {limits.cores()}"]
     return f"{get_num_threads()}" + (f" ({', '.join(set_by)})" if set_by else "")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from fastbn import limits
 from fastbn.errors import ArgumentTypeError, ArgumentValueError
 
 Job = tuple[Callable[..., Any], tuple[Any, ...], list[None]]
@@ -72,7 +73,7 @@ def get_num_threads() -> int:
     -------
     int
         What ``set_num_threads`` said, else ``FASTBN_NUM_THREADS``, else Numba's own setting (``numba.set_num_threads``
-        or ``NUMBA_NUM_THREADS``, by default the cores this process may use).
+        or ``NUMBA_NUM_THREADS``), by default the cores this process may use: no more than a container's CPU quota.
     """
     if _chosen is not None:
         return _chosen
@@ -82,9 +83,12 @@ def get_num_threads() -> int:
     from numba.np.ufunc import parallel
 
     # Numba's masked thread count can be asked only once its threading layer runs; asking would start it.
+    threads = int(numba.config.NUMBA_NUM_THREADS)
     if getattr(parallel, "_is_initialized", False):
-        return int(numba.get_num_threads())
-    return int(numba.config.NUMBA_NUM_THREADS)
+        threads = int(numba.get_num_threads())
+    if threads != numba.config.NUMBA_DEFAULT_NUM_THREADS or "NUMBA_NUM_THREADS" in os.environ:
+        return threads  # somebody's choice
+    return min(threads, limits.cores() or threads)
 
 
 def _help(jobs: SimpleQueue[Job]) -> None:

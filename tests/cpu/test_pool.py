@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import ArgumentTypeError, ArgumentValueError
 from fastbn.cpu import launch, pool
 from tests.oracle import case, same_bits
 from tests.tolerances import BF16
@@ -326,31 +325,3 @@ def test_arrays_are_not_kept_after_a_call(threads):
             return
         time.sleep(0.02)
     raise AssertionError("a helper still holds the input")
-
-
-def test_number_of_threads(monkeypatch, threads):
-    import numba
-
-    monkeypatch.delenv("FASTBN_NUM_THREADS", raising=False)
-    assert fastbn.get_num_threads() in (numba.config.NUMBA_NUM_THREADS, numba.get_num_threads())
-    for text, n in (("3", 3), ("0", None), ("two", None), ("²", None), ("", None)):
-        monkeypatch.setenv("FASTBN_NUM_THREADS", text)
-        assert n is None or fastbn.get_num_threads() == n
-        assert fastbn.get_num_threads() >= 1
-    threads(np.int64(5))
-    assert fastbn.get_num_threads() == 5
-    threads(None)
-    monkeypatch.setenv("FASTBN_NUM_THREADS", "4")
-    assert fastbn.get_num_threads() == 4
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_too_few_threads(n, threads):
-    with pytest.raises(ArgumentValueError, match=r"^n: expected an integer >= 1 or None, got"):
-        threads(n)
-
-
-@pytest.mark.parametrize("n", ["2", 2.0, True])
-def test_threads_of_a_wrong_type(n, threads):
-    with pytest.raises(ArgumentTypeError, match=r"^n: expected an integer or None, got"):
-        threads(n)
