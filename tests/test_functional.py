@@ -199,6 +199,19 @@ def test_frozen_gradients_do_not_see_the_input(shape, value, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", [(4, 3, 300), (50, 3), (4099, 67), (8, 3, 7, 7)], ids=str)
+def test_infinite_gradients_stay_infinite(shape, dtype, rng):
+    """As PyTorch's; the mean's own rounding error, often 0, times infinity is NaN."""
+    x, grad = normal(rng, shape, dtype), normal(rng, shape, dtype)
+    grad[-1, 1, ...].flat[0] = -np.inf
+    weight, bias = np.ones((2, shape[1]), arithmetic(dtype))
+    grads = fastbn.backward(grad, fastbn.batch_norm_train(x, weight, bias)[1])
+    xhat = (x[-1, 1].astype(np.float64) - x[:, 1].astype(np.float64).mean()).flat[0]
+    assert grads.bias[1] == -np.inf and grads.weight[1] == -np.inf * xhat
+    assert np.isfinite(np.delete(grads.bias, 1)).all() and np.isfinite(np.delete(grads.weight, 1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 def test_relu_passes_nan(dtype):
     x = np.ones((4, 2, 300), dtype)
     x[0, 1, 7] = np.nan

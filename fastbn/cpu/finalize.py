@@ -164,7 +164,9 @@ def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
     """
     mean, invstd = get(stats, c), get(stats, C + c)
     rest = mean - m
-    dw = (q - rest * s) * invstd
+    if math.isfinite(s):  # or 0*inf, where the sum about the mean is infinite as well
+        q -= rest * s
+    dw = q * invstd
     put(dbias, c, s)
     put(dweight, c, dw)
     if frozen:

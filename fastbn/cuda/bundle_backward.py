@@ -14,6 +14,7 @@ from fastbn.cuda.bundle import make_spread, place
 from fastbn.cuda.bundle_sums import make_bundle_sums
 from fastbn.cuda.channel import make_combine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.finalize import gradients
 from fastbn.cuda.plan_bundle import MOST
 from fastbn.cuda.simd import access, add, anew, fma, mul
 from fastbn.cuda.sweep import Variant, make_terms
@@ -80,8 +81,8 @@ def make_settle_gradients(what: Variant):
             s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
                 invstd, k, rest = table[here + MOST + j], table[here + 2 * MOST + j], table[here + 4 * MOST + j]
-                db = s + se
-                dw = invstd * ((q + qe) - rest * db)
+                db, dw = gradients(s, se, q, qe, rest)
+                dw *= invstd
                 if part == 0:
                     dweight[first + j], dbias[first + j] = dw, db
                 _, c0 = slopes(dw, db, invstd, k, rest, n)

@@ -37,6 +37,19 @@ def add_pair(hi, lo, value, rest):
     return hi, lo + (error + rest)
 
 
+@device
+def gradients(s, se, q, qe, slope):
+    """Return dbias and dweight from sums in pairs, of u and of u*(xhat + slope), slope from the mean's remainder.
+
+    The error of an infinite sum is NaN, and so is 0*inf: an infinite gradient stays infinite, as on the CPU.
+    """
+    q = q + qe if finite(q) else q
+    if finite(s):
+        s = s + se
+        q = q - slope * s
+    return s, q
+
+
 def make_gather(kind: str, threads: int):
     """Add up a channel's parts: G channels a block, threads // G slots each; the totals end in slot 0."""
     A = ARITHMETIC[kind]
@@ -231,9 +244,7 @@ def settle_backward(kind: str, threads: int):
         c = cuda.blockIdx.x * G + (cuda.threadIdx.x - slot * G)
         s, se, q, qe = gather(partial, c, C, P, cols, slot, slots, G, scratch)
         if slot == 0 and c < C:
-            sum_u = s + se
-            dbias[c] = sum_u
-            dweight[c] = (q + qe) - stats[3 * C + c] * stats[C + c] * sum_u
+            dbias[c], dweight[c] = gradients(s, se, q, qe, stats[3 * C + c] * stats[C + c])
 
     return finalize_backward
 

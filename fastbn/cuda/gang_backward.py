@@ -8,6 +8,7 @@ import functools
 from fastbn.cuda.channel import make_block_sum, make_combine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.fetch import close, fetch
+from fastbn.cuda.finalize import gradients
 from fastbn.cuda.gang import PARTS, none_left, one_left, share, three_left, two_left
 from fastbn.cuda.gang_sums import make_gang_sum
 from fastbn.cuda.planes import advance, first_vector, stride
@@ -136,8 +137,7 @@ def backward(what: Variant):
             s, q = sums(y, dr, slab, second, (m, invstd, k, b), v, low, end, step, S4, C, S, c)
             s, q = block_sum(total(s), total(q), scratch)
             s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
-            db = s + se
-            dw = (q + qe) - rest * invstd * db
+            db, dw = gradients(s, se, q, qe, rest * invstd)
             if tid == 0 and part == 0:
                 dweight[c], dbias[c] = dw, db
             c1, c0 = slopes(dw, db, invstd, k, rest, n)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.driver import ARITHMETIC, cuda, kernel, types
-from fastbn.cuda.finalize import make_gather
+from fastbn.cuda.finalize import gradients, make_gather
 from fastbn.cuda.rows import make_reduce, place
 from fastbn.cuda.simd import access, add, fma, mul, sub
 
@@ -62,7 +62,7 @@ def settle(kind: str, threads: int):
         c = cuda.blockIdx.x * many + (cuda.threadIdx.x - slot * many)
         s, se, q, qe = gather(partial, c, C, P, cols, slot, slots, many, scratch)
         if slot == 0 and c < C:
-            dbias[c], dweight[c] = s + se, q + qe
+            dbias[c], dweight[c] = gradients(s, se, q, qe, A(0))
 
     return sets_settle
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastbn.cuda.channel import make_combine, make_keep, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
-from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.finalize import gradients, make_again, make_resolve
 from fastbn.cuda.meeting import (
     make_column,
     make_down,
@@ -132,7 +132,7 @@ def make_settle(what: Variant):
 def make_settle_gradients(what: Variant):
     """From the threads' sums to the slopes (c1, c0) of the tile's columns; writes gradients of weight and bias."""
     kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
-    wide, warps, slopes = TX * W, what.threads // 32, make_slopes(kind)
+    A, wide, warps, slopes = ARITHMETIC[kind], TX * W, what.threads // 32, make_slopes(kind)
     lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
     publish = make_publish(kind, W, threads)
 
@@ -147,8 +147,9 @@ def make_settle_gradients(what: Variant):
             for j in range(tid, width, threads):
                 c = tile * width + j
                 if c < C:
+                    slope = stats[base + 3 * C + c] * constants[wide + j]
                     db, dw = down(red, j, width, height)
-                    dbias[start + c], dweight[start + c] = db, dw - stats[base + 3 * C + c] * constants[wide + j] * db
+                    dbias[start + c], dweight[start + c] = gradients(db, A(0), dw, A(0), slope)
             cuda.syncthreads()
         else:
             first, counter = places(cuda.gridDim.x, tile, width, P)
@@ -159,8 +160,8 @@ def make_settle_gradients(what: Variant):
                     if c < C:
                         sd, se, qd, qe = column(partial, first, j, P, width)
                         if tid & 31 == 0:
-                            db = sd + se
-                            dbias[c], dweight[c] = db, (qd + qe) - stats[3 * C + c] * constants[wide + j] * db
+                            slope = stats[3 * C + c] * constants[wide + j]
+                            dbias[c], dweight[c] = gradients(sd, se, qd, qe, slope)
                 say_done(partial, counter)
             wait_for_columns(partial, counter, P, width)
         for j in range(tid, width, threads):

@@ -15,7 +15,7 @@ import functools
 from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.finalize import make_again, make_resolve
+from fastbn.cuda.finalize import gradients, make_again, make_resolve
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
 from fastbn.cuda.sweep import Variant, make_gradient, make_only, make_output, make_terms
@@ -197,7 +197,7 @@ def backward(what: Variant):
                 keep_raw(slab, second + 4 * v, encode(u0))
             s, q = add(s, u0), fma(u0, t0, q)
         db, dw = block_sum(total(s), total(q), scratch)
-        dw -= rest * invstd * db
+        db, dw = gradients(db, A(0), dw, A(0), rest * invstd)
         if tid == 0:
             own = int64(cuda.blockIdx.y) * C + cuda.blockIdx.x
             dweight[own], dbias[own] = dw, db

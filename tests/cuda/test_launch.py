@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn import reference
 from fastbn.cuda import choice, launch, plan, tuning
 from fastbn.cuda.driver import device_properties
@@ -229,6 +230,20 @@ def test_nan_and_inf_stay_in_their_channel(kernel, shape, value, use, rng):
     grads = device.backward(x, saved)
     assert np.isnan(grads.input[:, 1]).all()
     assert same_bits(grads.input[:, clean], device.backward(x, saved_clean).input[:, clean])
+
+
+@pytest.mark.parametrize(("kernel", "shape"), SMALL, ids=str)
+def test_infinite_gradients_stay_infinite(kernel, shape, use, rng):
+    """The error of a two-sum is NaN there, and so is the mean's remainder, 0, times infinity."""
+    use(kernel)
+    x, g = normal(rng, shape, np.float32), normal(rng, shape, np.float32)
+    g[-1, 1, ...].flat[0] = -np.inf
+    weight, bias = np.ones((2, shape[1]), np.float32)
+    grads = device.backward(g, device.batch_norm_train(x, weight, bias)[1])
+    want = fastbn.backward(g, fastbn.batch_norm_train(x, weight, bias)[1])
+    np.testing.assert_allclose(grads.bias, want.bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads.weight, want.weight, rtol=1e-5, atol=1e-5)
+    assert grads.bias[1] == -np.inf
 
 
 def test_in_place(use, rng):
