@@ -73,12 +73,12 @@ gpu-compile: $(STAMPS)/cuda
 	  nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -m bench.gpu_compile --check
 
-# Kernels in the simulator: numba-cuda brings it, no CUDA packages and no GPU are needed.
+# Kernels in the simulator: numba-cuda brings it, greenlets are its threads; no CUDA packages and no GPU are needed.
 $(STAMPS)/cuda: $(STAMPS)/test
-	$(PIP) numba-cuda==0.30.4
+	$(PIP) numba-cuda==0.30.4 greenlet==3.5.6
 	touch $@
 
-# The simulator's threads are Python's, one at a time: a process for each core.
+# A process for each core.
 $(STAMPS)/simulator: $(STAMPS)/cuda
 	$(PIP) pytest-xdist==3.8.0
 	touch $@

@@ -1,7 +1,6 @@
 """Run with ``NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda``; without the simulator most of it is left out.
 
-The kernels run with small blocks and few of them, so that shapes of a few hundred elements reach every path; a CUDA
-thread is a Python thread here.
+The kernels run with small blocks and few of them, so that shapes of a few hundred elements reach every path.
 """
 
 from __future__ import annotations
@@ -22,11 +21,6 @@ if not SIMULATED:
     ]  # fmt: skip
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)
-
-    if hasattr(os, "sched_setaffinity"):  # Python threads that take turns wake each other sooner on one core
-        cores = sorted(os.sched_getaffinity(0))
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 NUMBERS = {

@@ -3,7 +3,9 @@
 Numba's runs one block at a time and lacks warp shuffles, ``alignment=`` and a grid barrier between blocks (it gives
 silently wrong results). Here:
 
-- all blocks of a small grid run at once, every CUDA thread a Python thread, so that barriers between blocks are real;
+- all blocks of a small grid run at once, so that barriers between blocks are real. A CUDA thread is a greenlet: it runs
+  until it waits for others, and who is next is drawn, the same way every time. Python's threads took 5 times as long,
+  and began and went on in the order of their numbers, which hides a missing barrier;
 - ``__shared__`` memory is one per block and begins as NaN: what is read before it is written shows;
 - a barrier that not all threads reach ends in an error, not in a hang;
 - accesses through ``simd`` are checked for bounds and alignment (``fastbn.cuda._simulated``).
@@ -14,18 +16,20 @@ races nor anything about memory order or speed.
 
 from __future__ import annotations
 
+import contextvars
+import random
 import sys
-import threading
 import traceback
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 from numba.cuda.simulator import kernel, kernelapi
 
 from fastbn.cuda import _simulated, driver
 
-PATIENCE = 20.0  # seconds at a barrier after which it counts as a deadlock
+PATIENCE = 10_000  # turns in which threads only look for what others are to write, before it counts as a deadlock
 CONCURRENT = 2048  # threads of a grid that runs all at once; larger grids run block by block
 
 
@@ -33,50 +37,68 @@ class Aborted(RuntimeError):
     """Another thread failed."""
 
 
+class Turns:
+    """Lets the threads of a grid run one after the other, in an order that is drawn."""
+
+    def __init__(self) -> None:
+        self.ready: list[Thread] = []
+        self.main, self.chance = getcurrent(), random.Random(1)
+        self.error, self.looking = "", 0
+
+    def wait(self) -> None:
+        """Let others run; whoever makes the thread ready again lets it go on."""
+        self.main.switch()
+        if self.error:
+            raise Aborted
+
+    def pause(self) -> None:
+        """Let others run, and go on."""
+        self.ready.append(current())
+        self.looking += 1
+        self.wait()
+
+    def run(self, threads: list[Thread]) -> None:
+        """Run all threads to their end."""
+        self.ready, idle = list(threads), 0
+        while self.ready:
+            turn, self.ready, self.looking = self.ready, [], 0
+            self.chance.shuffle(turn)
+            for thread in turn:
+                thread.switch()
+            idle = idle + 1 if self.looking == len(self.ready) else 0
+            left = [thread for thread in threads if not thread.dead]
+            if left and not self.error and (not self.ready or idle > PATIENCE):
+                left[0].error = self.error = "deadlock: not all reach a barrier, or nobody writes what is waited for"
+            if self.error:
+                self.ready = left
+
+
 class Barrier:
     """A barrier whose membership shrinks when a thread returns."""
 
-    def __init__(self, members: int):
-        self.members, self.arrived, self.round, self.dead = members, 0, 0, False
-        self.changed = threading.Condition()
+    def __init__(self, members: int, turns: Turns):
+        self.members, self.turns = members, turns
+        self.waiting: list[Thread] = []
 
     def _release(self) -> None:
-        self.arrived = 0
-        self.round += 1
-        self.changed.notify_all()
+        self.turns.ready += self.waiting
+        self.waiting = []
 
     def wait(self) -> None:
-        with self.changed:
-            if self.dead:
-                raise Aborted
-            now = self.round
-            self.arrived += 1
-            if self.arrived >= self.members:
-                self._release()
-                return
-            while now == self.round and not self.dead:
-                if not self.changed.wait(PATIENCE):
-                    self.dead = True
-                    self.changed.notify_all()
-                    raise RuntimeError("deadlock at a barrier: not all threads reach it")
-            if self.dead:
-                raise Aborted
+        self.waiting.append(current())
+        if len(self.waiting) >= self.members:
+            self._release()
+        self.turns.wait()
 
     def leave(self) -> None:
-        with self.changed:
-            self.members -= 1
-            if 0 < self.members <= self.arrived:
-                self._release()
-
-    def kill(self) -> None:
-        with self.changed:
-            self.dead = True
-            self.changed.notify_all()
+        self.members -= 1
+        if 0 < self.members <= len(self.waiting):
+            self._release()
 
 
 class Warp:
-    def __init__(self, lanes: int):
-        self.barrier, self.slots = Barrier(lanes), [None] * 32
+    def __init__(self, lanes: int, turns: Turns):
+        self.barrier, self.slots = Barrier(lanes, turns), [None] * 32
 
     def exchange(self, lane: int, value: Any) -> list[Any]:
         self.slots[lane] = value
@@ -87,10 +109,10 @@ class Warp:
 
 
 class Block:
-    def __init__(self, index: tuple[int, ...], threads: int, shared_bytes: int):
-        self.index, self.threads, self.barrier = kernelapi.Dim3(*index), threads, Barrier(threads)
-        self.warps = [Warp(min(32, threads - first)) for first in range(0, threads, 32)]
-        self.lock, self.votes = threading.Lock(), list[bool]()
+    def __init__(self, index: tuple[int, ...], threads: int, shared_bytes: int, turns: Turns):
+        self.index, self.threads, self.barrier = kernelapi.Dim3(*index), threads, Barrier(threads, turns)
+        self.warps = [Warp(min(32, threads - first), turns) for first in range(0, threads, 32)]
+        self.votes: list[bool] = []
         self.arrays: dict[Any, Any] = {}
         memory = np.full(shared_bytes + 16, 0xFF, np.uint8)
         start = -memory.ctypes.data % 16
@@ -101,27 +123,19 @@ class Block:
         if shape == 0:
             return self.dynamic.view(dtype)
         caller = sys._getframe(1)
-        with self.lock:
-            key = (caller.f_code, caller.f_lineno)
-            if key not in self.arrays:
-                count = int(np.prod(shape))
-                memory = np.full(count * dtype.itemsize + 16, 0xFF, np.uint8)
-                start = -memory.ctypes.data % 16
-                self.arrays[key] = memory[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
-            return self.arrays[key]
+        key = (caller.f_code, caller.f_lineno)
+        if key not in self.arrays:
+            count = int(np.prod(shape))
+            memory = np.full(count * dtype.itemsize + 16, 0xFF, np.uint8)
+            start = -memory.ctypes.data % 16
+            self.arrays[key] = memory[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+        return self.arrays[key]
 
 
 class Grid:
-    def __init__(self, shape: Any, blocks: list[Block], threads: int, whole: bool):
-        self.shape, self.blocks, self.whole = kernelapi.Dim3(*shape), blocks, whole
-        self.barrier = Barrier(len(blocks) * threads)
-
-    def kill(self) -> None:
-        self.barrier.kill()
-        for block in self.blocks:
-            block.barrier.kill()
-            for warp in block.warps:
-                warp.barrier.kill()
+    def __init__(self, shape: Any, blocks: list[Block], threads: int, whole: bool, turns: Turns):
+        self.shape, self.blocks, self.whole, self.turns = kernelapi.Dim3(*shape), blocks, whole, turns
+        self.barrier = Barrier(len(blocks) * threads, turns)
 
     def sync(self) -> None:
         if not self.whole:
@@ -129,38 +143,41 @@ class Grid:
         self.barrier.wait()
 
 
-class Thread(threading.Thread):
+class Thread(greenlet):
     """One CUDA thread (blocks are one-dimensional here)."""
 
     def __init__(self, function: Any, args: Any, grid: Grid, block: Block, number: int):
-        super().__init__(daemon=True)
+        super().__init__()
+        self.gr_context = contextvars.copy_context()  # NumPy's errstate
         self.function, self.args = function, args
         self.grid, self.block, self.number, self.error = grid, block, number, ""
         self.lane, self.warp = number % 32, block.warps[number // 32]
+        self.groups: list[list[tuple[Any, ...]]] = [[]]
 
     def run(self) -> None:
         try:
-            with np.errstate(all="ignore"):
-                self.function(*self.args)
+            self.function(*self.args)
         except Aborted:
             pass
         except BaseException:
-            self.error = traceback.format_exc()
-            self.grid.kill()
+            self.error = self.grid.turns.error = traceback.format_exc()
         finally:
             for barrier in (self.block.barrier, self.warp.barrier, self.grid.barrier):
                 barrier.leave()
 
 
 def current() -> Thread:
-    thread = threading.current_thread()
+    thread = getcurrent()
     assert isinstance(thread, Thread), "this part of numba.cuda exists in kernels only"
     return thread
 
 
-def alive() -> None:
-    if current().grid.barrier.dead:
-        raise Aborted
+class Copies:
+    """Copies that a CUDA thread has begun."""
+
+    @property
+    def groups(self) -> list[list[tuple[Any, ...]]]:
+        return current().groups
 
 
 class Cuda:
@@ -193,8 +210,7 @@ class Cuda:
 
     def syncthreads_or(self, value: Any) -> bool:
         block = current().block
-        with block.lock:
-            block.votes.append(bool(value))
+        block.votes.append(bool(value))
         block.barrier.wait()
         found = any(block.votes[-block.barrier.members :])
         block.barrier.wait()
@@ -221,13 +237,12 @@ class Blocks:
         if whole and any(point):
             return  # everything ran with the first block
         points = list(np.ndindex(*self.grid)) if whole else [point]
-        blocks = [Block(p, self.threads, self.shared_bytes) for p in points]
-        grid = Grid(self.grid, blocks, self.threads, whole)
-        threads = [Thread(self.function, args, grid, b, i) for b in blocks for i in range(self.threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        turns = Turns()
+        blocks = [Block(p, self.threads, self.shared_bytes, turns) for p in points]
+        grid = Grid(self.grid, blocks, self.threads, whole, turns)
+        with np.errstate(all="ignore"):
+            threads = [Thread(self.function, args, grid, b, i) for b in blocks for i in range(self.threads)]
+            turns.run(threads)
         failed = next((t for t in threads if t.error), None)
         if failed is not None:
             raise AssertionError(f"block {list(failed.block.index)}, thread {failed.number}: {failed.error}")
@@ -237,4 +252,5 @@ assert driver.SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
 numba_cuda: Any = driver.cuda
 driver.cuda = Cuda()
 kernel.BlockManager = Blocks
-_simulated.alive = alive
+_simulated.pause = lambda: current().grid.turns.pause()
+_simulated._copies = Copies()

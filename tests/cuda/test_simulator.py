@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastbn.cuda import driver, simd
+from fastbn.cuda import _simulated, driver, simd
 from fastbn.cuda.arrays import Flat
 
 cuda = driver.cuda
@@ -35,11 +35,7 @@ def test_shared_memory_begins_as_nan():
     assert np.isnan(out.array).all()
 
 
-def test_a_barrier_that_not_all_reach_is_an_error(monkeypatch):
-    from tests.cuda import simulator
-
-    monkeypatch.setattr(simulator, "PATIENCE", 0.2)
-
+def test_a_barrier_that_not_all_reach_is_an_error():
     def kernel(out):
         step = 16
         if cuda.threadIdx.x == 3:
@@ -50,6 +46,30 @@ def test_a_barrier_that_not_all_reach_is_an_error(monkeypatch):
 
     with pytest.raises(AssertionError, match="deadlock"):
         launch(kernel, "T", flat(np.zeros(4, np.float32), "f32"))
+
+
+def test_waiting_for_what_nobody_writes_is_an_error():
+    def kernel(counter):
+        if cuda.blockIdx.x == 0:
+            while _simulated.seen(counter, 0) < 2:
+                pass
+
+    with pytest.raises(AssertionError, match="deadlock"):
+        launch(kernel, "A", flat(np.zeros(4, np.float32), "f32"), grid=(2, 1))
+
+
+def test_a_missing_barrier_shows():
+    """Whichever thread it is that reads too early."""
+
+    def kernel(out, step):
+        shared = cuda.shared.array(64, driver.types.float32)
+        shared[cuda.threadIdx.x] = np.float32(1)
+        out[cuda.threadIdx.x] = shared[(cuda.threadIdx.x + step) % 64]
+
+    for step in (1, 63):
+        out = flat(np.zeros(64, np.float32), "f32")
+        launch(kernel, "Ti", out, step)
+        assert np.isnan(out.array).any()
 
 
 def test_blocks_meet_at_the_grid_barrier():
