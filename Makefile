@@ -40,7 +40,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/fastbn demo --out demo-out
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest tests -m "not torch"
+	$(BIN)/python -m pytest -n auto tests -m "not torch"
 
 torch-test: $(STAMPS)/torch $(STAMPS)/cuda
 	$(BIN)/python -m pytest tests -m torch
@@ -78,12 +78,7 @@ $(STAMPS)/cuda: $(STAMPS)/test
 	$(PIP) numba-cuda==0.30.4 greenlet==3.5.6
 	touch $@
 
-# A process for each core.
-$(STAMPS)/simulator: $(STAMPS)/cuda
-	$(PIP) pytest-xdist==3.8.0
-	touch $@
-
-gpu-sim: $(STAMPS)/simulator
+gpu-sim: $(STAMPS)/cuda
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -n auto tests/cuda
 
 gpu: $(STAMPS)/test

@@ -15,7 +15,7 @@ import fastbn
 from fastbn import quick, warmup
 from fastbn.cpu import _jit, tuning
 
-MANY = 150  # tests in a session from which compiling all kernels first, on two cores, is the shorter way
+MANY = 150  # tests in a session from which compiling all kernels first, in two processes, is the shorter way
 
 settings.register_profile(
     "fastbn",
@@ -26,20 +26,23 @@ settings.register_profile(
 )
 settings.load_profile("fastbn")
 
-_HALF = "import sys; from fastbn import warmup\nfor _, call in warmup.tasks()[1::2]: call()"
+_HALF = "from fastbn import warmup\nfor _, call in warmup.tasks()[1::2]: call()"
 
 
 def pytest_collection_finish(session):
+    """Compile all kernels, in two processes or, under pytest-xdist, a part in each worker: all wait for the last."""
     folder = _jit.cache_folder()
     if len(session.items) < MANY or numba.config.DISABLE_JIT or folder is None or session.config.option.collectonly:
         return
-    done = folder / "compiled-for-tests"
+    worker = getattr(session.config, "workerinput", {"workerid": "gw0", "workercount": 1})
+    number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    done = folder / f"compiled-for-tests-{number}-of-{count}"
     if done.exists():
         return
-    other = subprocess.Popen([sys.executable, "-c", _HALF])
-    for _, call in warmup.tasks()[::2]:
+    other = subprocess.Popen([sys.executable, "-c", _HALF]) if count == 1 else None
+    for _, call in warmup.tasks()[number :: max(2, count)]:
         call()
-    if other.wait() == 0:
+    if other is None or other.wait() == 0:
         done.touch()
 
 

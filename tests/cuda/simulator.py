@@ -30,6 +30,7 @@ from numba.cuda.simulator import kernel, kernelapi
 from fastbn.cuda import _simulated, driver
 
 PATIENCE = 10_000  # turns in which threads only look for what others are to write, before it counts as a deadlock
+LATE = 0.2  # of all turns begin with a block or a warp falling asleep
 CONCURRENT = 2048  # threads of a grid that runs all at once; larger grids run block by block
 
 
@@ -38,12 +39,13 @@ class Aborted(RuntimeError):
 
 
 class Turns:
-    """Lets the threads of a grid run one after the other, in an order that is drawn."""
+    """Lets the threads of a grid run one after the other, in an order that is drawn; some blocks and warps come late."""
 
     def __init__(self) -> None:
         self.ready: list[Thread] = []
         self.main, self.chance = getcurrent(), random.Random(1)
         self.error, self.looking = "", 0
+        self.late: dict[Block | Warp, int] = {}
 
     def wait(self) -> None:
         """Let others run; whoever makes the thread ready again lets it go on."""
@@ -57,15 +59,29 @@ class Turns:
         self.looking += 1
         self.wait()
 
+    def _turn(self) -> list[Thread]:
+        """Take those who run now, in their order."""
+        self.late = {who: turns - 1 for who, turns in self.late.items() if turns > 1}
+        if self.chance.random() < LATE:
+            thread = self.chance.choice(self.ready)
+            self.late[self.chance.choice((thread.block, thread.warp))] = 1 << self.chance.randrange(7)
+        turn: list[Thread] = []
+        others: list[Thread] = []
+        for thread in self.ready:
+            (others if thread.block in self.late or thread.warp in self.late else turn).append(thread)
+        turn, self.ready = (turn, others) if turn else (others, turn)
+        self.chance.shuffle(turn)
+        return turn
+
     def run(self, threads: list[Thread]) -> None:
         """Run all threads to their end."""
         self.ready, idle = list(threads), 0
         while self.ready:
-            turn, self.ready, self.looking = self.ready, [], 0
-            self.chance.shuffle(turn)
+            turn = self._turn()
+            self.looking = 0
             for thread in turn:
                 thread.switch()
-            idle = idle + 1 if self.looking == len(self.ready) else 0
+            idle = idle + 1 if self.looking == len(turn) else 0
             left = [thread for thread in threads if not thread.dead]
             if left and not self.error and (not self.ready or idle > PATIENCE):
                 left[0].error = self.error = "deadlock: not all reach a barrier, or nobody writes what is waited for"
