@@ -266,6 +266,9 @@ def complaints(rows: dict[str, dict[str, Any]], known: dict[str, dict[str, Any]]
 
 def main() -> None:
     """Print the table; write it, or compare it with the written one and fail."""
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        return
     if "--store" in sys.argv:
         part = sys.argv[sys.argv.index("--store") + 1]
         named = next((a[4:] for a in sys.argv if re.fullmatch(r"--sm\d+", a)), "90")

@@ -4,8 +4,8 @@ Numba's runs one block at a time and lacks warp shuffles, ``alignment=`` and a g
 silently wrong results). Here:
 
 - all blocks of a small grid run at once, so that barriers between blocks are real. A CUDA thread is a greenlet: it runs
-  until it waits for others, and who is next is drawn, the same way every time. Python's threads took 5 times as long,
-  and began and went on in the order of their numbers, which hides a missing barrier;
+  until it waits for others, and who is next is drawn, the same way every time that a test runs. Python's threads took
+  5 times as long, and began and went on in the order of their numbers, which hides a missing barrier;
 - ``__shared__`` memory is one per block and begins as NaN: what is read before it is written shows;
 - a barrier that not all threads reach ends in an error, not in a hang;
 - accesses through ``simd`` are checked for bounds and alignment (``fastbn.cuda._simulated``).
@@ -17,9 +17,11 @@ races nor anything about memory order or speed.
 from __future__ import annotations
 
 import contextvars
+import os
 import random
 import sys
 import traceback
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,12 +40,22 @@ class Aborted(RuntimeError):
     """Another thread failed."""
 
 
+_launches: Counter[str] = Counter()
+
+
+def _chance() -> random.Random:
+    """Draw differently in each launch, and the same way each time that a test runs."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    _launches[test] += 1
+    return random.Random(f"{test} {_launches[test]}")
+
+
 class Turns:
-    """Lets the threads of a grid run one after the other, in an order that is drawn; some blocks and warps come late."""
+    """Lets the threads of a grid run one after the other, in an order that is drawn; blocks and warps come late."""
 
     def __init__(self) -> None:
         self.ready: list[Thread] = []
-        self.main, self.chance = getcurrent(), random.Random(1)
+        self.main, self.chance = getcurrent(), _chance()
         self.error, self.looking = "", 0
         self.late: dict[Block | Warp, int] = {}
 
@@ -59,12 +71,15 @@ class Turns:
         self.looking += 1
         self.wait()
 
+    def _delay(self, who: Block | Warp) -> None:
+        self.late[who] = 1 << self.chance.randrange(8)
+
     def _turn(self) -> list[Thread]:
         """Take those who run now, in their order."""
         self.late = {who: turns - 1 for who, turns in self.late.items() if turns > 1}
         if self.chance.random() < LATE:
             thread = self.chance.choice(self.ready)
-            self.late[self.chance.choice((thread.block, thread.warp))] = 1 << self.chance.randrange(7)
+            self._delay(self.chance.choice((thread.block, thread.warp)))
         turn: list[Thread] = []
         others: list[Thread] = []
         for thread in self.ready:
@@ -76,6 +91,9 @@ class Turns:
     def run(self, threads: list[Thread]) -> None:
         """Run all threads to their end."""
         self.ready, idle = list(threads), 0
+        for block in threads[0].grid.blocks:
+            if self.chance.random() < 0.5:
+                self._delay(block)
         while self.ready:
             turn = self._turn()
             self.looking = 0
