@@ -49,6 +49,68 @@ def offset_of_a_gemm(m):
     return m.op("Gemm", m.input(3, 5), m.weight(5, 4), m.bn(m.op("Sigmoid", m.input(3, 4)), 4))
 
 
+def batched_weight(*shape):
+    return lambda m: m.op("MatMul", m.bn(m.op("Sigmoid", m.input(3, 4)), 4), m.weight(*shape))
+
+
+def behind(op_type, *weights, **attributes):
+    """A normalization along an axis that another norm's own scale does not lie along, of the same length."""
+
+    def build(m):
+        y = m.op(op_type, m.input(2, 4, 4), *(m.weight(*shape) for shape in weights), **attributes)
+        return m.bn(m.op("Transpose", y, perm=[0, 2, 1]) if op_type.startswith("I") else y, 4)
+
+    return build
+
+
+def into_another_axis(m):
+    y = m.op("Transpose", m.bn(m.op("Sigmoid", m.input(2, 4, 4)), 4), perm=[0, 2, 1])
+    return m.op("Sigmoid", m.bn(y, 4))
+
+
+def shifted_rms(m):
+    y = m.op("RMSNormalization", m.input(2, 4), m.weight(4), axis=-1)
+    return m.bn(y, 4)
+
+
+def recurrent(m, x, state=""):
+    y = m.op("GRU", x, m.weight(1, 12, 4), m.weight(1, 12, 4), "", "", state, hidden_size=4, outputs=["y", "h"])
+    return y[0]
+
+
+def state_of_a_gru(m):
+    state = m.bn(m.op("Sigmoid", m.input(3, 4)), 4)
+    return recurrent(m, m.input(5, 3, 4), m.op("Unsqueeze", state, m.ints(0)))
+
+
+def batch_of_a_gru(m):
+    return recurrent(m, m.bn(m.op("Sigmoid", m.input(5, 4, 4)), 4))
+
+
+def quantized(m, *shape, **attributes):
+    q = m.constant(m.rng.integers(1, 90, shape).astype(np.int8))
+    size = shape[attributes["axis"]] if "axis" in attributes and "block_size" not in attributes else 1
+    scales = (shape[0] // 2, *shape[1:]) if "block_size" in attributes else (size,) if "axis" in attributes else ()
+    return m.op("DequantizeLinear", q, m.constant(np.full(scales, 0.01, np.float32)), **attributes)
+
+
+def quantized_groups(m):
+    y = scaled(m, m.op("Sigmoid", m.input(2, 4, 5, 5)), 4)
+    return m.op("Conv", y, quantized(m, 6, 2, 3, 3), group=2)
+
+
+def quantized_along_another_axis(m):
+    return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), quantized(m, 4, 3, 1, 1, axis=1)), 4)
+
+
+def quantized_by_blocks(m):
+    return scaled(m, m.op("MatMul", m.input(2, 4), quantized(m, 4, 6, axis=0, block_size=2)), 6)
+
+
+def quantized_as_a_whole(m):
+    return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), quantized(m, 4, 3, 1, 1)), 4)
+
+
 def gated_einsum(m):
     gate = m.input(2, 5)
     return m.op("Einsum", m.bn(m.input(2, 3), 3), m.weight(3, 5), gate, equation="bc,ck,bk->bk")
@@ -102,6 +164,22 @@ LEFT = {
     "ConvTranspose, auto_pad": (17, transposed(auto_pad="SAME_UPPER", strides=[2, 2]), "borders less often"),
     "dequantized, then Sqrt": (17, dequantized(lambda m, w: m.op("Sqrt", w)), "dequantized, and transformed"),
     "offset of Gemm": (17, offset_of_a_gemm, "feeds the offset C of a Gemm"),
+    "weights of a MatMul in batches": (17, batched_weight(2, 4, 5), "whose weight is no matrix"),
+    "a vector's MatMul": (17, batched_weight(4), "whose weight is no matrix"),
+    "another axis of InstanceNormalization": (
+        17,
+        behind("InstanceNormalization", (4,), (4,)),
+        "does not lie along the channel axis of InstanceNorm",
+    ),
+    "another axis of LayerNormalization": (17, behind("LayerNormalization", (4,)), "LayerNormalization does not"),
+    "another axis of BatchNormalization": (17, into_another_axis, "another axis of BatchNormalization"),
+    "RMSNormalization with a shift": (23, shifted_rms, "no bias to take a shift"),
+    "state of a GRU": (17, state_of_a_gru, "feeds a parameter of GRU"),
+    "batch of a GRU": (17, batch_of_a_gru, "along the features that GRU reads"),
+    "quantized groups": (17, quantized_groups, "takes a factor along one axis only"),
+    "quantized along another axis": (17, quantized_along_another_axis, "quantized along another axis"),
+    "quantized by blocks": (21, quantized_by_blocks, "quantized by blocks"),
+    "quantized as a whole in opset 12": (12, quantized_as_a_whole, "per channel before opset 13"),
     "gated Einsum": (17, gated_einsum, "does not stay a vector"),
     "repeated label": (17, repeated_label, "repeats a label"),
     "divisor": (17, divisor, "does not pass Div of two branches"),
