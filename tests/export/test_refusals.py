@@ -155,6 +155,65 @@ def added_to_four(m):
     return m.op("Conv", m.op("Add", y, m.input(2, 4, 5, 5)), m.weight(2, 4, 1, 1))
 
 
+def clipped(m):
+    return m.bn(m.op("Clip", conv(m), m.constant(np.float32(-0.5)), m.constant(np.float32(0.5))), 4)
+
+
+def dropped(m):
+    rate, training = m.constant(np.float32(0)), m.constant(np.asarray(True))
+    return m.bn(m.op("Dropout", conv(m), rate, training), 4)
+
+
+def whole_numbers(m):
+    return m.bn(m.op("Cast", m.op("Cast", conv(m), to=6), to=1), 4)
+
+
+def behind_its_height(op_type, *more, **attributes):
+    """A map along axis 2, as long as there are channels."""
+
+    def build(m):
+        y = m.op(op_type, m.op("Sigmoid", m.input(2, 4, 8, 8)), *(more(m) if callable(more) else more), **attributes)
+        return m.bn(m.op("Transpose", y, perm=[0, 2, 1, 3]), 4)
+
+    return build
+
+
+def into_its_height(op_type, **attributes):
+    def build(m):
+        y = m.op("Transpose", m.bn(m.op("Sigmoid", m.input(2, 4, 4, 4)), 4), perm=[0, 2, 1, 3])
+        return m.op("Sigmoid", m.op(op_type, y, **attributes))
+
+    return build
+
+
+def gathered(*indices):
+    return lambda m: m.bn(m.op("Gather", conv(m), m.constant(np.asarray(indices)), axis=1), len(indices))
+
+
+def mean_of_channels(m):
+    return m.op("Sigmoid", m.op("ReduceMean", m.bn(m.op("Sigmoid", m.input(2, 4, 5)), 4), axes=[1], keepdims=1))
+
+
+def normalized_mean_of_channels(m):
+    y = m.op("ReduceMean", m.op("Sigmoid", m.input(2, 4, 5)), axes=[1], keepdims=1)
+    return m.bn(y, 1)
+
+
+def resized_beyond_its_borders(m):
+    roi = m.constant(np.array([0, 0, -0.2, -0.2, 1, 1, 1.2, 1.2], np.float32))
+    mode = "tf_crop_and_resize"
+    y = m.op("Resize", conv(m), roi, "", m.ints(2, 4, 5, 5), coordinate_transformation_mode=mode, mode="linear")
+    return m.bn(y, 4)
+
+
+def resized_channels(m):
+    return m.bn(m.op("Resize", conv(m, 2), "", "", m.ints(2, 4, 3, 3), mode="nearest"), 4)
+
+
+def slopes_of_a_prelu(m):
+    return m.op("PRelu", m.input(2, 4, 5), scaled(m, m.op("Sigmoid", m.input(2, 4, 5)), 4))
+
+
 LEFT = {
     "offsets of DeformConv": (19, offsets_of_a_deformed_convolution, "feeds the weights of a DeformConv"),
     "weights of Conv": (17, weights_of_a_convolution, "feeds the weights of a Conv"),
@@ -180,6 +239,25 @@ LEFT = {
     "quantized along another axis": (17, quantized_along_another_axis, "quantized along another axis"),
     "quantized by blocks": (21, quantized_by_blocks, "quantized by blocks"),
     "quantized as a whole in opset 12": (12, quantized_as_a_whole, "per channel before opset 13"),
+    "Clip": (17, clipped, "Clip is not linear"),
+    "Dropout in training": (17, dropped, "Dropout is in training form"),
+    "Cast to whole numbers": (17, whole_numbers, "is of type INT32"),
+    "height of MaxPool": (17, behind_its_height("MaxPool", kernel_shape=[2, 2], strides=[2, 2]), "axis of MaxPool"),
+    "height of AveragePool": (
+        17,
+        behind_its_height("AveragePool", kernel_shape=[2, 2], strides=[2, 2]),
+        "axis of AveragePool",
+    ),
+    "height of SpaceToDepth": (17, behind_its_height("SpaceToDepth", blocksize=2), "axis of SpaceToDepth"),
+    "into the height of SpaceToDepth": (17, into_its_height("SpaceToDepth", blocksize=2), "axis of SpaceToDepth"),
+    "into the height of DepthToSpace": (17, into_its_height("DepthToSpace", blocksize=2), "axis of DepthToSpace"),
+    "into the height of MaxPool": (17, into_its_height("MaxPool", kernel_shape=[2, 2]), "axis of MaxPool"),
+    "a channel gathered twice": (17, gathered(0, 0, 1, 2), "delivers a channel twice"),
+    "mean of channels": (17, mean_of_channels, "reduces the channel axis"),
+    "normalized mean of channels": (17, normalized_mean_of_channels, "reduces the channel axis"),
+    "resized beyond its borders": (17, resized_beyond_its_borders, "fills in values from outside"),
+    "resized channels": (17, resized_channels, "may resize the channel axis"),
+    "slopes of PRelu": (17, slopes_of_a_prelu, "feeds a parameter of PRelu"),
     "gated Einsum": (17, gated_einsum, "does not stay a vector"),
     "repeated label": (17, repeated_label, "repeats a label"),
     "divisor": (17, divisor, "does not pass Div of two branches"),
