@@ -155,6 +155,19 @@ def added_to_four(m):
     return m.op("Conv", m.op("Add", y, m.input(2, 4, 5, 5)), m.weight(2, 4, 1, 1))
 
 
+def concatenated_with_itself(m):
+    y = conv(m)
+    return m.bn(m.op("Concat", y, y, axis=1), 8)
+
+
+def read_twice(op_type):
+    def build(m):
+        y = scaled(m, m.op("Sigmoid", m.input(2, 4, 5, 5)), 4)
+        return m.op("Conv", m.op(op_type, y, y), m.weight(2, 4, 1, 1))
+
+    return build
+
+
 def clipped(m):
     return m.bn(m.op("Clip", conv(m), m.constant(np.float32(-0.5)), m.constant(np.float32(0.5))), 4)
 
@@ -239,6 +252,9 @@ LEFT = {
     "quantized along another axis": (17, quantized_along_another_axis, "quantized along another axis"),
     "quantized by blocks": (21, quantized_by_blocks, "quantized by blocks"),
     "quantized as a whole in opset 12": (12, quantized_as_a_whole, "per channel before opset 13"),
+    "concatenated with itself": (17, concatenated_with_itself, "would need different maps"),
+    "multiplied by itself": (17, read_twice("Mul"), "twice"),
+    "a maximum of itself": (17, read_twice("Max"), "twice"),
     "Clip": (17, clipped, "Clip is not linear"),
     "Dropout in training": (17, dropped, "Dropout is in training form"),
     "Cast to whole numbers": (17, whole_numbers, "is of type INT32"),
@@ -279,3 +295,17 @@ def test_a_scale_alone_leaves_no_sum_behind_an_einsum():
     m = Model()
     y = m.op("Einsum", m.input(2, 7, 5), m.weight(5, 4), equation="btk,kc->bct")
     is_folded(m.build(scaled(m, y, 4)), "Einsum")
+
+
+def test_copies_of_what_is_concatenated_with_itself():
+    m = Model()
+    is_left(m.build(concatenated_with_itself(m)), "would need different maps", duplicate=True)
+
+
+@pytest.mark.parametrize("duplicate", [False, True])
+def test_two_branches_of_what_a_third_reads(duplicate):
+    """A copy of the Conv would be for one of the branches."""
+    m = Model()
+    y = conv(m)
+    z = scaled(m, m.op("Add", m.op("Neg", y), m.op("Identity", y)), 4)
+    is_left(m.build(z, m.op("Sigmoid", y)), "has other readers", duplicate=duplicate)
