@@ -309,3 +309,11 @@ def test_two_branches_of_what_a_third_reads(duplicate):
     y = conv(m)
     z = scaled(m, m.op("Add", m.op("Neg", y), m.op("Identity", y)), 4)
     is_left(m.build(z, m.op("Sigmoid", y)), "has other readers", duplicate=duplicate)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_piece_that_others_read_too(whole):
+    m = Model()
+    first, second = m.op("Split", conv(m), m.ints(2, 2), axis=1, outputs=2)
+    outputs = [m.bn(first, 2), m.op("Sigmoid", second), first if whole else m.op("Sigmoid", first)]
+    is_left(m.build(*outputs), "is also a graph output" if whole else "has other readers")
