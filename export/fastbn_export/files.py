@@ -312,23 +312,23 @@ def _save_external(model: onnx.ModelProto, out: Path) -> None:
     """Move the large tensors to ``<out>.data``; only the skeleton of the model is copied, never the weights."""
     sidecar = out.with_name(out.name + ".data")
     check_output(sidecar)
-    moved: list[tuple[Any, Any, int]] = []
+    moved: list[tuple[Any, Any, int, int]] = []
     with atomic_path(out) as skeleton, atomic_path(sidecar) as part, part.open("w+b") as stream:
         for tensor in tensors_of(model):
             if (length := len(tensor.raw_data)) >= _EXTERNAL_TENSOR:
                 header = onnx.TensorProto()
-                moved.append((tensor, header, place(header, sidecar.name, stream, length)))
+                moved.append((tensor, header, place(header, sidecar.name, stream, length), length))
                 stream.write(tensor.raw_data)
         stream.flush()  # the disk may be full: only now can everything be read back
         try:
-            for tensor, header, _ in moved:
+            for tensor, header, *_ in moved:
                 tensor.ClearField("raw_data")
                 tensor.MergeFrom(header)
             skeleton.write_bytes(model.SerializeToString())
         finally:
-            for tensor, header, offset in moved:  # the caller's model gets its weights back, read from the new file
+            for tensor, _, offset, length in moved:  # the caller's model gets its weights back, read from the new file
                 stream.seek(offset)
-                tensor.raw_data = stream.read(int(header.external_data[-1].value))
+                tensor.raw_data = stream.read(length)
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
 

@@ -100,11 +100,12 @@ class Turns:
             for thread in turn:
                 thread.switch()
             idle = idle + 1 if self.looking == len(turn) else 0
-            left = [thread for thread in threads if not thread.dead]
-            if left and not self.error and (not self.ready or idle > PATIENCE):
-                left[0].error = self.error = "deadlock: not all reach a barrier, or nobody writes what is waited for"
-            if self.error:
-                self.ready = left
+            if self.ready and idle <= PATIENCE and not self.error:
+                continue
+            self.ready = [thread for thread in threads if not thread.dead]
+            if self.ready and not self.error:
+                self.error = "deadlock: not all reach a barrier, or nobody writes what is waited for"
+                self.ready[0].error = self.error
 
 
 class Barrier:
@@ -142,15 +143,20 @@ class Warp:
         return values
 
 
+def aligned(size: int) -> Any:
+    """Bytes of shared memory, NaN as numbers."""
+    memory = np.full(size + 16, 0xFF, np.uint8)
+    start = -memory.ctypes.data % 16
+    return memory[start : start + size]
+
+
 class Block:
     def __init__(self, index: tuple[int, ...], threads: int, shared_bytes: int, turns: Turns):
         self.index, self.threads, self.barrier = kernelapi.Dim3(*index), threads, Barrier(threads, turns)
         self.warps = [Warp(min(32, threads - first), turns) for first in range(0, threads, 32)]
         self.votes: list[bool] = []
         self.arrays: dict[Any, Any] = {}
-        memory = np.full(shared_bytes + 16, 0xFF, np.uint8)
-        start = -memory.ctypes.data % 16
-        self.dynamic = memory[start : start + shared_bytes]
+        self.dynamic = aligned(shared_bytes)
 
     def array(self, shape: Any, dtype: Any, alignment: int | None = None) -> Any:
         dtype = np.dtype(dtype.name)
@@ -159,10 +165,7 @@ class Block:
         caller = sys._getframe(1)
         key = (caller.f_code, caller.f_lineno)
         if key not in self.arrays:
-            count = int(np.prod(shape))
-            memory = np.full(count * dtype.itemsize + 16, 0xFF, np.uint8)
-            start = -memory.ctypes.data % 16
-            self.arrays[key] = memory[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+            self.arrays[key] = aligned(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
         return self.arrays[key]
 
 
