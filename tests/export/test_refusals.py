@@ -38,9 +38,7 @@ def dequantized(between):
     """Weights that something else than a transposition lies behind."""
 
     def build(m):
-        q = m.constant(m.rng.integers(1, 90, (4, 3, 3, 3)).astype(np.int8))
-        w = between(m, m.op("DequantizeLinear", q, m.constant(np.float32(0.01))))
-        return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), w), 4)
+        return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), between(m, quantized(m, 4, 3, 3, 3))), 4)
 
     return build
 
@@ -87,10 +85,8 @@ def batch_of_a_gru(m):
     return recurrent(m, m.bn(m.op("Sigmoid", m.input(5, 4, 4)), 4))
 
 
-def quantized(m, *shape, **attributes):
+def quantized(m, *shape, scales=(), **attributes):
     q = m.constant(m.rng.integers(1, 90, shape).astype(np.int8))
-    size = shape[attributes["axis"]] if "axis" in attributes and "block_size" not in attributes else 1
-    scales = (shape[0] // 2, *shape[1:]) if "block_size" in attributes else (size,) if "axis" in attributes else ()
     return m.op("DequantizeLinear", q, m.constant(np.full(scales, 0.01, np.float32)), **attributes)
 
 
@@ -100,11 +96,11 @@ def quantized_groups(m):
 
 
 def quantized_along_another_axis(m):
-    return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), quantized(m, 4, 3, 1, 1, axis=1)), 4)
+    return scaled(m, m.op("Conv", m.input(2, 3, 5, 5), quantized(m, 4, 3, 1, 1, scales=3, axis=1)), 4)
 
 
 def quantized_by_blocks(m):
-    return scaled(m, m.op("MatMul", m.input(2, 4), quantized(m, 4, 6, axis=0, block_size=2)), 6)
+    return scaled(m, m.op("MatMul", m.input(2, 4), quantized(m, 4, 6, scales=(2, 6), axis=0, block_size=2)), 6)
 
 
 def quantized_as_a_whole(m):
@@ -181,11 +177,11 @@ def whole_numbers(m):
     return m.bn(m.op("Cast", m.op("Cast", conv(m), to=6), to=1), 4)
 
 
-def behind_its_height(op_type, *more, **attributes):
+def behind_its_height(op_type, **attributes):
     """A map along axis 2, as long as there are channels."""
 
     def build(m):
-        y = m.op(op_type, m.op("Sigmoid", m.input(2, 4, 8, 8)), *(more(m) if callable(more) else more), **attributes)
+        y = m.op(op_type, m.op("Sigmoid", m.input(2, 4, 8, 8)), **attributes)
         return m.bn(m.op("Transpose", y, perm=[0, 2, 1, 3]), 4)
 
     return build
