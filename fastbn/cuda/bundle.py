@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.bundle_sums import make_bundle_sums
-from fastbn.cuda.channel import make_combine, make_keep, make_pivot
+from fastbn.cuda.channel import fold, keep_statistics, make_combine, make_parameters, make_pivot, make_running
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.plan_bundle import MOST, OWN
@@ -136,7 +136,7 @@ def make_over(what: Variant):
     kind, threads, residual, A = what.kind, what.threads, what.residual, ARITHMETIC[what.kind]
     one, output = access(kind, 1), make_output(what._replace(W=1))
     load_last, store = one.load_last, one.store
-    again, combine, keep_statistics = make_again(kind, threads), make_combine(kind), make_keep(kind)
+    again, combine, running = make_again(kind, threads), make_combine(kind), make_running(kind)
 
     @device
     def write(x, res, y, m, k, b, part, chunk, c, N, C, S):
@@ -166,9 +166,9 @@ def make_over(what: Variant):
                     found = again(x, x, A(int64(anew(N)) * S), c, N, C, S, eps, red)
                     mean, rest, _, invstd = found
                     if cuda.threadIdx.x == 0 and part == 0 and bad[turn * K + j] != 0:
-                        moves = flags & 4 != 0
+                        at, old, moves = int64(c), running(running_mean, running_var, c, flags), flags & 4 != 0
                         keep_statistics(
-                            stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves
+                            stats, running_mean, running_var, at, C, found, old, keep, momentum, unbias, moves
                         )
                     k, b = combine(invstd, rest, weight, bias, c, flags)
                     write(x, res, y, mean, k, b, anew(part), chunk, c, N, C, S)
@@ -180,7 +180,7 @@ def make_over(what: Variant):
 def make_settle(what: Variant):
     """From a gang's sums to the constants (m, k, b) of a bundle's channels; the first part writes statistics."""
     kind, warps, residual = what.kind, what.threads // 32, what.residual
-    resolve, combine, keep_statistics = make_resolve(kind), make_combine(kind), make_keep(kind)
+    resolve, parameters, running = make_resolve(kind), make_parameters(kind), make_running(kind)
     collect = make_bundle_sums(kind, what.W, what.threads).collect
 
     @device
@@ -191,17 +191,21 @@ def make_settle(what: Variant):
         if residual and cuda.threadIdx.x == 0:
             bad[OWN + 2 - (turn & 1)] = 0
         for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
+            (w, b), old = (
+                parameters(weight, bias, first + j, flags),
+                running(running_mean, running_var, first + j, flags),
+            )
             s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
                 good, mean, rest, var, invstd = resolve(pivots[turn * K + j], s, se, q, qe, n, eps)
                 if good and part == 0:
                     found, moves = (mean, rest, var, invstd), flags & 4 != 0
                     c = int64(first + j)
-                    keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves)
+                    keep_statistics(stats, running_mean, running_var, c, C, found, old, keep, momentum, unbias, moves)
                 bad[turn * K + j] = 0 if good else 1
                 if not good:
                     bad[OWN] = bad[OWN + 1 + (turn & 1)] = 1
-                k, b = combine(invstd, rest, weight, bias, first + j, flags)
+                k, b = fold(invstd, rest, w, b)
                 table[j], table[MOST + j], table[2 * MOST + j] = mean, k, b
 
     return settle

@@ -145,31 +145,64 @@ def make_team_sum(kind: str, threads: int, team: int):
     return warp_sum
 
 
-def make_combine(kind: str):
-    """(m, invstd, k, b) of a channel whose statistics were worked out here; see ``make_affine``."""
+def make_parameters(kind: str):
+    """(weight, bias) of a channel, 1 and 0 where there are none.
+
+    Kernels ask for these, and for the running statistics (``make_running``), before threads or blocks wait for each
+    other's sums: behind that, one after the other, they would be waited for twice more, most of a microsecond each.
+    """
     A = ARITHMETIC[kind]
 
     @device
-    def combine(invstd, rest, weight, bias, c, flags):
-        k, b = invstd, A(0)
+    def parameters(weight, bias, c, flags):
+        w, b = A(1), A(0)
         if flags & 1:
-            k = mul(weight[c], invstd)
+            w = weight[c]
         if flags & 2:
             b = bias[c]
-        return k, fma(-rest, k, b)
+        return w, b
+
+    return parameters
+
+
+@device
+def fold(invstd, rest, w, b):
+    """(k, b) of a channel whose statistics were worked out here; see ``make_affine``."""
+    k = mul(w, invstd)
+    return k, fma(-rest, k, b)
+
+
+def make_combine(kind: str):
+    """``fold`` of the parameters of channel ``c``."""
+    parameters = make_parameters(kind)
+
+    @device
+    def combine(invstd, rest, weight, bias, c, flags):
+        w, b = parameters(weight, bias, c, flags)
+        return fold(invstd, rest, w, b)
 
     return combine
 
 
-def make_keep(kind: str):
-    """Write the statistics of a channel, and move its running statistics if ``moves``."""
+def make_running(kind: str):
+    """Running mean and variance of a channel as they are, if they are to move (``flags`` has 4)."""
+    A = ARITHMETIC[kind]
 
     @device
-    def keep_statistics(stats, running_mean, running_var, c, C, found, keep, momentum, unbias, moves):
-        m, rest, var, invstd = found
-        stats[c], stats[C + c], stats[2 * C + c], stats[3 * C + c] = m, invstd, var, rest
-        if moves:
-            running_mean[c] = keep * running_mean[c] + momentum * m
-            running_var[c] = keep * running_var[c] + momentum * (var * unbias)
+    def running(running_mean, running_var, c, flags):
+        old_mean = old_var = A(0)
+        if flags & 4:
+            old_mean, old_var = running_mean[c], running_var[c]
+        return old_mean, old_var
 
-    return keep_statistics
+    return running
+
+
+@device
+def keep_statistics(stats, running_mean, running_var, c, C, found, old, keep, momentum, unbias, moves):
+    """Write the statistics of a channel, and move its running statistics from ``old`` on if ``moves``."""
+    m, rest, var, invstd = found
+    stats[c], stats[C + c], stats[2 * C + c], stats[3 * C + c] = m, invstd, var, rest
+    if moves:
+        running_mean[c] = keep * old[0] + momentum * m
+        running_var[c] = keep * old[1] + momentum * (var * unbias)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda import tuning
-from fastbn.cuda.channel import WARP, make_keep, make_team_sum
+from fastbn.cuda.channel import WARP, keep_statistics, make_running, make_team_sum
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.simd import access, finite, invsqrt, sqrt
@@ -191,7 +191,7 @@ def settle_train(kind: str, threads: int, masked: bool = False):
     """
     A = ARITHMETIC[kind]
     gather, resolve = make_gather(kind, threads), make_resolve(kind, masked)
-    again, keep_statistics = make_again(kind, threads, 0, masked), make_keep(kind)
+    again, running = make_again(kind, threads, 0, masked), make_running(kind)
     (pivot, values, moving), size = make_counted(kind, masked), 4 * threads
 
     @kernel("TAAAAiiiiiiaaaaiMI", kind, threads)
@@ -207,11 +207,13 @@ def settle_train(kind: str, threads: int, masked: bool = False):
         j = cuda.threadIdx.x - slot * G
         first = cuda.blockIdx.x * G
         c = first + j
+        middle, old = A(0), (A(0), A(0))
+        if slot == 0 and c < C:
+            middle, old = pivot(x, c, N, C, S, tally), running(running_mean, running_var, c, flags)
         s, se, q, qe = gather(partial, c, C, P, cols, slot, slots, G, scratch)
         if slot == 0:
             bad[j] = 0
             if c < C:
-                middle = pivot(x, c, N, C, S, tally)
                 good, m, rest, var, invstd = resolve(middle, s, se, q, qe, A(values(N, S, tally)), eps)
                 found[j], found[32 + j], found[64 + j], found[96 + j] = m, invstd, var, rest
                 if not good:
@@ -225,7 +227,7 @@ def settle_train(kind: str, threads: int, masked: bool = False):
         if slot == 0 and c < C:
             four = (found[j], found[96 + j], found[64 + j], found[32 + j])
             moves, unbias = moving(unbias, flags, tally)
-            keep_statistics(stats, running_mean, running_var, c, C, four, keep, momentum, unbias, moves)
+            keep_statistics(stats, running_mean, running_var, c, C, four, old, keep, momentum, unbias, moves)
 
     return finalize_train
 

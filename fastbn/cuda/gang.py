@@ -26,7 +26,15 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_pivot
+from fastbn.cuda.channel import (
+    fold,
+    keep_statistics,
+    make_block_sum,
+    make_combine,
+    make_parameters,
+    make_pivot,
+    make_running,
+)
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.fetch import close, fetch, make_await
 from fastbn.cuda.finalize import make_again, make_resolve
@@ -137,7 +145,7 @@ def make_over(what: Variant):
     """Do channels again whose sums were no good, one after another, from memory; ``bad`` has a bit for each turn."""
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
     io, output, again = access(kind, W), make_output(what), make_again(kind, threads)
-    load_last, store, combine, keep_statistics = io.load_last, io.store, make_combine(kind), make_keep(kind)
+    load_last, store, combine, running = io.load_last, io.store, make_combine(kind), make_running(kind)
 
     @device
     def rewrite(x, res, y, m, k, b, v, end, S4, C, S, c):
@@ -163,8 +171,8 @@ def make_over(what: Variant):
                 found = again(x, x, n, c, N, C, S, eps, scratch)
                 mean, rest, _, invstd = found
                 if cuda.threadIdx.x == 0 and part == 0:
-                    moves = flags & 4 != 0
-                    keep_statistics(stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves)
+                    at, old, moves = int64(c), running(running_mean, running_var, c, flags), flags & 4 != 0
+                    keep_statistics(stats, running_mean, running_var, at, C, found, old, keep, momentum, unbias, moves)
                 k, b = combine(invstd, rest, weight, bias, c, flags)
                 rewrite(x, res, y, mean, k, b, v, end, S4, C, S, c)
             c, turn = int32(c + gangs), int32(turn + 1)
@@ -181,7 +189,7 @@ def train(what: Variant):
     kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
     begin, sums, write, over = make_begin(W, threads), make_sums(what), make_write(what), make_over(what)
     pivot, block_sum, gang_sum = make_pivot(kind), make_block_sum(kind, threads), make_gang_sum(kind, what.alone)
-    resolve, combine, keep_statistics = make_resolve(kind), make_combine(kind), make_keep(kind)
+    resolve, parameters, running = make_resolve(kind), make_parameters(kind), make_running(kind)
     sizes, words = 2 * (threads // 32), TURNS // 32
 
     @kernel("TTTAAAAAAiiiiiiaaaai", kind, threads, what.layers, together=not what.alone)
@@ -192,6 +200,7 @@ def train(what: Variant):
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
         bad = cuda.shared.array(words, int32)
+        old = cuda.shared.array(2, A)  # the first thread's: in registers of all threads it would spill
         tid, n, S4 = int32(cuda.threadIdx.x), A(int64(N) * S), int32(S // W)
         gang, part, low, end, step = share(G, chunk, N, S4, threads)
         v, ahead = int32(low + tid), int64(gangs) * S
@@ -201,18 +210,21 @@ def train(what: Variant):
         begin(x, slab, v, low, end, step, S4, C, S, c)
         while c < C:
             m = pivot(x, c, N, C, S)
+            if tid == 0 and part == 0:
+                old[0], old[1] = running(running_mean, running_var, c, flags)
             s, q = sums(slab, m, v, low, end, step)
+            w, b = parameters(weight, bias, c, flags)
             s, q = block_sum(total(s), total(q), scratch)
             s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
             good, mean, rest, var, invstd = resolve(m, s, se, q, qe, n, eps)
             if tid == 0 and good and part == 0:
-                found, moves = (mean, rest, var, invstd), flags & 4 != 0
-                keep_statistics(stats, running_mean, running_var, int64(c), C, found, keep, momentum, unbias, moves)
+                at, found, moves = int64(c), (mean, rest, var, invstd), flags & 4 != 0
+                keep_statistics(stats, running_mean, running_var, at, C, found, old, keep, momentum, unbias, moves)
             if not good:
                 fine = False
                 if tid == 0:
                     bad[turn >> 5] |= 1 << (turn & 31)
-            k, b = combine(invstd, rest, weight, bias, c, flags)
+            k, b = fold(invstd, rest, w, b)
             write(x, res, y, slab, mean, k, b, v, low, end, step, S4, C, S, c, ahead, c + gangs < C, good)
             c, turn = int32(c + gangs), int32(turn + 1)
         if not fine:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from fastbn.cuda.channel import make_block_sum, make_keep, make_slopes, make_team_sum
+from fastbn.cuda.channel import keep_statistics, make_block_sum, make_slopes, make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.simd import access, add, fma, join, mul, sub, total
@@ -96,7 +96,7 @@ def make_statistics(what: SetVariant):
     """(mean, its remainder, invstd) of a team's set from its threads' sums about m; the first thread writes them."""
     kind, threads, team, A = what.kind, what.threads, what.team, ARITHMETIC[what.kind]
     team_sum, resolve = make_team_sum(kind, threads, team), make_resolve(kind)
-    again, keep_statistics = make_again(kind, threads, team), make_keep(kind)
+    again, none = make_again(kind, threads, team), A(0)
 
     @device
     def statistics(x, stats, m, s, q, i, sets, n, eps, lane, scratch):
@@ -105,7 +105,8 @@ def make_statistics(what: SetVariant):
         if not good:
             mean, rest, var, invstd = again(x, x, A(n), i, 1, sets, n, eps, scratch)
         if lane == 0:
-            keep_statistics(stats, stats, stats, i, sets, (mean, rest, var, invstd), A(0), A(0), A(0), False)
+            found = (mean, rest, var, invstd)
+            keep_statistics(stats, stats, stats, i, sets, found, (none, none), none, none, none, False)
         return mean, rest, invstd
 
     return statistics

@@ -7,7 +7,7 @@ A tile that is one block's (``alone``) is settled by it, a thread a column; else
 # mypy: ignore-errors
 from __future__ import annotations
 
-from fastbn.cuda.channel import make_combine, make_keep, make_slopes
+from fastbn.cuda.channel import keep_statistics, make_combine, make_running, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.finalize import gradients, make_again, make_resolve
@@ -29,23 +29,23 @@ int32, int64 = types.int32, types.int64
 
 def make_statistics(what: Variant):
     """(constants, ..., j, sums) -> True where they are good: then the statistics of column j are written."""
-    kind, keep_statistics = what.kind, make_keep(what.kind)
+    kind = what.kind
     resolve, moves_by = make_resolve(kind, what.masked), make_counted(kind, what.masked).moving
 
     @device
-    def put(found, c, C, batch, outputs, moving, flags, tally):
+    def put(found, old, c, C, batch, outputs, moving, flags, tally):
         stats, running_mean, running_var = outputs
         keep, momentum, unbias = moving
         moves, unbias = moves_by(unbias, flags, tally)
         at = int64(batch) * 4 * C + c  # running statistics move where there is one batch
-        keep_statistics(stats, running_mean, running_var, at, C, found, keep, momentum, unbias, moves)
+        keep_statistics(stats, running_mean, running_var, at, C, found, old, keep, momentum, unbias, moves)
 
     @device
-    def statistics(pivot, c, C, batch, n, eps, sums, first, outputs, moving, flags, tally):
+    def statistics(pivot, c, C, batch, n, eps, sums, old, first, outputs, moving, flags, tally):
         s, se, q, qe = sums
         good, mean, rest, var, invstd = resolve(pivot, s, se, q, qe, n, eps)
         if good and first:
-            put((mean, rest, var, invstd), c, C, batch, outputs, moving, flags, tally)
+            put((mean, rest, var, invstd), old, c, C, batch, outputs, moving, flags, tally)
         return good
 
     return put, statistics
@@ -56,7 +56,7 @@ def make_look(what: Variant):
     kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
     A, warps, publish = ARITHMETIC[kind], what.threads // 32, make_publish(kind, W, threads)
     lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
-    values, (_, statistics) = make_counted(kind, what.masked).values, make_statistics(what)
+    values, (_, statistics), running = make_counted(kind, what.masked).values, make_statistics(what), make_running(kind)
 
     @device
     def look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally):
@@ -70,9 +70,10 @@ def make_look(what: Variant):
                 bad[j] = 0
                 c = tile * width + j
                 if c < C:
+                    old = running(outputs[1], outputs[2], c, flags)
                     a, b = down(red, j, width, height)
-                    sums = (a, A(0), b, A(0))
-                    if not statistics(constants[j], c, C, batch, n, eps, sums, True, outputs, moving, flags, tally):
+                    sums, m = (a, A(0), b, A(0)), constants[j]
+                    if not statistics(m, c, C, batch, n, eps, sums, old, True, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         else:
             first, counter = places(cuda.gridDim.x, tile, width, P)
@@ -81,8 +82,9 @@ def make_look(what: Variant):
                 bad[j] = 0
                 c, lead = tile * width + j, tid & 31 == 0
                 if c < C:
-                    sums = column(partial, first, j, P, width)
-                    if not statistics(constants[j], c, C, batch, n, eps, sums, lead, outputs, moving, flags, tally):
+                    old = running(outputs[1], outputs[2], c, flags)
+                    sums, m = column(partial, first, j, P, width), constants[j]
+                    if not statistics(m, c, C, batch, n, eps, sums, old, lead, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         return some
 
@@ -93,7 +95,7 @@ def make_settle(what: Variant):
     """From the threads' sums to the constants (m, k, b) of the tile's columns."""
     kind, threads, alone, look = what.kind, what.threads, what.alone, make_look(what)
     A, wide, combine, values = ARITHMETIC[kind], TX * what.W, make_combine(kind), make_counted(kind, what.masked).values
-    again, (put, _) = make_again(kind, threads, 0, what.masked), make_statistics(what)
+    again, (put, _), running = make_again(kind, threads, 0, what.masked), make_statistics(what), make_running(kind)
 
     @device
     def settle(
@@ -108,7 +110,8 @@ def make_settle(what: Variant):
                     n, c = A(values(R, 1, tally)), tile * width + j
                     found = again(x, mask, n, int32(batch * R * C + c), R, C, 1, eps, red)
                     if cuda.threadIdx.x == 0:
-                        put(found, c, C, batch, outputs, moving, flags, tally)
+                        old = running(outputs[1], outputs[2], c, flags)
+                        put(found, old, c, C, batch, outputs, moving, flags, tally)
         if alone:
             cuda.syncthreads()
         else:

@@ -12,7 +12,15 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_block_sum, make_combine, make_keep, make_slopes
+from fastbn.cuda.channel import (
+    fold,
+    keep_statistics,
+    make_block_sum,
+    make_combine,
+    make_parameters,
+    make_running,
+    make_slopes,
+)
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import gradients, make_again, make_resolve
@@ -50,7 +58,7 @@ def train(what: Variant):
     A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
     load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
     block_sum, resolve, only = make_block_sum(kind, threads), make_resolve(kind, what.masked), make_only(what)
-    again, combine, keep_statistics = make_again(kind, threads, 0, what.masked), make_combine(kind), make_keep(kind)
+    again, parameters, running = make_again(kind, threads, 0, what.masked), make_parameters(kind), make_running(kind)
     sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
 
     @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, together(what))
@@ -92,6 +100,8 @@ def train(what: Variant):
             s, q = add(s, u), fma(u, t, q)
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
+        own = cuda.blockIdx.x
+        (w, b), old = parameters(weight, bias, own, flags), running(running_mean, running_var, own, flags)
         sum_d, sum_d2 = block_sum(total(s), total(q), scratch)
         n = A(values(N, S, tally))
         good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), n, eps)
@@ -99,8 +109,9 @@ def train(what: Variant):
             mean, rest, var, invstd = again(x, mask, n, c, N, C, S, eps, scratch)
         if tid == 0:
             found, (moves, unbias) = (mean, rest, var, invstd), moving(unbias, flags, tally)
-            keep_statistics(stats, running_mean, running_var, batch_stats(C), C, found, keep, momentum, unbias, moves)
-        k, b = combine(invstd, rest, weight, bias, cuda.blockIdx.x, flags)
+            place = batch_stats(C)
+            keep_statistics(stats, running_mean, running_var, place, C, found, old, keep, momentum, unbias, moves)
+        k, b = fold(invstd, rest, w, b)
         v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:
             if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
