@@ -187,7 +187,7 @@ def make_settle(what: Variant):
     def settle(table, pivots, bad, own, partial, place, first, n, eps, outputs, moving, flags, C, K):
         stats, weight, bias, running_mean, running_var = outputs
         keep, momentum, unbias = moving
-        gangs, gang, G, part, turn = place
+        gang, G, part, turn = place
         if residual and cuda.threadIdx.x == 0:
             bad[OWN + 2 - (turn & 1)] = 0
         for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
@@ -195,7 +195,7 @@ def make_settle(what: Variant):
                 parameters(weight, bias, first + j, flags),
                 running(running_mean, running_var, first + j, flags),
             )
-            s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
+            s, se, q, qe = collect(own, partial, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
                 good, mean, rest, var, invstd = resolve(pivots[turn * K + j], s, se, q, qe, n, eps)
                 if good and part == 0:
@@ -217,7 +217,7 @@ def train(what: Variant):
     kind, W, threads, residual, A = what.kind, what.W, what.threads, what.residual, ARITHMETIC[what.kind]
     read, write, over, spread = make_read(what), make_write(what), make_over(what), make_spread(what)
     settle, pivot, sums = make_settle(what), make_pivot(kind), make_bundle_sums(kind, W, threads)
-    (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
+    (ready, publish, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
     flags_size = OWN + 16  # so that what lies behind is aligned
 
     @kernel("TTTAAAAAAiiiiiiiiiaaaai", kind, threads, what.layers)
@@ -240,15 +240,14 @@ def train(what: Variant):
                 pivots[i] = pivot(x, c, N, C, S)
         bad[OWN] = bad[OWN + 1] = 0
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        ready(partial, gang, G, part)
+        ready(partial, gang, G, part, K)
         cuda.syncthreads()
         bundle, turn = gang, int32(0)
         while bundle * K < C:
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
             s, q = read(x, slab, spread(pivots, turn * K, first, count), r, end, height, at, step)
-            publish(red, own, partial, gangs, gang, G, part, turn, s, q, count, S, V, height, K)
-            sums_of = (gangs, gang, G, part, turn)
-            meet(partial, gang, G, turn)
+            publish(red, own, partial, gang, G, part, turn, s, q, count, S, V, height, K)
+            sums_of = (gang, G, part, turn)
             settle(table, pivots, bad, own, partial, sums_of, bundle * K, n, eps, outputs, moving, flags, C, K)
             cuda.syncthreads()
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)

@@ -76,9 +76,9 @@ def make_settle_gradients(what: Variant):
 
     @device
     def settle(table, here, own, partial, place, first, n, dweight, dbias, K):
-        gangs, gang, G, part, turn = place
+        gang, G, part, turn = place
         for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
-            s, se, q, qe = collect(own, partial, gangs, gang, G, turn, j, K)
+            s, se, q, qe = collect(own, partial, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
                 invstd, k, rest = table[here + MOST + j], table[here + 2 * MOST + j], table[here + 4 * MOST + j]
                 db, dw = gradients(s, se, q, qe, rest)
@@ -126,7 +126,7 @@ def backward(what: Variant):
     io, slope, read, spread = access(kind, W), make_slope(what), make_read_gradients(what), make_spread(what)
     terms, store, recall = make_terms(what._replace(relu=False, residual=False)), io.store, io.recall
     settle, known, sums = make_settle_gradients(what), make_known(kind), make_bundle_sums(kind, W, threads)
-    (ready, publish, meet, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST
+    (ready, publish, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST
 
     @kernel("TTTTTAAAAAAiiiiiiiiii", kind, threads, what.layers)
     def bundle_backward(
@@ -141,7 +141,7 @@ def backward(what: Variant):
         step, second = int64(height) * C * S, int32((chunk + height - 1) // height * 4 * threads)
         if last < K:
             known(table, last, stats, weight, bias, int32(gang * K + last), C, flags)
-        ready(partial, gang, G, part)
+        ready(partial, gang, G, part, K)
         cuda.syncthreads()
         bundle, turn = gang, int32(0)
         while bundle * K < C:
@@ -150,12 +150,11 @@ def backward(what: Variant):
             m, b = spread(table, here, first, count), spread(table, here + 3 * MOST, first, count)
             k = spread(table, here + 2 * MOST, first, count)
             s, q = read(x, g, y, dr, slab, second, m, k, b, r, end, height, at, step)
-            publish(red, own, partial, gangs, gang, G, part, turn, s, q, count, S, V, height, K)
+            publish(red, own, partial, gang, G, part, turn, s, q, count, S, V, height, K)
             c = int32((bundle + gangs) * K + last)
             if last < K and c < C:
                 known(table, others + last, stats, weight, bias, c, C, flags)
-            meet(partial, gang, G, turn)
-            settle(table, here, own, partial, (gangs, gang, G, part, turn), bundle * K, n, dweight, dbias, K)
+            settle(table, here, own, partial, (gang, G, part, turn), bundle * K, n, dweight, dbias, K)
             cuda.syncthreads()
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
             m = spread(table, here, first, count)

@@ -7,25 +7,24 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda.channel import make_team_sum
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
-from fastbn.cuda.gang_sums import PAD, make_add_up, wait_for
-from fastbn.cuda.signals import arrive
+from fastbn.cuda.gang_sums import make_add_up
+from fastbn.cuda.signals import SAID, say
 from fastbn.cuda.simd import anew, split_total
 
 int32, int64 = types.int32, types.int64
 
 
 def scratch_size(gangs: int, blocks: int, channels: int) -> int:
-    """Numbers of scratch that so many gangs of so many blocks need: a counter each, and the sums of two turns."""
-    return gangs * (PAD + 4 * blocks * channels)
+    """Numbers of scratch that so many gangs of so many blocks need: the sums of two turns."""
+    return gangs * 2 * channels * blocks * SAID
 
 
 class BundleSums(NamedTuple):
     """Three steps, between which a block may do something else."""
 
-    ready: Any  # set the counters of the grid to 0
-    publish: Any  # sum the block's threads, write the sums and say so
-    meet: Any  # wait for the gang
-    collect: Any  # (own, partial, gangs, gang, blocks, turn, channel, channels) -> its sums as pairs, by a warp
+    ready: Any  # set the scratch to 0
+    publish: Any  # sum the block's threads and say the sums
+    collect: Any  # (own, partial, gang, blocks, turn, channel, channels) -> the gang's sums as pairs, by a warp
 
 
 def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
@@ -50,18 +49,18 @@ def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
         return warp_sum(s, q, red)
 
     @device
-    def ready(partial, gang, blocks, part):
+    def first_of(gang, blocks, turn, j, channels):
+        return ((int64(anew(gang)) * 2 + (turn & 1)) * channels + j) * SAID * blocks
+
+    @device
+    def ready(partial, gang, blocks, part, channels):
         if blocks > 1:
-            if part == 0 and cuda.threadIdx.x == 0:
-                partial[int64(gang) * PAD] = A(0)
+            for i in range(cuda.threadIdx.x, 2 * channels * SAID, threads):
+                partial[first_of(gang, blocks, 0, i // SAID, channels) + SAID * part + i % SAID] = A(0)
             cuda.cg.this_grid().sync()
 
     @device
-    def first_of(gangs, gang, blocks, turn, j, channels):
-        return int64(gangs) * PAD + ((int64(anew(gang)) * 2 + (turn & 1)) * channels + j) * 2 * blocks
-
-    @device
-    def publish(red, own, partial, gangs, gang, blocks, part, turn, s, q, count, S, V, height, channels):
+    def publish(red, own, partial, gang, blocks, part, turn, s, q, count, S, V, height, channels):
         tid = anew(int32(cuda.threadIdx.x))
         red[tid], red[2 * threads + tid] = split_total(s, count)
         red[threads + tid], red[3 * threads + tid] = split_total(q, count)
@@ -69,26 +68,15 @@ def make_bundle_sums(kind: str, W: int, threads: int) -> BundleSums:
         for j in range(tid >> 5, channels, warps):
             s, q = channel_sum(red, j, S, V, height)
             if tid & 31 == 0:
-                if blocks == 1:
+                if blocks == 1:  # for itself, in ``collect``
                     own[2 * j], own[2 * j + 1] = s, q
                 else:
-                    first = first_of(gangs, gang, blocks, turn, j, channels)
-                    partial[first + 2 * part], partial[first + 2 * part + 1] = s, q
-        cuda.syncthreads()
-        if blocks > 1 and tid == 0:
-            arrive(partial, int64(gang) * PAD)
+                    say(partial, first_of(gang, blocks, turn, j, channels) + SAID * part, s, q, turn + 1)
 
     @device
-    def meet(partial, gang, blocks, turn):
-        if blocks > 1:
-            wait_for(partial, int64(gang) * PAD, (turn + 1) * blocks)
-        else:
-            cuda.syncthreads()
-
-    @device
-    def collect(own, partial, gangs, gang, blocks, turn, j, channels):
+    def collect(own, partial, gang, blocks, turn, j, channels):
         if blocks == 1:
             return own[2 * j], A(0), own[2 * j + 1], A(0)
-        return add_up(partial, first_of(gangs, gang, blocks, turn, j, channels), blocks)
+        return add_up(partial, first_of(gang, blocks, turn, j, channels), blocks, turn + 1)
 
-    return BundleSums(ready, publish, meet, collect)
+    return BundleSums(ready, publish, collect)

@@ -39,7 +39,7 @@ class One(NamedTuple):
     shared: int
     scratch: int  # elements that blocks meet in; 0 for none
     cut: tuple[int, ...]  # the numbers behind the arrays that describe the tensor
-    cleared: int = 0  # elements of scratch that must be 0
+    cleared: bool = False  # the scratch must be 0
     masks: bool = True  # takes a mask
 
 
@@ -132,8 +132,8 @@ def _gang(what: Variant, dims: Dims, p: plan_gang.Gang) -> One | None:
     kernel, blocks = gang_backward.backward(what) if what.backward else gang.train(what), p.gangs * p.blocks
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if alone else blocks, p.shared):
         return None
-    size, cleared = (0, 0) if alone else gang_sums.scratch_size(p.gangs, p.blocks)
-    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk), cleared, masks=False)
+    size = 0 if alone else gang_sums.scratch_size(p.gangs, p.blocks)
+    return One("gang", kernel, (blocks,), p.shared, size, (*dims, p.blocks, p.gangs, p.chunk), not alone, masks=False)
 
 
 def _bundle(what: Variant, dims: Dims, p: plan_bundle.Bundle) -> One | None:

@@ -215,7 +215,7 @@ def train(what: Variant):
             s, q = sums(slab, m, v, low, end, step)
             w, b = parameters(weight, bias, c, flags)
             s, q = block_sum(total(s), total(q), scratch)
-            s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
+            s, se, q, qe = gang_sum(partial, gang, G, part, turn, s, q)
             good, mean, rest, var, invstd = resolve(m, s, se, q, qe, n, eps)
             if tid == 0 and good and part == 0:
                 at, found, moves = int64(c), (mean, rest, var, invstd), flags & 4 != 0

@@ -136,7 +136,7 @@ def backward(what: Variant):
             k, b = combine(invstd, rest, weight, bias, c, flags)
             s, q = sums(y, dr, slab, second, (m, invstd, k, b), v, low, end, step, S4, C, S, c)
             s, q = block_sum(total(s), total(q), scratch)
-            s, se, q, qe = gang_sum(partial, gangs, gang, G, part, turn, s, q)
+            s, se, q, qe = gang_sum(partial, gang, G, part, turn, s, q)
             db, dw = gradients(s, se, q, qe, rest * invstd)
             if tid == 0 and part == 0:
                 dweight[c], dbias[c] = dw, db

@@ -1,12 +1,11 @@
 """A gang of blocks adds up its sums: each writes its own, waits for the others', and adds all in the same order.
 
-The scratch of a launch begins with one counter a gang, ``PAD`` numbers apart, all 0 (``clear``); behind them lie the
-sums, of two turns by turns: a block that is a turn ahead does not write what another still reads, and none can be two
-ahead.
+The scratch of a launch is the places for the blocks' sums (``signals``), all 0 at first (``clear``), of two turns by
+turns: a block that is a turn ahead does not write what another still reads, and none can be two ahead.
 
-Every warp adds up all sums: one that did so for its block, and told it, would save instructions, but the others would
-wait for it, and for what it loads on the way; with that and a whole grid's barrier (``cuda.cg``) instead of ``clear``,
-(64, 256, 56, 56) in float32 took 1.13 times as long on an H200.
+Every warp asks for all sums and adds them up: one that did so for its block, and told it, would save instructions, but
+the others would wait for it, and for what it loads on the way; with that and a whole grid's barrier (``cuda.cg``)
+instead of ``clear``, (64, 256, 56, 56) in float32 took 1.13 times as long on an H200.
 """
 
 # mypy: ignore-errors
@@ -17,24 +16,14 @@ import functools
 from fastbn.cuda.channel import WARP
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
 from fastbn.cuda.finalize import add_pair, two_sum
-from fastbn.cuda.signals import arrive, fresh, seen
+from fastbn.cuda.signals import SAID, heard, say
 
 int64 = types.int64
-PAD = 16  # numbers from one counter to the next: lines of their own
 
 
-@device
-def wait_for(partial, counter, count):
-    """Wait until a counter has got so far: the first thread of a block looks, the others wait for it."""
-    if cuda.threadIdx.x == 0:
-        while seen(partial, counter) < count:
-            pass
-    cuda.syncthreads()
-
-
-def scratch_size(gangs: int, blocks: int) -> tuple[int, int]:
-    """Numbers of scratch that so many gangs of so many blocks need, and how many of them must be 0."""
-    return gangs * (PAD + 4 * blocks), gangs * PAD
+def scratch_size(gangs: int, blocks: int) -> int:
+    """Numbers of scratch that so many gangs of so many blocks need."""
+    return gangs * 2 * blocks * SAID
 
 
 def make_warp_sum(kind: str):
@@ -55,16 +44,17 @@ def make_warp_sum(kind: str):
 
 
 def make_add_up(kind: str):
-    """(partial, first, blocks) -> the blocks' sums from ``first`` on, as pairs, added by a warp."""
+    """(partial, first, blocks, tag) -> the blocks' sums from ``first`` on, as pairs, waited for and added by a warp."""
     A, warp_sum = ARITHMETIC[kind], make_warp_sum(kind)
 
     @device
-    def add_up(partial, first, blocks):
+    def add_up(partial, first, blocks, tag):
         s = se = q = qe = A(0)
         i = cuda.threadIdx.x & 31
         while i < blocks:
-            s, se = add_pair(s, se, fresh(partial, first + 2 * i), A(0))
-            q, qe = add_pair(q, qe, fresh(partial, first + 2 * i + 1), A(0))
+            a, b = heard(partial, first + SAID * i, tag)
+            s, se = add_pair(s, se, a, A(0))
+            q, qe = add_pair(q, qe, b, A(0))
             i += 32
         return warp_sum(s, se, q, qe)
 
@@ -72,7 +62,7 @@ def make_add_up(kind: str):
 
 
 def make_gang_sum(kind: str, alone: bool):
-    """(partial, gangs, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
+    """(partial, gang, blocks, part, turn, s, q) -> sums of the gang as pairs, the same bits in every thread.
 
     ``s``, ``q``: the block's, in every thread of it; ``turn`` counts the calls of a launch from 0. A block that is
     ``alone`` is a gang by itself.
@@ -80,25 +70,21 @@ def make_gang_sum(kind: str, alone: bool):
     A, add_up = ARITHMETIC[kind], make_add_up(kind)
 
     @device
-    def gang_sum(partial, gangs, gang, blocks, part, turn, s, q):
+    def gang_sum(partial, gang, blocks, part, turn, s, q):
         if alone:
             return s, A(0), q, A(0)
         else:
-            first = int64(gangs) * PAD + (int64(gang) * 2 + (turn & 1)) * 2 * blocks
-            counter = int64(gang) * PAD
+            first = (int64(gang) * 2 + (turn & 1)) * SAID * blocks
             if cuda.threadIdx.x == 0:
-                partial[first + 2 * part] = s
-                partial[first + 2 * part + 1] = q
-                arrive(partial, counter)
-            wait_for(partial, counter, (turn + 1) * blocks)
-            return add_up(partial, first, blocks)
+                say(partial, first + SAID * part, s, q, turn + 1)
+            return add_up(partial, first, blocks, turn + 1)
 
     return gang_sum
 
 
 @functools.cache
 def clear(kind: str, threads: int):
-    """Kernel that sets the counters of a launch to 0."""
+    """Kernel that sets the scratch of a launch to 0."""
     A = ARITHMETIC[kind]
 
     @kernel("Ai", kind, threads)

@@ -177,12 +177,12 @@ def train(
 
 
 def meeting_place(x: Flat, one: One, stream: int) -> tuple[Flat | None, ...]:
-    """Scratch in which the blocks of one launch meet, counters at 0; None where a kernel takes some and needs none."""
+    """Scratch in which the blocks of one launch meet; None where a kernel takes some and needs none."""
     if not one.scratch:
         return (None,) if one.name in ("alone", "gang") else ()
     found = x.owner.scratch(one.scratch)
     if one.cleared:
-        run(clear(WIDE[x.kind], tuning.THREADS), (-(-one.cleared // tuning.THREADS),), stream, (found, one.cleared))
+        run(clear(WIDE[x.kind], tuning.THREADS), (-(-one.scratch // tuning.THREADS),), stream, (found, one.scratch))
     return (found,)
 
 

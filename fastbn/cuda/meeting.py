@@ -1,12 +1,11 @@
 """How the blocks that share a tile of rows put their sums together; all of them are on the GPU at once.
 
 They meet twice: each writes its sums by column, the blocks of the first columns add one up each (a warp a column) and
-write what comes of it, and all read that. Were every block to add up all columns, 132 blocks would read 36 MB for a
-tile of 256: 6 us. The first meeting is the whole grid's (``cuda.cg``), behind which the counters of the second are 0:
-a launch of its own to set them would cost 5 us.
+say what comes of it (``signals``), and all hear that. Were every block to add up all columns, 132 blocks would read
+36 MB for a tile of 256: 6 us. The first meeting is the whole grid's (``cuda.cg``), in front of which each column's
+place is set to 0: a launch of its own to do so would cost 5 us.
 
-The scratch of a launch begins with a counter a tile (``gang_sums.PAD`` apart); behind them lie the sums of each tile,
-(2, width, P).
+The scratch of a launch begins with the places of all columns; behind them lie the sums of each tile, (2, width, P).
 """
 
 # mypy: ignore-errors
@@ -14,22 +13,23 @@ from __future__ import annotations
 
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.finalize import add_pair
-from fastbn.cuda.gang_sums import PAD, make_warp_sum, wait_for
-from fastbn.cuda.signals import arrive, fresh
+from fastbn.cuda.gang_sums import make_warp_sum
+from fastbn.cuda.signals import SAID, fresh
 from fastbn.cuda.simd import access
 
 int64 = types.int64
+PLACE = 2 * SAID  # up to four numbers of a column are said
 
 
 def scratch_size(across: int, width: int, parts: int) -> int:
     """Numbers of scratch that so many tiles need."""
-    return across * (PAD + 2 * width * parts)
+    return across * width * (PLACE + 2 * parts)
 
 
 @device
 def places(across, tile, width, P):
-    """Where the sums of a tile begin, and its counter."""
-    return int64(across) * PAD + int64(tile) * 2 * width * P, int64(tile) * PAD
+    """Where the sums of a tile begin, and the places of its columns."""
+    return int64(across) * width * PLACE + int64(tile) * 2 * width * P, int64(tile) * width * PLACE
 
 
 def make_lay_out(kind: str, W: int, threads: int):
@@ -66,14 +66,15 @@ def make_publish(kind: str, W: int, threads: int):
     lay_out, down, zero = make_lay_out(kind, W, threads), make_down(kind, W, threads), ARITHMETIC[kind](0)
 
     @device
-    def publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height):
+    def publish(s, q, red, partial, first, said, P, part, width, tx, ty, height):
         lay_out(s, q, red, width, tx, ty, height)
         for j in range(cuda.threadIdx.x, width, threads):
             a, b = down(red, j, width, height)
             partial[first + int64(j) * P + part] = a
             partial[first + int64(width + j) * P + part] = b
-        if part == 0 and cuda.threadIdx.x == 0:
-            partial[counter] = zero
+        for i in range(cuda.threadIdx.x, width * PLACE, threads):
+            if i // PLACE % P == part:
+                partial[said + i] = zero
         cuda.cg.this_grid().sync()
 
     return publish
@@ -94,17 +95,3 @@ def make_column(kind: str):
         return warp_sum(s, se, q, qe)
 
     return column
-
-
-@device
-def say_done(partial, counter):
-    """Say that this block's columns are done, once all its threads have written them."""
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        arrive(partial, counter)
-
-
-@device
-def wait_for_columns(partial, counter, P, width):
-    """Wait until all columns are done."""
-    wait_for(partial, counter, min(P, width))

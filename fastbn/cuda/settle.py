@@ -1,39 +1,45 @@
 """From the sums of a block's threads to the constants of a tile's columns, in the one-launch kernel for rows.
 
-A tile that is one block's (``alone``) is settled by it, a thread a column; else its blocks meet (``meeting``), and the
-``duty`` of each is some columns, a warp each. Statistics, and the gradients of weight and bias, are written on the way.
+A tile that is one block's (``alone``) is settled by it, a thread a column; else its blocks meet (``meeting``), and each
+has some columns to settle, a warp each. Statistics, and the gradients of weight and bias, are written on the way.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-from fastbn.cuda.channel import keep_statistics, make_combine, make_running, make_slopes
+from fastbn.cuda.channel import fold, keep_statistics, make_parameters, make_running, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.finalize import gradients, make_again, make_resolve
 from fastbn.cuda.meeting import (
+    PLACE,
     make_column,
     make_down,
     make_lay_out,
     make_publish,
     places,
-    say_done,
-    wait_for_columns,
 )
 from fastbn.cuda.rows import TX
-from fastbn.cuda.signals import fresh
+from fastbn.cuda.signals import SAID, heard, say
 from fastbn.cuda.sweep import Variant
 
 int32, int64 = types.int32, types.int64
 
 
 def make_statistics(what: Variant):
-    """(constants, ..., j, sums) -> True where they are good: then the statistics of column j are written."""
-    kind = what.kind
+    """(constants, ..., j, sums) -> True where they are good: then the statistics of column j are written, and said.
+
+    ``told``: where to say them, unless the tile is the block's alone.
+    """
+    kind, alone, none = what.kind, what.alone, ARITHMETIC[what.kind](0)
     resolve, moves_by = make_resolve(kind, what.masked), make_counted(kind, what.masked).moving
 
     @device
-    def put(found, old, c, C, batch, outputs, moving, flags, tally):
+    def put(found, told, old, c, C, batch, outputs, moving, flags, tally):
+        if not alone:
+            mean, rest, _, invstd = found
+            say(told[0], told[1], mean, invstd, 1)
+            say(told[0], told[1] + SAID, rest, none, 1)
         stats, running_mean, running_var = outputs
         keep, momentum, unbias = moving
         moves, unbias = moves_by(unbias, flags, tally)
@@ -41,11 +47,11 @@ def make_statistics(what: Variant):
         keep_statistics(stats, running_mean, running_var, at, C, found, old, keep, momentum, unbias, moves)
 
     @device
-    def statistics(pivot, c, C, batch, n, eps, sums, old, first, outputs, moving, flags, tally):
+    def statistics(pivot, c, C, batch, n, eps, sums, told, old, first, outputs, moving, flags, tally):
         s, se, q, qe = sums
         good, mean, rest, var, invstd = resolve(pivot, s, se, q, qe, n, eps)
         if good and first:
-            put((mean, rest, var, invstd), old, c, C, batch, outputs, moving, flags, tally)
+            put((mean, rest, var, invstd), told, old, c, C, batch, outputs, moving, flags, tally)
         return good
 
     return put, statistics
@@ -72,19 +78,19 @@ def make_look(what: Variant):
                 if c < C:
                     old = running(outputs[1], outputs[2], c, flags)
                     a, b = down(red, j, width, height)
-                    sums, m = (a, A(0), b, A(0)), constants[j]
-                    if not statistics(m, c, C, batch, n, eps, sums, old, True, outputs, moving, flags, tally):
+                    sums, m, told = (a, A(0), b, A(0)), constants[j], (partial, int64(0))
+                    if not statistics(m, c, C, batch, n, eps, sums, told, old, True, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         else:
-            first, counter = places(cuda.gridDim.x, tile, width, P)
-            publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
+            first, said = places(cuda.gridDim.x, tile, width, P)
+            publish(s, q, red, partial, first, said, P, part, width, tx, ty, height)
             for j in range(part + P * (tid >> 5), width, P * warps):
                 bad[j] = 0
                 c, lead = tile * width + j, tid & 31 == 0
                 if c < C:
                     old = running(outputs[1], outputs[2], c, flags)
-                    sums, m = column(partial, first, j, P, width), constants[j]
-                    if not statistics(m, c, C, batch, n, eps, sums, old, lead, outputs, moving, flags, tally):
+                    sums, m, told = column(partial, first, j, P, width), constants[j], (partial, said + j * PLACE)
+                    if not statistics(m, c, C, batch, n, eps, sums, told, old, lead, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         return some
 
@@ -94,7 +100,8 @@ def make_look(what: Variant):
 def make_settle(what: Variant):
     """From the threads' sums to the constants (m, k, b) of the tile's columns."""
     kind, threads, alone, look = what.kind, what.threads, what.alone, make_look(what)
-    A, wide, combine, values = ARITHMETIC[kind], TX * what.W, make_combine(kind), make_counted(kind, what.masked).values
+    A, wide, parameters = ARITHMETIC[kind], TX * what.W, make_parameters(kind)
+    values = make_counted(kind, what.masked).values
     again, (put, _), running = make_again(kind, threads, 0, what.masked), make_statistics(what), make_running(kind)
 
     @device
@@ -103,6 +110,7 @@ def make_settle(what: Variant):
     ):
         C, R, P, width = sizes
         part, batch, tile = own
+        _, said = places(cuda.gridDim.x, tile, width, P)
         some = look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally)
         if cuda.syncthreads_or(some):
             for j in range(part, width, P):
@@ -111,22 +119,23 @@ def make_settle(what: Variant):
                     found = again(x, mask, n, int32(batch * R * C + c), R, C, 1, eps, red)
                     if cuda.threadIdx.x == 0:
                         old = running(outputs[1], outputs[2], c, flags)
-                        put(found, old, c, C, batch, outputs, moving, flags, tally)
+                        told = (partial, said + j * PLACE)
+                        put(found, told, old, c, C, batch, outputs, moving, flags, tally)
         if alone:
             cuda.syncthreads()
-        else:
-            _, counter = places(cuda.gridDim.x, tile, width, P)
-            if part < width:
-                say_done(partial, counter)
-            wait_for_columns(partial, counter, P, width)
         stats, weight, bias = outputs[0], params[0], params[1]
         for j in range(cuda.threadIdx.x, width, threads):
             c = tile * width + j
             if c < C:
-                at = int64(batch) * 4 * C + c
-                constants[j] = fresh(stats, at)
-                invstd, rest = fresh(stats, at + C), fresh(stats, at + 3 * C)
-                constants[wide + j], constants[2 * wide + j] = combine(invstd, rest, weight, bias, c, flags)
+                w, b = parameters(weight, bias, c, flags)
+                if alone:
+                    at = int64(batch) * 4 * C + c
+                    mean, invstd, rest = stats[at], stats[at + C], stats[at + 3 * C]
+                else:
+                    mean, invstd = heard(partial, said + j * PLACE, 1)
+                    rest, _ = heard(partial, said + j * PLACE + SAID, 1)
+                constants[j] = mean
+                constants[wide + j], constants[2 * wide + j] = fold(invstd, rest, w, b)
         cuda.syncthreads()
 
     return settle
@@ -145,6 +154,7 @@ def make_settle_gradients(what: Variant):
         tx, ty, height = where
         part, batch, tile = own
         tid, start, base = cuda.threadIdx.x, int64(batch) * C, int64(batch) * 4 * C
+        first, said = places(cuda.gridDim.x, tile, width, P)
         if alone:
             lay_out(s, q, red, width, tx, ty, height)
             for j in range(tid, width, threads):
@@ -153,24 +163,26 @@ def make_settle_gradients(what: Variant):
                     slope = stats[base + 3 * C + c] * constants[wide + j]
                     db, dw = down(red, j, width, height)
                     dbias[start + c], dweight[start + c] = gradients(db, A(0), dw, A(0), slope)
-            cuda.syncthreads()
         else:
-            first, counter = places(cuda.gridDim.x, tile, width, P)
-            publish(s, q, red, partial, first, counter, P, part, width, tx, ty, height)
-            if part < width:
-                for j in range(part + P * (tid >> 5), width, P * warps):
-                    c = tile * width + j
-                    if c < C:
-                        sd, se, qd, qe = column(partial, first, j, P, width)
-                        if tid & 31 == 0:
-                            slope = stats[3 * C + c] * constants[wide + j]
-                            dbias[c], dweight[c] = gradients(sd, se, qd, qe, slope)
-                say_done(partial, counter)
-            wait_for_columns(partial, counter, P, width)
+            publish(s, q, red, partial, first, said, P, part, width, tx, ty, height)
+            for j in range(part + P * (tid >> 5), width, P * warps):
+                c = tile * width + j
+                if c < C:
+                    sd, se, qd, qe = column(partial, first, j, P, width)
+                    if tid & 31 == 0:
+                        db, dw = gradients(sd, se, qd, qe, stats[3 * C + c] * constants[wide + j])
+                        say(partial, said + j * PLACE, dw, db, 1)
+                        dbias[c], dweight[c] = db, dw
+        if not alone:
+            cuda.syncthreads()  # no lane shall wait for one of its warp that has yet to speak
         for j in range(tid, width, threads):
             c = tile * width + j
             if c < C:
-                dw, db, rest = fresh(dweight, start + c), fresh(dbias, start + c), stats[base + 3 * C + c]
+                rest = stats[base + 3 * C + c]
+                if alone:
+                    dw, db = dweight[start + c], dbias[start + c]
+                else:
+                    dw, db = heard(partial, said + j * PLACE, 1)
                 c1, c0 = slopes(dw, db, constants[wide + j], constants[2 * wide + j], rest, n)
                 constants[4 * wide + j], constants[5 * wide + j] = c1, c0
         cuda.syncthreads()

@@ -17,9 +17,10 @@ import pytest
 CODE = """
 import sys
 import numpy as np, numba
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-from fastbn.cuda import _lowered
+from fastbn.cuda import _lowered, _lowered_signals, _simulated
 from fastbn.cuda import _lowered_lanes as arithmetic
 
 def on_cpu(of):
@@ -82,6 +83,31 @@ for kind in ("f32", "f64", "f16", "bf16"):
     njit(lambda m, n: scatter(n, 8, gather(m, 16)))(values, moved)
     assert np.array_equal(moved[8 : 8 + W], values[16 : 16 + W]) and np.count_nonzero(moved) == W
     assert np.array_equal(njit(lambda v: splat(v))(values[0]), np.full(W, values[0]))
+
+# -- numbers and tags in words, as the simulator lays them out; the accesses themselves are PTX
+def put(builder, at, words):
+    for k, word in enumerate(words):
+        builder.store(word, builder.gep(at, [ir.IntType(32)(k)]))
+
+_lowered_signals._put = put
+_lowered_signals._get = lambda builder, at: [builder.load(builder.gep(at, [ir.IntType(32)(k)])) for k in (0, 1)]
+said, heard = on_cpu(_lowered_signals.say), on_cpu(_lowered_signals.hear)
+say = njit(lambda memory, i, a, b, tag: said(memory, i, a, b, numba.int32(tag)))
+hear = njit(lambda memory, i, tag: heard(memory, i, numba.int32(tag)))
+for number in (np.float32, np.float64):
+    for a, b in ((1.5, -2.25), (np.nan, np.inf), (-0.0, 1e-40), (np.pi, -1 / 3)):
+        memory, want = np.zeros(12, number), np.zeros(12, number)
+        assert not hear(memory, 4, 7)[0]
+        say(memory, 4, number(a), number(b), 7)
+        _simulated.say(want, 4, number(a), number(b), 7)
+        assert memory.tobytes() == want.tobytes()
+        there, *values = hear(memory, 4, 7)
+        assert there and np.array(values, number).tobytes() == np.array([a, b], number).tobytes()
+        assert not hear(memory, 4, 8)[0] and hear(memory, 4, 7)[0] == _simulated.hear(want, 4, 7)[0]
+        for k in range(1, memory.itemsize, 2):  # no tag may be missing
+            torn = memory.copy()
+            torn.view(np.int32)[memory.itemsize + k] = 6
+            assert not hear(torn, 4, 7)[0] and not _simulated.hear(torn, 4, 7)[0]
 print("right")
 """
 

@@ -49,9 +49,9 @@ def test_a_barrier_that_not_all_reach_is_an_error():
 
 
 def test_waiting_for_what_nobody_writes_is_an_error():
-    def kernel(counter):
+    def kernel(place):
         if cuda.blockIdx.x == 0:
-            while _simulated.seen(counter, 0) < 2:
+            while not _simulated.hear(place, 0, 1)[0]:
                 pass
 
     with pytest.raises(AssertionError, match="deadlock"):
