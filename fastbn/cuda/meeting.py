@@ -64,6 +64,7 @@ def make_down(kind: str, W: int, threads: int):
 def make_publish(kind: str, W: int, threads: int):
     """Add up the sums of a block's rows, column by column, write them as this part's, and wait for all others'."""
     lay_out, down, zero = make_lay_out(kind, W, threads), make_down(kind, W, threads), ARITHMETIC[kind](0)
+    warps = threads // 32
 
     @device
     def publish(s, q, red, partial, first, said, P, part, width, tx, ty, height):
@@ -72,9 +73,9 @@ def make_publish(kind: str, W: int, threads: int):
             a, b = down(red, j, width, height)
             partial[first + int64(j) * P + part] = a
             partial[first + int64(width + j) * P + part] = b
-        for i in range(cuda.threadIdx.x, width * PLACE, threads):
-            if i // PLACE % P == part:
-                partial[said + i] = zero
+        for j in range(part + P * (cuda.threadIdx.x >> 5), width, P * warps):
+            if cuda.threadIdx.x & 31 < PLACE:
+                partial[said + j * PLACE + (cuda.threadIdx.x & 31)] = zero
         cuda.cg.this_grid().sync()
 
     return publish

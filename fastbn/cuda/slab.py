@@ -60,6 +60,7 @@ def train(what: Variant):
     block_sum, resolve, only = make_block_sum(kind, threads), make_resolve(kind, what.masked), make_only(what)
     again, parameters, running = make_again(kind, threads, 0, what.masked), make_parameters(kind), make_running(kind)
     sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
+    early = kind != "f64" and not what.masked  # which would spill
 
     @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, together(what))
     def slab_train(
@@ -68,7 +69,9 @@ def train(what: Variant):
     ):  # fmt: skip
         slab = cuda.shared.array(0, int32)
         scratch = cuda.shared.array(sizes, A)
-        c, tid = batch_channel(N, C), cuda.threadIdx.x
+        c, tid, w, b = batch_channel(N, C), cuda.threadIdx.x, A(1), A(0)
+        if early:
+            w, b = parameters(weight, bias, cuda.blockIdx.x, flags)
         m = pivot(x, c, N, C, S, tally)
         S4 = int32(S // W)
         end, v = int32(N * S4), int32(tid)
@@ -100,8 +103,6 @@ def train(what: Variant):
             s, q = add(s, u), fma(u, t, q)
             r, at = advance(r, at, rest_step, step, past, S4)
             v = int32(v + threads)
-        own = cuda.blockIdx.x
-        (w, b), old = parameters(weight, bias, own, flags), running(running_mean, running_var, own, flags)
         sum_d, sum_d2 = block_sum(total(s), total(q), scratch)
         n = A(values(N, S, tally))
         good, mean, rest, var, invstd = resolve(m, sum_d, A(0), sum_d2, A(0), n, eps)
@@ -109,8 +110,10 @@ def train(what: Variant):
             mean, rest, var, invstd = again(x, mask, n, c, N, C, S, eps, scratch)
         if tid == 0:
             found, (moves, unbias) = (mean, rest, var, invstd), moving(unbias, flags, tally)
-            place = batch_stats(C)
+            place, old = batch_stats(C), running(running_mean, running_var, cuda.blockIdx.x, flags)
             keep_statistics(stats, running_mean, running_var, place, C, found, old, keep, momentum, unbias, moves)
+        if not early:
+            w, b = parameters(weight, bias, cuda.blockIdx.x, flags)
         k, b = fold(invstd, rest, w, b)
         v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
         while v < end:

@@ -38,3 +38,12 @@ def test_pieces_along_the_channels(sizes, positions):
 def test_what_others_read_stays(model, reason):
     result = check(model())
     assert all(reason in entry.reason for entry in result.report.entries)
+
+
+def test_pieces_along_another_axis():
+    """As many rows to a piece as there are channels; a map along the rows would go into the weight."""
+    m = Model()
+    y = m.op("MatMul", m.weight(12, 5), m.input(5, 6))
+    sequence = m.op("SplitToSequence", y, m.constant(np.int64(6)), axis=0)
+    piece = m.op("SequenceAt", sequence, m.constant(np.int64(1)))
+    assert not folded(check(m.build(m.bn(piece, 6))))

@@ -55,3 +55,21 @@ def test_turned_where_every_size_is_known():
     y = m.op("Reshape", m.op("Transpose", y, perm=[2, 0, 1]), m.ints(2, 6))
     y = m.op("Transpose", m.op("Reshape", y, m.ints(3, 2, 2)), perm=[1, 2, 0])
     assert folded(check(m.build(m.bn(m.op("Reshape", y, m.ints(2, 6)), 6))))
+
+
+def shuffled(reader=None):
+    """A shuffle whose tensor between the steps is read by somebody else too."""
+    m = Model()
+    y = m.op("Conv", m.input(2, 3, 6, 6), m.weight(6, 3, 3, 3))
+    y = m.op("Reshape", y, m.ints(2, 2, 3, 16))
+    y = m.op("Transpose", y, perm=[0, 2, 1, 3])
+    if reader == "output":
+        m.output(y, shape=(2, 3, 2, 16))
+    elif reader is not None:
+        m.output(m.op(reader, y), shape=(2, 3, 2, 16))
+    return check(m.build(m.bn(m.op("Reshape", y, m.ints(2, 6, 4, 4)), 6)))
+
+
+@pytest.mark.parametrize("reader", [None, "output", "Sigmoid"])
+def test_what_is_read_within_a_shuffle_stays(reader):
+    assert folded(shuffled(reader)) == (reader is None)
