@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fastbn_export.fold import fold
+from onnx import AttributeProto, helper, numpy_helper
 
 from .folding import Model, check, folded, ops
 
@@ -141,3 +142,42 @@ def test_written_out_channels_last():
     y = m.op("Transpose", m.op("Conv", m.input(2, 3, 6, 6), m.weight(4, 3, 3, 3)), perm=[0, 2, 3, 1])
     y = m.op("Add", m.op("Mul", y, m.weight(4)), m.weight(4))
     assert ops(check(m.build(y)).model) == ["Conv", "Transpose"]
+
+
+def test_a_function_of_that_name_is_none():
+    f, m = Model(), Model()
+    y = f.op("Sigmoid", "X")
+    imports = [helper.make_opsetid("", 17)]
+    m.functions.append(helper.make_function("local", "BatchNormalization", list("XSBMV"), [y], f.nodes, imports))
+    y = m.op("Conv", m.input(2, 3, 4, 4), m.weight(4, 3, 1, 1))
+    y = m.op("BatchNormalization", y, *map(m.constant, m.statistics(4)), domain="local")
+    m.output(m.op("Relu", y), shape=[2, 4, 4, 4])
+    assert not check(m.build()).report.entries
+
+
+def test_constants_normalized_by_given_statistics():
+    """By those, and not by their own, which are for training forms."""
+    m = Model()
+    flat = m.op("Reshape", m.weight(6, 4, 3, 3), m.ints(1, 6, -1))
+    w = m.op("Reshape", m.bn(flat, 6), m.ints(6, 4, 3, 3))
+    assert folded(check(m.build(m.op("Conv", m.input(2, 4, 6, 6), w))))
+
+
+@pytest.mark.parametrize("attribute", ["epsilon", "alpha"])
+def test_an_attribute_that_the_caller_of_a_function_gives(attribute):
+    f, m = Model(seed=5), Model()
+    f.count = 900
+    arrays = [f.rng.standard_normal((4, 4, 1, 1)).astype("f"), *f.statistics(4)]
+    names = [f.op("Constant", value=numpy_helper.from_array(a)) for a in arrays]
+    y = f.op("BatchNormalization", f.op("Conv", "X", names[0]), *names[1:])
+    y = f.op("LeakyRelu", y)
+    node = f.nodes[-2 if attribute == "epsilon" else -1]
+    node.attribute.append(AttributeProto(name=attribute, ref_attr_name="given", type=AttributeProto.FLOAT))
+    m.functions.append(
+        helper.make_function("local", "Block", ["X"], [y], f.nodes, [helper.make_opsetid("", 17)], ["given"])
+    )
+    x = m.input(2, 4, 6, 6, name="x")
+    for given in (0.5, 0.25):
+        x = m.op("Block", x, domain="local", given=given)
+    m.output(x, shape=[2, 4, 6, 6])
+    assert folded(check(m.build()))
