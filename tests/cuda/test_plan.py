@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbn import device_mask
-from fastbn.cuda import choice, driver, plan, plan_bundle, tuning
+from fastbn.cuda import choice, driver, plan, plan_bundle, plan_gang, tuning
 from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
@@ -115,3 +115,17 @@ def test_masks_beyond_32_bits_are_refused():
     where = SimpleNamespace(dims=(1 << 31, 8, 1), order=(0, 1))
     with pytest.raises(ArgumentValueError, match="2\\*\\*31"):
         device_mask.find(object(), None, x, 1, where, train=True)
+
+
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_shares_of_gangs_fit_on_the_gpu(tensors, monkeypatch):
+    for name, value in {"GANG_THREADS": 256, "GANG_LAYERS": (2, 3), "SMALL": 4 << 20}.items():
+        monkeypatch.setattr(tuning, name, value)
+    for N, C, S in ((64, 64, 112 * 112), (64, 256, 56 * 56), (256, 512, 28 * 28), (64, 1024, 196), (3, 1, 1 << 20)):
+        for kind, itemsize in (("f32", 4), ("bf16", 2), ("f64", 8)):
+            p = plan_gang.gang.__wrapped__((N, C, S), kind, True, tensors, 132, 232448)
+            if not p.blocks:
+                continue
+            assert p.blocks * p.gangs <= 132 * p.layers and (p.shared + 2048) * p.layers <= 228 * 1024
+            assert (p.blocks - 1) * p.chunk < N * S * itemsize // 16 <= p.blocks * p.chunk
+            assert p.shared == p.chunk * 16 * tensors
