@@ -119,6 +119,7 @@ def _wait(claim: np.ndarray[Any, Any], units: int) -> None:
     while claim[1] < units:
         spins += 1
         time.sleep(0 if spins < _SPINS else 5e-5)
+    threading.Lock().acquire()  # an acquire in C's sense: CPUs like ARM's may have read results before the counter
 
 
 def _stop(claim: np.ndarray[Any, Any], working: list[None]) -> None:
