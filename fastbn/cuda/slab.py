@@ -60,7 +60,8 @@ def train(what: Variant):
     block_sum, resolve, only = make_block_sum(kind, threads), make_resolve(kind, what.masked), make_only(what)
     again, parameters, running = make_again(kind, threads, 0, what.masked), make_parameters(kind), make_running(kind)
     sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
-    early = kind != "f64" and not what.masked  # which would spill
+    # The weight and the bias: float64 and masks would spill, and of the smallest blocks fewer would fit.
+    early = kind != "f64" and not what.masked and threads > 128
 
     @kernel("TTTAAAAAiiiaaaaiMI", kind, threads, together(what))
     def slab_train(
