@@ -284,7 +284,8 @@ def main() -> None:
     if "--write" in sys.argv:
         if only:  # the others as they are
             known = json.loads(TABLE.read_text())
-            rows = {k: v for k, v in known.items() if not k.split(" ", 1)[1].startswith(only)} | rows
+            left = {k for k in known if not k.split(" ", 1)[1].startswith(only)} | {*rows}
+            rows = {k: rows.get(k, v) for k, v in known.items() if k in left} | rows  # in their order
         TABLE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n")
 
 
