@@ -75,7 +75,7 @@ def _has_masks(size: int) -> bool:
 
 
 def load_first(builder, vec: ir.VectorType, address, size: int, n):
-    """Return the first n elements of the line at an address, zero behind them."""
+    """Return the first n elements of a vector, zero behind them; float32 beside half types has two lines of them."""
     zero = ir.Constant(vec, None)
     if not _has_masks(size):
         return builder.select(lanes_below(builder, vec.count, n), _load_whole(builder, vec, address, size, n), zero)
@@ -84,9 +84,9 @@ def load_first(builder, vec: ir.VectorType, address, size: int, n):
 
 
 def _load_whole(builder, vec: ir.VectorType, address, size: int, n):
-    """Return a line of which the first n elements are those at the address: all of it, or a copy at a page's end."""
+    """Return a vector of which the first n elements are those at the address: all of it, or a copy at a page's end."""
     place = builder.and_(builder.ptrtoint(address, I64), ir.Constant(I64, PAGE - 1))
-    inside = builder.icmp_unsigned("<=", place, ir.Constant(I64, PAGE - LINE))
+    inside = builder.icmp_unsigned("<=", place, ir.Constant(I64, PAGE - size * vec.count))
     some = builder.icmp_signed(">", n, ir.Constant(I64, 0))  # else nothing here need be readable
     whole = builder.and_(inside, some)
     line = cgutils.alloca_once(builder, vec)

@@ -29,6 +29,12 @@ for dtype, shape in ((np.float16, (3, 5, 17, 7)), (np.float32, (37, 13))):  # ch
     c = case(rng, shape, dtype, activation="relu", residual=True)
     check_backward(c, check_train(c)[1], rng.standard_normal(shape).astype(dtype))
 """
+SETS = """
+from tests.cpu import test_sets
+
+test_sets.SIZES[:] = [(29, 1, 16, 1), (3, 2, 8, 49)]  # float32 weights of one line beside half types
+exec(test_sets.GUARDED)
+"""
 
 
 @pytest.fixture(params=sorted(FEATURES))
@@ -42,7 +48,7 @@ def environment(request, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [VECTORS, WHOLE], ids=["vectors", "kernels"])
+@pytest.mark.parametrize("code", [VECTORS, WHOLE, SETS], ids=["vectors", "kernels", "sets"])
 def test_other_registers(python, monkeypatch, environment, code):
     monkeypatch.chdir(ROOT)  # for what it imports of the tests
     done = python(code, check=False, **environment)
