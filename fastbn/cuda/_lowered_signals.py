@@ -85,7 +85,6 @@ def hear(typingctx, array, index, tag):
             above = builder.trunc(builder.lshr(word, I64(32)), I32)
             there = builder.and_(there, builder.icmp_unsigned("==", above, args[2]))
         numbers = [_untagged(builder, number, half) for half in (words[: len(words) // 2], words[len(words) // 2 :])]
-        there = context.cast(builder, there, types.boolean, types.boolean)
         return context.make_tuple(builder, sig.return_type, [there, *numbers])
 
     return result(array, types.int64, types.int32), emit

@@ -191,10 +191,8 @@ def make_settle(what: Variant):
         if residual and cuda.threadIdx.x == 0:
             bad[OWN + 2 - (turn & 1)] = 0
         for j in range(anew(int32(cuda.threadIdx.x)) >> 5, K, warps):
-            (w, b), old = (
-                parameters(weight, bias, first + j, flags),
-                running(running_mean, running_var, first + j, flags),
-            )
+            w, b = parameters(weight, bias, first + j, flags)
+            old = running(running_mean, running_var, first + j, flags)
             s, se, q, qe = collect(own, partial, gang, G, turn, j, K)
             if cuda.threadIdx.x & 31 == 0:
                 good, mean, rest, var, invstd = resolve(pivots[turn * K + j], s, se, q, qe, n, eps)

@@ -51,12 +51,38 @@ def together(what: Variant) -> int:
     return 1 if what.masked else 1024 // what.threads
 
 
+def make_write(what: Variant):
+    """Normalise a channel, from what was kept of it or read again."""
+    W, threads, residual, kept = what.W, what.threads, what.residual, what.kept
+    io, output, only = access(what.kind, W), make_output(what), make_only(what)
+    load_last, store, recall = io.load_last, io.store, io.recall
+
+    @device
+    def write(x, res, y, slab, mask, m, k, b, end, S4, C, S, c):
+        v = int32(cuda.threadIdx.x)
+        r, at = first_vector(v, S4, C, S, W, c)
+        rest_step, step, past = stride(threads, S4, C, S, W)
+        while v < end:
+            if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
+                x0 = recall(slab, 4 * v)
+            else:
+                x0 = load_last(x, at)
+            r0 = x0
+            if residual:
+                r0 = load_last(res, at)
+            store(y, at, only(mask, v, output(x0, r0, m, k, b)))
+            r, at = advance(r, at, rest_step, step, past, S4)
+            v = int32(v + threads)
+
+    return write
+
+
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4 (one batch). Floor: one read and one write."""
-    kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    A, io, output, terms = ARITHMETIC[kind], access(kind, W), make_output(what), make_terms(what)
-    load, load_last, store, splat, keep_raw, recall = io.load, io.load_last, io.store, io.splat, io.keep, io.recall
+    kind, W, threads, write = what.kind, what.W, what.threads, make_write(what)
+    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
+    load, splat, keep_raw = io.load, io.splat, io.keep
     block_sum, resolve, only = make_block_sum(kind, threads), make_resolve(kind, what.masked), make_only(what)
     again, parameters, running = make_again(kind, threads, 0, what.masked), make_parameters(kind), make_running(kind)
     sizes, kept, (pivot, values, moving) = 2 * (threads // 32), what.kept, make_counted(kind, what.masked)
@@ -116,18 +142,7 @@ def train(what: Variant):
         if not early:
             w, b = parameters(weight, bias, cuda.blockIdx.x, flags)
         k, b = fold(invstd, rest, w, b)
-        v, (r, at) = int32(tid), first_vector(int32(tid), S4, C, S, W, c)
-        while v < end:
-            if kept:  # noqa: SIM108  (the two have different types where vectors are scalars)
-                x0 = recall(slab, 4 * v)
-            else:
-                x0 = load_last(x, at)
-            r0 = x0
-            if residual:
-                r0 = load_last(res, at)
-            store(y, at, only(mask, v, output(x0, r0, mean, k, b)))
-            r, at = advance(r, at, rest_step, step, past, S4)
-            v = int32(v + threads)
+        write(x, res, y, slab, mask, mean, k, b, end, S4, C, S, c)
 
     return slab_train
 
