@@ -173,7 +173,6 @@ def make_settle_gradients(what: Variant):
                         db, dw = gradients(sd, se, qd, qe, stats[3 * C + c] * constants[wide + j])
                         say(partial, said + j * PLACE, dw, db, 1)
                         dbias[c], dweight[c] = db, dw
-        if not alone:
             cuda.syncthreads()  # no lane shall wait for one of its warp that has yet to speak
         for j in range(tid, width, threads):
             c = tile * width + j

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import platform
 
 import ml_dtypes
 import numba
@@ -54,8 +55,10 @@ def _by(frozen, x, residual, out, axis, rng):
 
 
 def _without_sign_of_nan(a):
-    """Return a copy whose NaNs are positive: 64-bit ARM's have the sign that the product has which it subtracts."""
+    """Return a copy whose NaNs are positive where they need not be alike: ARM's have a sign that x86's have not."""
     a = np.array(a)
+    if platform.machine() in ("x86_64", "AMD64"):
+        return a
     nan = np.isnan(a)
     a[nan] = np.abs(a[nan])
     return a

@@ -12,7 +12,7 @@ from fastbn.cuda.driver import device_properties
 from tests.cuda.device import through_gpu
 from tests.oracle import case, check_backward, check_train
 
-SHAPES = {  # more turns than two; more columns than blocks, and fewer
+SHAPES = {  # several blocks and turns, but for the second bundle; more columns than blocks, and fewer
     "gang": [(4, 11, 256), (2, 5, 1024)],
     "bundle": [(33, 24, 3, 3), (9, 24, 3, 3)],
     "persistent": [(337, 16), (131, 8)],
@@ -31,7 +31,15 @@ def check(monkeypatch, rng):
         choice.forget()
         dims, kind = (*shape[:2], int(np.prod(shape[2:]))), "f64" if dtype == np.float64 else "f32"
         one = choice.one_launch(kind, dims, True, False, False, False, False, device_properties())
-        assert one.name == kernel and one.scratch and one.grid != (1,)
+        assert one.name == kernel and one.scratch
+        if kernel == "gang":
+            blocks, gangs = one.cut[3:5]
+            assert blocks > 1 and shape[1] > 2 * gangs
+        elif kernel == "bundle":
+            channels, blocks, gangs = one.cut[3], *one.cut[6:8]
+            assert (blocks > 1 and shape[1] > 2 * channels * gangs) == (shape == SHAPES[kernel][0])
+        else:
+            assert one.cut[2] > 1
         for activation, residual in ((None, False), ("relu", True)):
             c = case(rng, shape, dtype, activation=activation, residual=residual)
             _, saved = check_train(c)
