@@ -63,7 +63,8 @@ NORMS = {
 }
 MASKS = {"masked": (1, 1), "masked_backward": (2, 1)}  # see ``masks``
 NORM_SHAPES = [
-    ("layer_norm", (64, 100)), ("layer_norm", (2, 1 << 20)), ("layer_norm", (8192, 768)), ("group_norm", (8, 16, 8, 8)),
+    ("layer_norm", (64, 100)), ("layer_norm", (2, 1 << 20)), ("layer_norm", (8192, 768)), ("layer_norm", (2048, 4096)),
+    ("layer_norm", (32, 200704)), ("group_norm", (8, 16, 8, 8)),
     ("group_norm", (32, 64, 56, 56)), ("group_norm", (64, 256, 14, 14)), ("instance_norm", (32, 64, 56, 56)),
     ("instance_norm", (8, 16, 8, 8)),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from fastbn.cpu import gates_sets, launch_sets, sets, sets_backward, sets_short
+from fastbn.cpu import gates_sets, launch_sets, sets, sets_backward, sets_four
 from fastbn.cpu.entries import F32, F64, FLOAT, INT, Entry, address_of, compiled
 from fastbn.cpu.objects import handle, readable
 
@@ -31,15 +31,15 @@ def find(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] 
     if not launch_sets.is_small(d) or not readable():
         return None
     count, L, run = launch_sets.shape(d, affine=True)
-    short = run is None and launch_sets.is_short(d, 4)
+    short = run is None and (launch_sets.in_fours(d, 4) if op == "train" else launch_sets.in_fours_back(d, 4, True))
     place = [INT] * 3 if short else [INT] * 4 + [types.none if run is None else INT]
     last = types.boolean, types.Array(types.int64, 1, "C")
     kernel: Any
     if op == "train":
-        kernel = sets_short.train if short else sets.train
+        kernel = sets_four.train if short else sets.train
         address = address_of(kernel, (*[F32] * 4, F64, F32, *place, FLOAT, *last))
     else:
-        kernel = sets_short.backward if short else sets_backward.backward
+        kernel = sets_four.backward if short else sets_backward.backward
         address = address_of(kernel, (*[F32] * 4, F64, F64, F32, *place, INT, *last))
     if address is None or (code := _code(op, short, run is not None)) is None:
         return None

@@ -1,7 +1,7 @@
 """Gates (see ``gates``) of layer, group and instance norm with weight and bias: small plain float32 calls.
 
 ``sets`` of L elements with the affine of C channels of ``each`` elements. ``short`` is None for the kernels in
-``sets_short``, else G of those in ``sets`` and ``sets_backward``; ``run`` is their S.
+``sets_four``, else G of those in ``sets`` and ``sets_backward``; ``run`` is their S.
 """
 
 from __future__ import annotations

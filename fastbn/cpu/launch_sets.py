@@ -15,18 +15,29 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import recycled
-from fastbn.cpu import pool, sets, sets_backward, sets_long, sets_short, tuning
+from fastbn.cpu import (
+    pool,
+    sets,
+    sets_backward,
+    sets_four,
+    sets_long,
+    sets_long_backward,
+    sets_parameters,
+    tuning,
+)
 
 Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
+WIDE = np.dtype(np.float64)
 
 LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
 BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
 LEAST = 16
-SWEPT = 1 << 14  # elements of a set from which ``sets_long`` sweeps it twice, where sets are FEW: 0.6-0.97, 32: 1.25
-FEW = 8
-SWEPT_BACK = 1 << 12  # the same for gradients: 0.25-0.85 of the time; 1.05 for 64 samples and more than SMALL elements
-FEW_BACK, SMALL = 16, 1 << 21
+GRAIN = 1 << 19  # elements of a block up to which it has ROWS samples: sums of every 16 took a fifth of (381, 16384)
+# Sets that ``sets_long`` sweeps twice: of so many elements where they are few, or of so many bytes (half types counted
+# as float32). Forward 0.6-1.1 and 0.66-0.97 of the time, (190, 131072) 1.2; gradients 0.5-0.95 and 0.4-0.96.
+SWEPT, FEW, ALWAYS = 1 << 15, 8, 3 << 18
+SWEPT_BACK, FEW_BACK, ALWAYS_BACK = 1 << 12, 32, 3 << 16
 
 
 @functools.cache
@@ -46,13 +57,13 @@ def train(
 ) -> Array:  # fmt: skip
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
     count, length, run = shape(d, weight is not None)
-    if weight is not None and d[1] == d[3] == 1 and length >= SWEPT and count <= FEW:
+    long = (count <= FEW and length >= SWEPT) or length * max(x.itemsize, 4) >= ALWAYS
+    if weight is not None and d[1] == d[3] == 1 and long:
         return _swept_train(x, out, weight, bias, count, length, eps)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
-    most = sets_short.SHORT_HALF if x.itemsize == 2 else sets_short.SHORT
-    if run is None and is_short(d, x.itemsize, most):
-        pool.run(sets_short.train, (*arrays, d[3], eps, streamed), count, parallel)
+    if run is None and in_fours(d, x.itemsize):
+        pool.run(sets_four.train, (*arrays, d[3], eps, streamed), count, parallel)
     else:
         pool.run(sets.train, (*arrays, d[1], d[3], run, eps, streamed), count, parallel)
     return stats
@@ -62,8 +73,8 @@ def _swept_train(
     x: Array, out: Array, weight: Array, bias: Array | None, count: int, length: int, eps: float
 ) -> Array:  # fmt: skip
     """As ``train`` by two sweeps."""
-    units, parallel = count * sets_long.chunks_of(length), x.size >= tuning.PARALLEL
-    stats, part = np.empty(3 * count), np.empty(2 * units)
+    units, parallel = sets_long.chunks_of(length), x.size >= tuning.PARALLEL
+    stats, part = np.empty(3 * count), np.empty(2 * count * units)
     pool.run(sets_long.moments, (x, part, count, length), units, parallel)
     sets_long.settle_moments(x, part, stats, count, length, eps)
     work = (x, out, weight, bias, stats, count, length, tuning.streams(x, out))
@@ -71,10 +82,16 @@ def _swept_train(
     return stats
 
 
-def is_short(d: Sizes, itemsize: int, most: int = sets_short.SHORT) -> bool:
-    """Tell whether sets are so short that ``sets_short`` takes four at a time."""
+def in_fours(d: Sizes, itemsize: int) -> bool:
+    """Tell whether ``sets_four`` takes sets, four at a time."""
     _, G, C, S = d
-    return G == 1 and C * S * itemsize <= most
+    return G == 1 and C * S * itemsize <= (sets_four.SHORT_HALF if itemsize == 2 else sets_four.SHORT)
+
+
+def in_fours_back(d: Sizes, itemsize: int, affine: bool) -> bool:
+    """Tell the same for gradients."""
+    _, G, C, S = d
+    return G == 1 and (C * S * itemsize <= sets_four.SHORT or (affine and C * S * max(itemsize, 4) <= sets_four.LONG))
 
 
 def is_small(d: Sizes) -> bool:
@@ -88,7 +105,7 @@ def sums(d: Sizes, affine: bool) -> tuple[int, int]:
     B, _, C, S = d
     if not affine or S >= LONG:
         return max(1, B // BLOCKS), 2 * B * C if affine else 0
-    per = max(LEAST, -(-B // BLOCKS))
+    per = max(LEAST, -(-B // BLOCKS), min(sets_parameters.ROWS, GRAIN // (C * S)))
     return per, -(-B // per) * 2 * C * S
 
 
@@ -98,7 +115,7 @@ def _large(grad: Array, length: int) -> bool:
         return False
     if grad.dtype == np.int16:  # bfloat16, by its codes: from 2**64 on
         return bool((grad.max() & 0x7FFF) >= 0x5F80 or (grad.view(np.uint16).max() & 0x7FFF) >= 0x5F80)
-    most = float(np.finfo(grad.dtype).max) / (2 * sets_backward.ROWS * length**0.5)
+    most = float(np.finfo(grad.dtype).max) / (2 * sets_parameters.ROWS * length**0.5)
     return not (float(grad.max()) < most and float(grad.min()) > -most)
 
 
@@ -112,14 +129,15 @@ def backward(
     per, room = sums(d, weight is not None)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
-    few = sets_backward.ROWS if x.size <= SMALL else FEW_BACK
-    if weight is not None and G == S == 1 and length >= SWEPT_BACK and count <= few:
+    long = (count <= FEW_BACK and length >= SWEPT_BACK) or length * max(x.itemsize, 4) >= ALWAYS_BACK
+    if weight is not None and G == S == 1 and long:
         return _swept_backward(x, grad, out, weight, stats, count, length)
-    parts = np.zeros(room)
+    parts = recycled.empty((room,), WIDE)
+    parts.fill(0.0)
     streamed = tuning.streams(x, grad, out)
     tensors, parallel = (x, grad, out, weight, stats, parts, kind, count, length), x.size >= tuning.PARALLEL
-    if run is None and is_short(d, x.itemsize):
-        pool.run(sets_short.backward, (*tensors, S, per, streamed), B, parallel)
+    if run is None and in_fours_back(d, x.itemsize, weight is not None):
+        pool.run(sets_four.backward, (*tensors, S, per, streamed), B, parallel)
     else:
         pool.run(sets_backward.backward, (*tensors, G, S, run, per, streamed), B, parallel)
     if weight is None:
@@ -128,10 +146,10 @@ def backward(
         dweight, dbias = parts.reshape(2, B, C).sum(1)
         return dweight, dbias
     dweight, dbias = np.empty(C), np.empty(C)
-    if sets_backward.merge(parts, dweight, dbias, S):
+    if sets_parameters.merge(parts, dweight, dbias, S):
         return dweight, dbias
     wide, found = np.zeros((2, C * S)), parts[: 2 * C * S].reshape(2, C * S)
-    sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
+    sets_parameters.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
     merged = np.where(np.isfinite(found), found, wide).reshape(2, C, S).sum(2)
     return merged[0], merged[1]
 
@@ -142,14 +160,15 @@ def _swept_backward(
     """As ``backward`` by two sweeps; gradients of weight and bias in their type."""
     across, parallel = sets_long.chunks_of(length), x.size >= tuning.PARALLEL
     dweight, dbias = recycled.empty_like(weight), recycled.empty_like(weight)
-    part, fine = np.empty(2 * count * across), np.empty(across, np.int64)
-    sums = (x, grad, weight, dweight, dbias, stats, part, fine, count, length)
-    pool.run(sets_long.sums, sums, across, parallel)
-    sets_long.settle_sums(x, grad, weight, stats, part, count, length)
+    part, fine, kind = np.zeros(2 * count * across), np.empty(across, np.int64), _kind(x.itemsize == 8)
+    streamed = count == 1 or tuning.streams(dweight, dbias)
+    sums = (x, grad, weight, dweight, dbias, stats, part, fine, kind, count, length, streamed)
+    pool.run(sets_long_backward.sums, sums, across, parallel)
+    sets_long_backward.settle_sums(x, grad, weight, stats, part, count, length)
     work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out))
-    pool.run(sets_long.gradients, work, count * across, parallel)
+    pool.run(sets_long_backward.gradients, work, across, parallel)
     if fine.all():
         return dweight, dbias
     wide = np.zeros((2, length))
-    sets_backward.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, 1)
+    sets_parameters.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, 1)
     return np.where(np.isfinite(dweight), dweight, wide[0]), np.where(np.isfinite(dbias), dbias, wide[1])

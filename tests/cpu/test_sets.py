@@ -23,7 +23,7 @@ if numba.config.DISABLE_JIT:
 SIZES = [
     (1, 1, 1, 1), (3, 1, 2, 1), (41, 1, 7, 1), (29, 1, 16, 1), (30, 1, 33, 1), (70, 1, 768, 1), (5, 1, 5003, 1),
     (1003, 1, 100, 1), (9, 3, 6, 5), (3, 2, 8, 49), (4, 4, 4, 67), (3, 2, 6, 128), (2, 4, 8, 131), (3, 1, 2, 4099),
-    (2, 5, 5, 9001), (1, 1, 40000, 1), (3, 1, 16421, 1), (17, 1, 4099, 1),
+    (2, 5, 5, 9001), (1, 1, 40000, 1), (3, 1, 16421, 1), (17, 1, 4099, 1), (35, 1, 4112, 1), (2, 1, 33001, 1),
 ]  # fmt: skip
 
 
@@ -178,8 +178,10 @@ def guard(a, at_end):
     return got
 
 rng = np.random.default_rng(0)
+swept = launch_sets.ALWAYS, launch_sets.ALWAYS_BACK
 for d, dtype, at_end, stream in itertools.product(SIZES, (np.dtype("f4"), BF16), (True, False), (0, 1 << 40)):
     tuning.STREAM = stream
+    launch_sets.ALWAYS, launch_sets.ALWAYS_BACK = swept if at_end or stream else (0, 0)
     x, weight, bias = (guard(a, at_end) for a in draw(rng, d, dtype))
     y, dx = guard(x, at_end), guard(x, at_end)
     for w, b in ((weight, bias), (None, None)):

@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from fastbn.cpu import launch_sets, tuning
-from tests.cpu.test_sets import SIZES, codes, draw, forward, split
+from fastbn.cpu import launch_sets, sets_long, tuning
+from tests.cpu.test_sets import SIZES, codes, draw, expected, forward, split
 from tests.oracle import same_bits
 from tests.tolerances import DTYPES, arithmetic, assert_within, bound
 
 if numba.config.DISABLE_JIT:
     pytest.skip("kernels exist in compiled code only", allow_module_level=True)
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """Layer norm of any size takes ``sets_long``, by several threads."""
+    for name in ("ALWAYS", "ALWAYS_BACK"):
+        monkeypatch.setattr(launch_sets, name, 0)
+    monkeypatch.setattr(tuning, "PARALLEL", 0)
 
 
 def backward(x, g, weight, d, out=None):
@@ -36,8 +44,8 @@ def check(x, g, weight, d, got):
         return
     kind = arithmetic(dtype)
     size = np.abs(grads).sum((0, 3)).reshape(-1)
-    # Of one sample xhat itself is seen, near zero only as right as the mean, which is known to 1e-8 deviations.
-    rest = 0.1 if d[0] == 1 and x.size > 1 else 1e-7
+    # Of one sample or two xhat itself is seen, near zero only as right as the mean, which is known to 1e-8 deviations.
+    rest = 0.1 if d[0] <= 2 and x.size > 1 else 1e-7
     assert_within(
         got[1],
         weighed.sum((0, 3)).reshape(-1),
@@ -80,8 +88,25 @@ def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, m
         assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 5, 64, 70, 131])
+def test_any_number_of_sets_is_swept(rng, threads, swept, count, dtype):
+    d = count, 1, sets_long.CHUNK + 4, 1
+    x, weight, bias = draw(rng, d, dtype)
+    g = rng.standard_normal(x.size).astype(dtype)
+    want, terms = expected(x, weight, bias, d)
+    assert_within(forward(x, weight, bias, d)[0], want, bound(want, 4 * terms, dtype), "y")
+    got = backward(x, g, weight, d)
+    check(x, g, weight, d, got)
+    threads(3)
+    assert all(same_bits(a, b) for a, b in zip(backward(x, g, weight, d), got, strict=True))
+
+
+FAR = [(70, 1, 40, 1), (9, 3, 6, 5), (4, 2, 6, 131), (2, 1, 4099, 1), (4, 1, 5001, 1), (38, 1, 4099, 1)]
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
-@pytest.mark.parametrize("d", [(70, 1, 40, 1), (9, 3, 6, 5), (4, 2, 6, 131), (2, 1, 4099, 1), (4, 1, 5001, 1)], ids=str)
+@pytest.mark.parametrize("d", FAR, ids=str)
 def test_sums_outside_of_float32(rng, d, in_place):
     """Products and partial sums leave float32's range, the results do not."""
     x, weight, _ = draw(rng, d, np.float32)
@@ -93,7 +118,7 @@ def test_sums_outside_of_float32(rng, d, in_place):
     check(x, g, weight, d, backward(x, mine, weight, d, mine if in_place else None))
 
 
-@pytest.mark.parametrize("d", [(70, 1, 40, 1), (9, 3, 6, 5), (4, 2, 6, 131), (2, 1, 4099, 1), (4, 1, 5001, 1)], ids=str)
+@pytest.mark.parametrize("d", FAR, ids=str)
 def test_nan_in_a_gradient_stays_in_its_set_and_its_parameters(rng, d):
     x, weight, _ = draw(rng, d, np.float32)
     g = rng.standard_normal(x.size).astype(np.float32)
@@ -104,3 +129,8 @@ def test_nan_in_a_gradient_stays_in_its_set_and_its_parameters(rng, d):
     assert np.isnan(dx[-length:]).all() and same_bits(dx[:-length], clean[0][:-length])
     assert np.isnan([dweight[-1], dbias[-1]]).all()
     assert np.isfinite(dweight[:-1]).all() and np.isfinite(dbias[:-1]).all()
+
+
+def test_many_long_sets_outside_of_float32(rng, swept):
+    test_sums_outside_of_float32(rng, (68, 1, 4099, 1), False)
+    test_nan_in_a_gradient_stays_in_its_set_and_its_parameters(rng, (68, 1, 4099, 1))

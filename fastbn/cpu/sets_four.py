@@ -1,10 +1,13 @@
 # mypy: ignore-errors
-"""Layer norm of short sets, four at a time (see ``sets`` and ``sets_backward`` for the formulas and the arrays).
+"""Layer norm, four sets at a time (see ``sets`` and ``sets_backward`` for the formulas and the arrays).
 
 One set after the other, each waits for its own sums: 55 ns for 64 elements. Here the sums of four are taken together,
-so the parameter gradients are fetched and stored once for all four, and then the four are written. (65536, 64) takes
-0.7-0.9 of the time, (524288, 8) 0.65; at 128 elements both take as long, at 256 four take 1.2 times as long. Forward
-the square roots and divisions of four overlap: 0.7-0.8 of the time.
+so the parameter gradients are fetched and stored once for all four, and then the four are written. While they are
+summed half of the next four's lines are asked for, while they are written the others. Gradients take 0.8-0.9 of the
+time up to 2048 elements, and less where what is fetched and stored is no longer in the first cache: (1525, 4096) 0.73,
+(381, 16384) 0.65 (Intel). At 32768 the four and the next four are more than the second cache holds, 1.1.
+
+Forward the square roots and divisions of four short sets overlap: 0.7-0.8 of the time; long ones are ``sets``'.
 """
 
 from __future__ import annotations
@@ -13,10 +16,21 @@ import math
 
 import numpy as np
 
+from fastbn.cpu import tuning
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.sets import block_sets, constants, output_part, settle, sum_set, value, write_seam
-from fastbn.cpu.sets_backward import ROWS, add_to, put_away, sum_elements, weighed, wide_sums, write_set
+from fastbn.cpu.sets_backward import (
+    add_to,
+    ask_two,
+    early,
+    late,
+    sum_elements,
+    weighed,
+    wide_sums,
+    write_set,
+)
+from fastbn.cpu.sets_parameters import ROWS, put_away
 from fastbn.cpu.simd import (
     ask,
     base,
@@ -42,8 +56,12 @@ from fastbn.cpu.simd import (
 from fastbn.cpu.sweep import write
 
 FAR = 4096  # elements ahead whose lines are asked for
-SHORT = 400  # bytes of a set up to which four are taken at a time
+IN_A_ROW = 64  # numbers that are added in float32
+SHORT = 400  # bytes of a set up to which four are taken at a time forward, and without an affine
 SHORT_HALF = 512  # the same for half types forward: (131072, 256) takes 0.8 of the time, in float32 112 elements 1.2
+# The same backward with an affine, half types counted as float32, as what is added up is: four, the next four and that
+# lie in the second cache. Half of it where that has 1 MB, as AMD's; not measured there.
+LONG = 1 << (16 if tuning.CORE_CACHE else 15)
 
 
 @part
@@ -72,23 +90,40 @@ def add_four(dw, db, i, a, b, c, d):
 
 
 @part
-def sum_four(x, g, w, dw, db, at, L, c0, c1, c2, c3):
-    """``sum_elements`` of four sets that lie one behind the other: (s, q) of each."""
-    W, zero, i = lanes(x), splat(x, 0.0), 0
-    c0, c1, c2, c3 = spread3(x, c0), spread3(x, c1), spread3(x, c2), spread3(x, c3)
+def ask_four_sets(x, g, i, L):
+    """Ask for a line of each tensor in four sets."""
+    ask_two(x, g, i)
+    ask_two(x, g, i + L)
+    ask_two(x, g, i + 2 * L)
+    ask_two(x, g, i + 3 * L)
+
+
+@part
+def sum_four(x, g, w, dw, db, at, L, col, stop, c, a, far):
+    """``sum_elements`` of the columns col..stop of four sets that lie one behind the other: (s, q) of each.
+
+    Asks for lines from ``a`` on, one for two that are read; or for all that lie ``far`` elements further on.
+    """
+    W, zero, i = lanes(x), splat(x, 0.0), col
+    c0, c1, c2, c3 = spread3(x, c[0]), spread3(x, c[1]), spread3(x, c[2]), spread3(x, c[3])
     s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zero
-    while i < L:
-        j, n, v = at + i, L - i, load_or_splat(x, w, i)
+    while i < stop:
+        j, n, v = at + i, stop - i, load_or_splat(x, w, i)
+        if far is not None:
+            ask_four_sets(x, g, j + far, L)
+        elif L >= 4 * W:
+            ask_two(x, g, a + 2 * i)
+            ask_two(x, g, a + 2 * i + W)
         if n >= W:
-            a, b = centred(x, g, j, c0), centred(x, g, j + L, c1)
-            c, d = centred(x, g, j + 2 * L, c2), centred(x, g, j + 3 * L, c3)
+            e0, e1 = centred(x, g, j, c0), centred(x, g, j + L, c1)
+            e2, e3 = centred(x, g, j + 2 * L, c2), centred(x, g, j + 3 * L, c3)
         else:
-            a, b = centred_part(x, g, j, n, c0), centred_part(x, g, j + L, n, c1)
-            c, d = centred_part(x, g, j + 2 * L, n, c2), centred_part(x, g, j + 3 * L, n, c3)
-        add_four(dw, db, i, a, b, c, d)
-        ua, ub, uc, ud = weighed(a[1], v), weighed(b[1], v), weighed(c[1], v), weighed(d[1], v)
-        s0, s1, s2, s3 = s0 + ua, s1 + ub, s2 + uc, s3 + ud
-        q0, q1, q2, q3 = fma(ua, a[0], q0), fma(ub, b[0], q1), fma(uc, c[0], q2), fma(ud, d[0], q3)
+            e0, e1 = centred_part(x, g, j, n, c0), centred_part(x, g, j + L, n, c1)
+            e2, e3 = centred_part(x, g, j + 2 * L, n, c2), centred_part(x, g, j + 3 * L, n, c3)
+        add_four(dw, db, i, e0, e1, e2, e3)
+        u0, u1, u2, u3 = weighed(e0[1], v), weighed(e1[1], v), weighed(e2[1], v), weighed(e3[1], v)
+        s0, s1, s2, s3 = s0 + u0, s1 + u1, s2 + u2, s3 + u3
+        q0, q1, q2, q3 = fma(u0, e0[0], q0), fma(u1, e1[0], q1), fma(u2, e2[0], q2), fma(u3, e3[0], q3)
         i += W
     return (total(s0), total(q0)), (total(s1), total(q1)), (total(s2), total(q2)), (total(s3), total(q3))
 
@@ -97,6 +132,15 @@ def sum_four(x, g, w, dw, db, at, L, c0, c1, c2, c3):
 def known(x, stats, sets, t):
     """(m, k, r) of set t."""
     return constants(x, get(stats, t), get(stats, sets + t))
+
+
+@part
+def known_four(x, stats, sets, t):
+    """``known`` of the sets t..t + 3."""
+    return (
+        known(x, stats, sets, t), known(x, stats, sets, t + 1),
+        known(x, stats, sets, t + 2), known(x, stats, sets, t + 3),
+    )  # fmt: skip
 
 
 @part
@@ -136,26 +180,29 @@ def note_one(x, g, w, short, stats, sets, t, L, table):
     """Constants and means of set t."""
     c, at = known(x, stats, sets, t), t * L
     if w is None:
-        found = sum_elements(x, g, None, None, None, at, L, 0, c)
+        found = sum_elements(x, g, None, None, None, at, L, 0, c, early(at, 4 * L))
     else:
-        found = sum_elements(x, g, w, short, short + (L + lanes(x)), at, L, 0, c)
+        found = sum_elements(x, g, w, short, short + (L + lanes(x)), at, L, 0, c, early(at, 4 * L))
     note(x, g, w, table, 0, at, L, c, found)
 
 
 @helper
 def note_four(x, g, w, short, stats, sets, t, L, table):
     """Constants and means of the sets t..t + 3."""
-    c0, c1 = known(x, stats, sets, t), known(x, stats, sets, t + 1)
-    c2, c3 = known(x, stats, sets, t + 2), known(x, stats, sets, t + 3)
-    at = t * L
-    if w is None:
-        found = sum_four(x, g, None, None, None, at, L, c0, c1, c2, c3)
-    else:
-        found = sum_four(x, g, w, short, short + (L + lanes(x)), at, L, c0, c1, c2, c3)
-    note(x, g, w, table, 0, at, L, c0, found[0])
-    note(x, g, w, table, 1, at + L, L, c1, found[1])
-    note(x, g, w, table, 2, at + 2 * L, L, c2, found[2])
-    note(x, g, w, table, 3, at + 3 * L, L, c3, found[3])
+    c, at, step = known_four(x, stats, sets, t), t * L, IN_A_ROW * lanes(x)
+    a, s0, s1, s2, s3, q0, q1, q2, q3 = early(at, 4 * L), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for o in range(0, L, step):
+        stop = least(L, o + step)
+        if w is None:
+            e0, e1, e2, e3 = sum_four(x, g, None, None, None, at, L, o, stop, c, a, None)
+        else:
+            e0, e1, e2, e3 = sum_four(x, g, w, short, short + (L + lanes(x)), at, L, o, stop, c, a, None)
+        s0, s1, s2, s3 = s0 + e0[0], s1 + e1[0], s2 + e2[0], s3 + e3[0]
+        q0, q1, q2, q3 = q0 + e0[1], q1 + e1[1], q2 + e2[1], q3 + e3[1]
+    note(x, g, w, table, 0, at, L, c[0], (s0, q0))
+    note(x, g, w, table, 1, at + L, L, c[1], (s1, q1))
+    note(x, g, w, table, 2, at + 2 * L, L, c[2], (s2, q2))
+    note(x, g, w, table, 3, at + 3 * L, L, c[3], (s3, q3))
 
 
 @jit
@@ -178,7 +225,8 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, each, per, streamed, 
                 note_one(x, g, weight, short, stats, sets, t, L, table)
             for k in range(count):
                 d, joined, followed = noted(table, k), t + k > lo and whole, t + k + 1 < end and whole
-                write_set(x, g, dx, weight, (t + k) * L, L, None, L, p, d, joined, followed, streamed)
+                a = late(t * L, 4 * L) + k * L // 2
+                write_set(x, g, dx, weight, (t + k) * L, L, None, L, p, d, joined, followed, streamed, a)
                 p = d
             t += count
             if weight is not None and ((t - lo) % ROWS == 0 or t == end):
