@@ -30,7 +30,7 @@ def find(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] 
     """
     if not launch_sets.is_small(d) or not readable():
         return None
-    count, L, run = launch_sets.shape(d, affine=True)
+    count, L, run = launch_sets.shape(d, affine=True, back=op == "backward")
     short = run is None and (launch_sets.in_fours(d, 4) if op == "train" else launch_sets.in_fours_back(d, 4, True))
     place = [INT] * 3 if short else [INT] * 4 + [types.none if run is None else INT]
     last = types.boolean, types.Array(types.int64, 1, "C")

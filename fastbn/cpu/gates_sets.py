@@ -34,21 +34,15 @@ def train(x, y, weight, bias, stats, kind, dtype, kernel, sets, L, C, each, shor
 
 
 @helper
-def _merged(sums, room, C, each, run, dweight, dbias):
+def _merged(sums, room, C, dweight, dbias):
     """Add up what the kernels leave, as ``launch_sets.backward`` does; tells whether all is finite."""
-    half = room // 2 if run is not None else C * each  # those of weight, then as many of bias
-    width = C if run is not None else 2 * half
-    for at in range(width, half if run is not None else room, width):
-        for j in range(width):
+    half, rest = room // 2, 0.0
+    for at in range(C, half, C):
+        for j in range(C):
             put(sums, j, get(sums, j) + get(sums, at + j))
-            if run is not None:
-                put(sums, half + j, get(sums, half + j) + get(sums, half + at + j))
-    rest, step = 0.0, 1 if run is not None else each
+            put(sums, half + j, get(sums, half + j) + get(sums, half + at + j))
     for c in range(C):
-        dw = db = 0.0
-        for j in range(c * step, c * step + step):
-            dw += get(sums, j)
-            db += get(sums, half + j)
+        dw, db = get(sums, c), get(sums, half + c)
         dweight[c], dbias[c] = dw, db
         rest += (dw - dw) + (db - db)  # NaN where one is not finite
     return rest == 0.0
@@ -77,5 +71,5 @@ def backward(x, grad, dx, weight, dweight, dbias, stats, kind, dtype, kernel, se
     else:
         call(kernel, xs, gs, ds, ws, known, sums, kinds, sets, L, short, each, run, per, False, zeros2())
     dws, dbs = float32s(data(dweight), C), float32s(data(dbias), C)
-    fine = _merged(base(sums), room, C, each, run, dws, dbs)
+    fine = _merged(base(sums), room, C, dws, dbs)
     return 1 if fine and sums.size == room else 0  # the size keeps them alive

@@ -30,7 +30,9 @@ Array = npt.NDArray[Any]
 Sizes = tuple[int, int, int, int]
 WIDE = np.dtype(np.float64)
 
-LONG = 128  # elements of a run from which one number for all of it beats one for each: 49: 2.9 and 1.2 copies, 196: 1.2
+# Elements of a run from which one number of the affine for all of it beats one for each: forward 49 take 2.9 and 1.2
+# copies, 196 take 1.2; backward (64, 1280, 8, 8) takes 2.6 and 3.5, 49 up to 1.6 times as long.
+LONG, LONG_BACK = 128, 64
 BLOCKS = 32  # blocks of samples with parameter gradients of their own, each of at least LEAST samples
 LEAST = 16
 GRAIN = 1 << 19  # elements of a block up to which it has ROWS samples: sums of every 16 took a fifth of (381, 16384)
@@ -46,10 +48,10 @@ def _kind(wide: bool) -> Array:
     return np.empty(0, np.float64 if wide else np.float32)
 
 
-def shape(d: Sizes, affine: bool) -> tuple[int, int, int | None]:
+def shape(d: Sizes, affine: bool, back: bool = False) -> tuple[int, int, int | None]:
     """Return the number of sets, their length, and the length of a run if the affine comes by run."""
     B, G, C, S = d
-    return B * G, C // G * S, S if affine and S >= LONG else None
+    return B * G, C // G * S, S if affine and (LONG_BACK if back else LONG) <= S else None
 
 
 def train(
@@ -103,10 +105,10 @@ def is_small(d: Sizes) -> bool:
 def sums(d: Sizes, affine: bool) -> tuple[int, int]:
     """Return how many samples share sums of parameter gradients, and how many numbers these are."""
     B, _, C, S = d
-    if not affine or S >= LONG:
+    if not affine or S >= LONG_BACK:
         return max(1, B // BLOCKS), 2 * B * C if affine else 0
     per = max(LEAST, -(-B // BLOCKS), min(sets_parameters.ROWS, GRAIN // (C * S)))
-    return per, -(-B // per) * 2 * C * S
+    return per, -(-B // per) * 2 * C
 
 
 def _large(grad: Array, length: int) -> bool:
@@ -124,7 +126,7 @@ def backward(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``, which may be grad; returns dweight and dbias, zero without a weight."""
     B, G, C, S = d
-    count, length, run = shape(d, weight is not None)
+    count, length, run = shape(d, weight is not None, back=True)
     kind = _kind(x.itemsize == 8)
     per, room = sums(d, weight is not None)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
@@ -142,16 +144,12 @@ def backward(
         pool.run(sets_backward.backward, (*tensors, G, S, run, per, streamed), B, parallel)
     if weight is None:
         return np.zeros(C), np.zeros(C)
-    if run is not None:
-        dweight, dbias = parts.reshape(2, B, C).sum(1)
-        return dweight, dbias
-    dweight, dbias = np.empty(C), np.empty(C)
-    if sets_parameters.merge(parts, dweight, dbias, S):
-        return dweight, dbias
-    wide, found = np.zeros((2, C * S)), parts[: 2 * C * S].reshape(2, C * S)
-    sets_parameters.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
-    merged = np.where(np.isfinite(found), found, wide).reshape(2, C, S).sum(2)
-    return merged[0], merged[1]
+    found = parts.reshape(2, -1, C).sum(1)
+    if run is None and not np.isfinite(found).all():
+        wide = np.zeros((2, C * S))
+        sets_parameters.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
+        found = np.where(np.isfinite(found), found, wide.reshape(2, C, S).sum(2))
+    return found[0], found[1]
 
 
 def _swept_backward(

@@ -285,7 +285,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, each, S, per, stre
     ``per``: samples of a block, as ``sums`` was made for.
     """
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
-    period, sums = G * L, base(sums)
+    period, half, sums = G * L, sums.size // 2, base(sums)
     singly = S is None and weight is not None
     scratch = np.zeros(2 * (period + lanes(x)) if singly else 1, kind.dtype)
     short = like(x, base(scratch))
@@ -307,7 +307,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, G, each, S, per, stre
             p = d
             done = (t + 1) // G
             if singly and (t + 1) % G == 0 and ((done - lo) % ROWS == 0 or done == hi):
-                put_away(short, sums, lo // per, period)
+                put_away(short, sums, half, lo // per * (period // each), period, each)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)

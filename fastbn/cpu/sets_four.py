@@ -212,7 +212,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, each, per, streamed, 
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
     weights = empty(room(x, L), kind)
     weight = by_element(x, weight, each, L, None, place(base(weights), dx, L))
-    table, short, sums = base(notes), like(x, base(scratch)), base(sums)
+    table, short, half, sums = base(notes), like(x, base(scratch)), sums.size // 2, base(sums)
     whole, p = lanes(x) <= L, (0.0, 0.0, 0.0, 0.0, 0.0)  # p: constants of the set before
     lo = fetch_add(claim, 0, per)
     while lo < sets:
@@ -230,7 +230,7 @@ def backward(x, g, dx, weight, stats, sums, kind, sets, L, each, per, streamed, 
                 p = d
             t += count
             if weight is not None and ((t - lo) % ROWS == 0 or t == end):
-                put_away(short, sums, lo // per, L)
+                put_away(short, sums, half, lo // per * (L // each), L, each)
         fence()
         fetch_add(claim, 1, end - lo)
         lo = fetch_add(claim, 0, per)

@@ -121,7 +121,7 @@ def _sum_chunk(x, g, w, short, wide, stats, part, sets, L, k, n):
             _sum_one(x, g, w, short, stats, part, sets, t, L, k, n)
             t += 1
         if sets > ROWS and (t % ROWS == 0 or t == sets):
-            put_away(short, wide, 0, CHUNK)
+            put_away(short, wide, CHUNK, 0, CHUNK, 1)
 
 
 @part

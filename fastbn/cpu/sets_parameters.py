@@ -1,52 +1,43 @@
 # mypy: ignore-errors
 """Gradients of weight and bias of sets whose affine varies inside of a set (see ``sets_backward``).
 
-They are added in an order that the shape alone decides. By element: ``sums`` is (blocks, 2, G*L); each block of samples
-adds up its own, ROWS samples at a time in the lanes' type, then in float64. By run: ``sums`` is (2, sets*L/S), one
-number a run.
+They are added in an order that the shape alone decides, to ``sums``, float64 of (2, parts, channels). By run a part is
+a sample, with one number a run. By element a part is a block of samples: ROWS at a time are added by element in the
+lanes' type, then by channel in float64.
 """
 
 from __future__ import annotations
 
-import math
-
-from fastbn.cpu._jit import jit, part
-from fastbn.cpu.simd import base, clear, get, lanes, load, put, widen_add
+from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.simd import base, clear, first, get, lanes, load, put, total, widen_add
 
 ROWS = 64  # samples whose parameter gradients are added in the lanes' type
 
 
 @part
-def put_away(short, sums, block, period):
-    """Add a block's parameter gradients to its float64 ones and clear them."""
+def channel_sum(short, i, n):
+    """Sum of n numbers in float64; a whole vector may be read of the last ones."""
+    W, end, s = lanes(short), i + n, 0.0
+    while i + W <= end:
+        s += total(load(short, i))
+        i += W
+    if i < end:
+        s += total(first(load(short, i), end - i))
+    return s
+
+
+@helper
+def put_away(short, sums, half, at, period, each):
+    """Add the sums of ``period`` elements to those of their channels from ``at`` and half + at on, and clear them."""
     W = lanes(short)
-    for half in range(2):
-        a, b = half * (period + W), (2 * block + half) * period
+    for a, b in ((0, at), (period + W, half + at)):
         i = 0
-        while i + W <= period:
+        while each == 1 and i + W <= period:
             widen_add(sums, b + i, load(short, a + i))
             i += W
-        for j in range(i, period):
-            put(sums, b + j, get(sums, b + j) + get(short, a + j))
+        for c in range(i, period // each):
+            put(sums, b + c, get(sums, b + c) + channel_sum(short, a + c * each, each))
     clear(short, 2 * (period + W))
-
-
-@jit
-def merge(sums, dweight, dbias, each):
-    """Add the blocks' parameter gradients by element, in order, to the first ones; those of channels, and if finite."""
-    size, period = sums.size, dweight.size * each
-    sums, fine = base(sums), True
-    for at in range(2 * period, size, 2 * period):
-        for j in range(2 * period):
-            put(sums, j, get(sums, j) + get(sums, at + j))
-    for c in range(dweight.size):
-        s = q = 0.0
-        for j in range(c * each, c * each + each):
-            q += get(sums, j)
-            s += get(sums, period + j)
-        dweight[c], dbias[c] = q, s
-        fine = fine and math.isfinite(q) and math.isfinite(s)
-    return fine
 
 
 @jit
