@@ -9,7 +9,7 @@ import numba
 import pytest
 
 from fastbn import warmup
-from fastbn.cpu import launch
+from fastbn.cpu import plans
 
 if numba.config.DISABLE_JIT:
     pytest.skip("there is nothing to compile without the JIT", allow_module_level=True)
@@ -17,7 +17,7 @@ if numba.config.DISABLE_JIT:
 USE = """
 import itertools, numba, numpy as np, fastbn
 from fastbn import warmup
-from fastbn.cpu import launch
+from fastbn.cpu import plans
 label = {label!r}
 for name, call in warmup.tasks():
     if name.endswith(label):
@@ -68,5 +68,5 @@ def test_tasks_are_labelled_and_cover_every_kernel_and_dtype():
 
 
 def test_shapes_reach_every_kernel():
-    kinds = {launch.plan((s[0], s[1], s[2] if len(s) > 2 else 1)).kind for s, _ in warmup.SHAPES.values()}
+    kinds = {plans.plan((s[0], s[1], s[2] if len(s) > 2 else 1)).kind for s, _ in warmup.SHAPES.values()}
     assert kinds == {"planes", "rows", "swept"}

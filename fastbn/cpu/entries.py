@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import types
 
-from fastbn.cpu import finalize, gates, launch, planes, planes_backward, rows
+from fastbn.cpu import finalize, gates, planes, planes_backward, plans, rows
 from fastbn.cpu.objects import handle, readable
 
 Dims = tuple[int, int, int]
@@ -71,25 +71,25 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool) -> Entry 
     return compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
-def _streamed(op: str, p: launch.Plan, dims: Dims, fused: bool) -> bool:
+def _streamed(op: str, p: plans.Plan, dims: Dims, fused: bool) -> bool:
     """Tell what ``tuning.streams`` says of float32 tensors."""
     tensors = 3 + 2 * fused if op == "backward" else 2 + fused
-    return 4 * math.prod(dims) * tensors >= launch.streams_from(p, once=op == "infer")
+    return 4 * math.prod(dims) * tensors >= plans.streams_from(p, once=op == "infer")
 
 
 def gated(op: str, dims: Dims, fused: bool) -> bool:
     """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
-    p = launch.plan(dims, once=op == "infer")
+    p = plans.plan(dims, once=op == "infer")
     if p.kind == "planes":
         return not (op == "backward" and fused and _streamed(op, p, dims, fused))
     if op == "infer":
-        return launch.in_one_call(p, dims[1], alone=True) and not launch.many(p, dims[1])
+        return plans.in_one_call(p, dims[1], alone=True) and not plans.many(p, dims[1])
     return p.kind == "rows"
 
 
 def writes_signs(dims: Dims, relu: bool | None, fused: bool) -> bool:
     """Tell what ``launch.keeps_signs`` says of training on float32 tensors."""
-    return fused and relu is not None and _streamed("train", launch.plan(dims), dims, fused)
+    return fused and relu is not None and _streamed("train", plans.plan(dims), dims, fused)
 
 
 def find(
@@ -106,7 +106,7 @@ def find(
     """
     if not readable():
         return None
-    p = launch.plan(dims, once=op == "infer")
+    p = plans.plan(dims, once=op == "infer")
     by_rows = p.kind != "planes"
     activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]

@@ -6,125 +6,17 @@ parameters in the arithmetic type. Returned ``stats`` is float64 of 3*C: mean, i
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import finalize, packing, planes, planes_backward, pool, rows, rows_swept, tuning
+from fastbn.cpu import finalize, packing, planes, planes_backward, plans, pool, rows, rows_swept, tuning
 from fastbn.cpu import pieces as mask_pieces
 
 Array = npt.NDArray[Any]
-Dims = tuple[int, int, int]
+Dims = plans.Dims
 Table = tuple[Array, Array, Array | None]
-
-
-class Plan(NamedTuple):
-    """How a shape is worked off; ``kind`` is "planes", "rows" or "swept"."""
-
-    kind: str
-    parallel: bool
-    V: int = 0  # columns of the matrix
-    per: int = 0  # channels of a block (rows)
-    height: int = 0  # rows of a band (swept)
-    width: int = 0  # columns of a band (swept)
-
-    def bands(self, size: int) -> tuple[int, int]:
-        """Return how many bands lie below each other and side by side."""
-        matrix_rows = -(-size // self.V)
-        return -(-matrix_rows // self.height), -(-self.V // self.width)
-
-
-def side_by_side(V: int, N: int, most: int, lanes: int) -> int:
-    """Rows of V columns to lay side by side: ``most`` columns, or up to four times that for whole vectors."""
-    count = max(1, min(N, most // V))
-    step = lanes // math.gcd(V, lanes)
-    if count >= step:
-        return count - count % step
-    return step if step <= N and step * V <= 4 * most else count
-
-
-def _columns(N: int, V: int, lanes: int, once: bool) -> int:
-    """Columns of the matrix that N rows of V elements are laid out as."""
-    slim = V * side_by_side(V, N, tuning.SLIM, lanes)
-    least, most = tuning.SLIM_SIZES
-    if once and lanes == 16 and slim % lanes == 0 and least < N * V < most:
-        return slim
-    return V * side_by_side(V, N, tuning.MATRIX, lanes)
-
-
-def _as_planes(N: int, C: int, S: int, lanes: int) -> bool:
-    """Tell whether gradients and training of (N, C, S) read a block of channels at a time.
-
-    They do so run by run, S elements, and stretch by stretch, the runs of a block that lie side by side; N of these are
-    C*S apart. Short ones are slow: (49152, 16, 16) took 25 times as long as its rows do, (7864, 16, 100) 4 times. The
-    border lies where both take as long: S - lanes = 3*sqrt(N), 4*sqrt(N) for half types whose runs end inside of
-    vectors, or stretches of 8 KB, less where the cache helps.
-    """
-    stretch = max(S, min(C * S // 8, planes.SHARED * lanes // N))
-    dear = 18 if lanes == 32 and S % lanes else 9
-    return (S - lanes) ** 2 > dear * N and stretch >= min(128 * lanes, N * C * S // 4096)
-
-
-@functools.lru_cache(maxsize=1024)
-def plan(dims: Dims, lanes: int = 16, once: bool = False) -> Plan:
-    """Choose the kernel for a shape and vectors of so many lanes; ``once``: for inference, which reads x once."""
-    N, C, S = dims
-    size = N * C * S
-    parallel = size >= tuning.PARALLEL
-    if lanes <= S and (once or _as_planes(N, C, S, lanes)):
-        return Plan("planes", parallel)
-    V = _columns(N, C * S, lanes, once)
-    if size <= tuning.WHOLE:
-        return Plan("rows", False, V, C)
-    if V == C * S and N <= tuning.TALL:
-        per = max(1, tuning.WIDTH // S)
-        return Plan("rows", parallel, V, min(C, per - per % 16 if per >= 16 else per))
-    return _swept(Plan("rows", parallel, V, C), size)
-
-
-def _banded(p: Plan, size: int, width: int) -> Plan:
-    """Return the plan in bands of so many columns: a sixteenth of the tensor each, within BAND."""
-    least, most = tuning.BAND
-    height = max(4, min(most, max(least, size // 16)) // width // 4 * 4)
-    return p._replace(kind="swept", height=height, width=width)
-
-
-def _swept(p: Plan, size: int) -> Plan:
-    """Return the plan that sweeps the same matrix in bands."""
-    if p.kind == "swept":
-        return p
-    parts = max(1, p.V // tuning.SIDE)
-    return _banded(p, size, p.V if parts == 1 else -(-p.V // (32 * parts)) * 32)
-
-
-def _written(p: Plan, out: Array) -> Plan:
-    """Return the plan for writing: in whole rows where lines cross their ends, parts of rows would take 1.4-2x."""
-    if p.width == p.V or lined(out, p.V):
-        return p
-    return _banded(p, out.size, p.V if p.V <= 2 * tuning.WIDTH else tuning.WIDTH)
-
-
-def lanes_of(x: Array) -> int:
-    """Return the lanes of the vectors for this array, 16 for float64 too: two of them are one step there."""
-    return 32 if x.itemsize == 2 else 16
-
-
-def room_for_columns(weight: Array, V: int, arrays: int) -> Array:
-    """Return arrays of V column constants."""
-    return np.zeros(arrays * rows.stride(V) + rows.PAD, weight.dtype)
-
-
-def lined(x: Array | None, V: int) -> bool:
-    """Tell whether every row of V elements of x is whole vectors that ``simd.stream`` may write."""
-    return x is not None and x.ctypes.data % (lanes_of(x) * x.itemsize) == 0 and V % lanes_of(x) == 0
-
-
-def room_for_sums(V: int, down: int) -> Array:
-    """Return memory for the sums of V columns of ``down`` bands."""
-    return np.empty(down * 2 * rows.stride(V) + rows.PAD, np.float64)
 
 
 def keeps_signs(
@@ -137,10 +29,10 @@ def keeps_signs(
     """
     if relu is None or residual is None:
         return False
-    return tuning.streams(x, residual, out, least=streams_from(plan(dims, lanes_of(x), once), once))
+    return tuning.streams(x, residual, out, least=plans.streams_from(plans.plan(dims, plans.lanes_of(x), once), once))
 
 
-def _together(p: Plan, signs: Array | None) -> bool:
+def _together(p: plans.Plan, signs: Array | None) -> bool:
     """Tell whether several threads are to work, and tell it to a kernel that writes signs."""
     if signs is None:
         return p.parallel
@@ -154,7 +46,7 @@ def train(
     dims: Dims, eps: float, momentum: float, relu: bool | None, signs: Array | None = None,
 ) -> Array:  # fmt: skip
     """Training forward into ``out``; moves the running statistics if they have elements."""
-    p = plan(dims, lanes_of(x))
+    p = plans.plan(dims, plans.lanes_of(x))
     N, C, S = dims
     stats = np.empty(3 * C)
     y, together = out if signs is None else (out, signs), _together(p, signs)
@@ -173,10 +65,10 @@ def train(
 
 def _swept_moments(
     x: Array, stats: Array, weight: Array, running_mean: Array, running_var: Array,
-    dims: Dims, p: Plan, eps: float, momentum: float,
+    dims: Dims, p: plans.Plan, eps: float, momentum: float,
 ) -> Array:  # fmt: skip
     down, across = p.bands(x.size)
-    columns, part = room_for_columns(weight, p.V, 3), room_for_sums(p.V, down)
+    columns, part = plans.room_for_columns(weight, p.V, 3), plans.room_for_sums(p.V, down)
     rows_swept.pivots(x, columns, dims, p.V)
     sums = (x, None, None, None, None, columns, part, p.V, p.height, p.width, None, False)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
@@ -185,10 +77,10 @@ def _swept_moments(
 
 
 def _swept_normalise(
-    x: Array, residual: Array | None, out: Array, columns: Array, p: Plan, relu: bool | None, streamed: bool,
+    x: Array, residual: Array | None, out: Array, columns: Array, p: plans.Plan, relu: bool | None, streamed: bool,
     signs: Array | None = None,
 ) -> None:  # fmt: skip
-    p = _written(p, out)
+    p = plans.written(p, out)
     down, across = p.bands(x.size)
     work = (x, residual, out if signs is None else (out, signs), columns, p.V, p.height, p.width, relu, streamed)
     pool.run(rows_swept.normalise, work, down * across, _together(p, signs))
@@ -196,13 +88,13 @@ def _swept_normalise(
 
 def moments(x: Array, weight: Array, dims: Dims, eps: float) -> Array:
     """Statistics alone; ``weight`` only tells the arithmetic type."""
-    p = plan(dims, lanes_of(x))
+    p = plans.plan(dims, plans.lanes_of(x))
     N, C, S = dims
     stats, none = np.empty(3 * C), weight[:0]
     if p.kind == "planes":
         pool.run(planes.moments, (x, stats, none, N, C, S, eps), C, p.parallel)
     else:
-        _swept_moments(x, stats, weight, none, none, dims, _swept(p, x.size), eps, 0.0)
+        _swept_moments(x, stats, weight, none, none, dims, plans.swept(p, x.size), eps, 0.0)
     return stats
 
 
@@ -213,38 +105,18 @@ def given(mean: Array, var: Array, eps: float) -> Array:
     return stats
 
 
-def many(p: Plan, C: int) -> bool:
-    """Tell whether inference on a matrix makes a block's statistics when it comes to it: see ``rows.infer_by``."""
-    return p.kind == "rows" and p.per < C and C >= tuning.MANY
-
-
 def infer_by(
     x: Array, residual: Array | None, out: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float,
     dims: Dims, relu: bool | None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` by a mean and a variance."""
-    p = plan(dims, lanes_of(x), once=True)
-    if not many(p, dims[1]):
+    p = plans.plan(dims, plans.lanes_of(x), once=True)
+    if not plans.many(p, dims[1]):
         infer(x, residual, out, weight, bias, given(mean, var, eps), dims, relu)
         return
-    streamed = tuning.streams(x, residual, out, least=streams_from(p, once=True))
+    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True))
     work = (x, residual, out, weight, bias, np.empty(0), mean, var, eps, dims, p.V, p.per, relu, streamed)
     pool.run(rows.infer_by, work, dims[1], p.parallel)
-
-
-def streams_from(p: Plan, once: bool) -> int:
-    """Return from how many bytes of all tensors on a kernel streams what it writes (see ``tuning.streams``)."""
-    if not once:
-        return tuning.STREAM
-    return tuning.READ_ONCE_RUNS if p.kind == "planes" else tuning.READ_ONCE
-
-
-def in_one_call(p: Plan, C: int, alone: bool) -> bool:
-    """Tell whether inference on a matrix is one call of ``rows.infer``: 0.8-0.97 of the time of bands.
-
-    Where all channels are one block nobody could help.
-    """
-    return (p.kind == "rows" and (not p.parallel or p.per < C)) or (alone and p.V <= 2 * tuning.WIDTH)
 
 
 def infer(
@@ -252,20 +124,20 @@ def infer(
     relu: bool | None, signs: Array | None = None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` with the means and invstds in ``stats``."""
-    p = plan(dims, lanes_of(x), once=True)
+    p = plans.plan(dims, plans.lanes_of(x), once=True)
     N, C, S = dims
-    streamed = tuning.streams(x, residual, out, least=streams_from(p, once=True))
+    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True))
     y, together = out if signs is None else (out, signs), _together(p, signs)
     if p.kind == "planes":
         work = (x, residual, y, weight, bias, stats, N, C, S, relu, streamed)
         pool.run(planes.infer, work, N * C, together)
         return
-    if in_one_call(p, C, alone=not p.parallel or pool.get_num_threads() == 1):
+    if plans.in_one_call(p, C, alone=not p.parallel or pool.get_num_threads() == 1):
         matrix = (x, residual, y, weight, bias, stats, dims, p.V, p.per, relu, streamed)
         pool.run(rows.infer, matrix, C, together)
         return
-    p = _swept(p, x.size)
-    columns = room_for_columns(weight, p.V, 3)
+    p = plans.swept(p, x.size)
+    columns = plans.room_for_columns(weight, p.V, 3)
     rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
     _swept_normalise(x, residual, out, columns, p, relu, streamed, signs)
 
@@ -275,14 +147,14 @@ def backward(
     stats: Array, dims: Dims, frozen: bool, relu: bool | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``; returns the gradients of weight and bias. ``y``: the output, or its signs."""
-    p = plan(dims, lanes_of(x))
+    p = plans.plan(dims, plans.lanes_of(x))
     N, C, S = dims
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
     tensors = (x, grad, y, out, grad_residual)
     streamed = tuning.streams(*tensors)
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
-        both = (None, grad_residual) if streamed and lined(grad_residual, S) else (grad_residual, None)
+        both = (None, grad_residual) if streamed and plans.lined(grad_residual, S) else (grad_residual, None)
         work = (x, grad, y, out, *both, *params, N, C, S, frozen, relu, streamed)
         pool.run(planes_backward.backward, work, C, p.parallel)
     elif p.kind == "rows":
@@ -295,14 +167,14 @@ def backward(
 
 def _swept_gradients(
     tensors: tuple[Array, Array, Array | None, Array, Array | None], params: tuple[Array, ...],
-    dims: Dims, p: Plan, frozen: bool, relu: bool | None, streamed: bool,
+    dims: Dims, p: plans.Plan, frozen: bool, relu: bool | None, streamed: bool,
 ) -> None:  # fmt: skip
     x, grad, y, out, grad_residual = tensors
     weight, bias, dweight, dbias, stats = params
     down, across = p.bands(x.size)
-    columns, part = room_for_columns(weight, p.V, 5), room_for_sums(p.V, down)
+    columns, part = plans.room_for_columns(weight, p.V, 5), plans.room_for_sums(p.V, down)
     rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
-    early = grad_residual if streamed and lined(grad_residual, p.V) else None
+    early = grad_residual if streamed and plans.lined(grad_residual, p.V) else None
     sums = (x, grad, y, early, out, columns, part, p.V, p.height, p.width, relu, streamed)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_backward(
@@ -311,7 +183,7 @@ def _swept_gradients(
     )  # fmt: skip
     if early is not None:  # it holds u
         tensors, relu = (x, early, None, out, None), None
-    p = _written(p, out)
+    p = plans.written(p, out)
     down, across = p.bands(x.size)
     work = (*tensors, columns, p.V, p.height, p.width, relu, streamed)
     pool.run(rows_swept.gradient, work, down * across, p.parallel)

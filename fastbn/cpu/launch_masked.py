@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from fastbn.cpu.launch import Array, Table, lanes_of
+from fastbn.cpu.launch import Array, Table
 from fastbn.cpu.launch_masked_planes import Pieces, pieces
 from fastbn.cpu.launch_masked_rows import Stretches, stretches
+from fastbn.cpu.plans import lanes_of
 
 Lying: TypeAlias = Stretches | Pieces
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import launch, planes_masked, planes_masked_backward, pool, tuning
+from fastbn.cpu import launch, planes_masked, planes_masked_backward, plans, pool, tuning
 
 Array = npt.NDArray[Any]
 
@@ -83,7 +83,7 @@ def pieces(table: launch.Table, M: int, dims: tuple[int, int, int], lanes: int) 
         return None
     size = np.diff(place)
     (whole,) = np.nonzero(size >= lanes)
-    if not whole.size or launch.plan(dims, lanes).kind != "planes":
+    if not whole.size or plans.plan(dims, lanes).kind != "planes":
         return None
     a, b = whole[whole.size // 4], whole[3 * whole.size // 4]
     rows = np.searchsorted(first, (a, b), side="right") - 1

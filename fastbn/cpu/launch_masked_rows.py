@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastbn.cpu import launch, pool, rows_masked, rows_swept, tuning
+from fastbn.cpu import launch, plans, pool, rows_masked, rows_swept, tuning
 from fastbn.cpu.band import NEAR
 
 Array = npt.NDArray[Any]
@@ -54,15 +54,15 @@ class Stretches(NamedTuple):
         relu: bool | None,
     ) -> None:  # fmt: skip
         """See ``launch.infer``."""
-        columns = launch.room_for_columns(weight, self.V, 3)
+        columns = plans.room_for_columns(weight, self.V, 3)
         self._normalise(x, residual, out, weight, bias, stats, columns, relu)
 
     def _moments(
         self, x: Array, weight: Array, running_mean: Array, running_var: Array, eps: float, momentum: float
     ) -> tuple[Array | None, Array]:
         parallel, down, how = self._how()
-        stats, part = np.empty(3 * self.C), launch.room_for_sums(self.V, down)
-        columns = launch.room_for_columns(weight, self.V, 3)
+        stats, part = np.empty(3 * self.C), plans.room_for_sums(self.V, down)
+        columns = plans.room_for_columns(weight, self.V, 3)
         some = np.ascontiguousarray(x.reshape(-1, self.C)[self.some]).reshape(-1)
         rows_swept.pivots(some, columns, (self.some.size, self.C, 1), self.V)
         pool.run(rows_masked.sums, (x, None, None, None, None, columns, part, *how, None, False), down, parallel)
@@ -89,9 +89,9 @@ class Stretches(NamedTuple):
         dweight, dbias = np.empty_like(weight), np.empty_like(bias)
         tensors = (x, grad, y, out, grad_residual)
         streamed = tuning.streams(*tensors)
-        columns, part = launch.room_for_columns(weight, self.V, 5), launch.room_for_sums(self.V, down)
+        columns, part = plans.room_for_columns(weight, self.V, 5), plans.room_for_sums(self.V, down)
         rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V, streamed)
-        early = grad_residual if streamed and launch.lined(grad_residual, self.C) else None
+        early = grad_residual if streamed and plans.lined(grad_residual, self.C) else None
         pool.run(rows_masked.sums, (x, grad, y, early, out, columns, part, *how, relu, streamed), down, parallel)
         if not rows_swept.settle_backward(
             x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, self.dims, self.V, down,
@@ -110,7 +110,7 @@ def stretches(table: launch.Table, per: int, M: int, C: int, lanes: int) -> Stre
     values = M * C
     if place is None or values < tuning.LYING or values < tuning.STRETCH * start.size or C > 2 * tuning.WIDTH:
         return None
-    V = C * launch.side_by_side(C, M, tuning.MATRIX, lanes)
+    V = C * plans.side_by_side(C, M, tuning.MATRIX, lanes)
     least, most = tuning.BAND
     band = max(4 * V, min(most, max(least, values // 16)) // V * V)
     room = start.size + 2 * (values // band + 1)

@@ -14,7 +14,7 @@ import pytest
 
 import fastbn
 from fastbn import quick, views
-from fastbn.cpu import launch, pool, tuning
+from fastbn.cpu import launch, plans, pool, tuning
 from tests.oracle import ALL_SHAPES, SHAPES, case, same_bits
 from tests.tolerances import DTYPES
 
@@ -24,7 +24,7 @@ if numba.config.DISABLE_JIT:
 
 @pytest.mark.parametrize(("kind", "shape"), ALL_SHAPES, ids=str)
 def test_the_shapes_of_the_tests_reach_every_kernel(kind, shape):
-    assert launch.plan((shape[0], shape[1], int(np.prod(shape[2:])))).kind == kind
+    assert plans.plan((shape[0], shape[1], int(np.prod(shape[2:])))).kind == kind
 
 
 @pytest.mark.parametrize(("dims", "kind", "half"), [
@@ -34,19 +34,19 @@ def test_the_shapes_of_the_tests_reach_every_kernel(kind, shape):
     ((4096, 3, 3136), "planes", "swept"),
 ], ids=str)  # fmt: skip
 def test_runs_that_are_short_or_far_apart_are_rows(dims, kind, half):
-    assert (launch.plan(dims).kind, launch.plan(dims, 32).kind) == (kind, half)
-    assert launch.plan(dims, once=True).kind == "planes"  # inference reads all of it once, in order
+    assert (plans.plan(dims).kind, plans.plan(dims, 32).kind) == (kind, half)
+    assert plans.plan(dims, once=True).kind == "planes"  # inference reads all of it once, in order
 
 
 def test_rows_come_in_one_block_and_in_many():
-    plans = [launch.plan((s[0], s[1], int(np.prod(s[2:])))) for s in SHAPES["rows"]]
+    plans = [plans.plan((s[0], s[1], int(np.prod(s[2:])))) for s in SHAPES["rows"]]
     assert {p.per < s[1] for p, s in zip(plans, SHAPES["rows"], strict=True)} == {False, True}
     assert any(s[1] * int(np.prod(s[2:])) < p.V for p, s in zip(plans, SHAPES["rows"], strict=True)), "widened"
 
 
 @pytest.mark.parametrize("dims", [(1, 1, 2), (2, 1, 1), (1, 1, 1 << 40), (1 << 40, 1, 1), (1 << 20, 1 << 20, 1 << 20)])
 def test_plans_of_extreme_shapes(dims):
-    p = launch.plan(dims)
+    p = plans.plan(dims)
     if p.kind == "swept":
         size = dims[0] * dims[1] * dims[2]
         down, across = p.bands(size)
@@ -168,7 +168,7 @@ def test_gradient_of_the_residual_written_with_the_sums(shape, dtype, rng, monke
         room = Room(offset)
         dx, dr = room.array(c.x), room.array(c.x)
         flat = [views.raw(a.reshape(-1)) for a in (c.x, grad, y, dx, dr)]
-        assert launch.lined(flat[-1], 128) == (offset == 0)
+        assert plans.lined(flat[-1], 128) == (offset == 0)
         pair = launch.backward(*flat, c.weight, c.bias, saved.stats, (*shape, 1)[:3], False, True)
         results.append((dx, dr, *pair))
         assert room.kept()
@@ -213,7 +213,7 @@ def paper(shape):
 def test_indices_beyond_32_bits(kind, ends_only, rng):
     shape = BEYOND[kind]
     dims, C = (shape[0], shape[1], int(np.prod(shape[2:]))), shape[1]
-    assert np.prod(shape) > 1 << 31 and launch.plan(dims).kind == kind
+    assert np.prod(shape) > 1 << 31 and plans.plan(dims).kind == kind
     x, y = paper(shape), paper(shape)
     at = (slice(-3, None), -1) if kind == "swept" else (slice(None), -1)
     values = rng.standard_normal(x[at].shape).astype(np.float16)
@@ -261,7 +261,7 @@ def test_statistics_of_many_channels_are_made_block_by_block(shape, dtype, rng, 
     """As good as those that are made first, which frozen normalisation needs, and the same bits."""
     C, dtype = shape[1], np.dtype(dtype)
     N, S = shape[0], int(np.prod(shape[2:]))
-    assert launch.many(launch.plan((N, C, S), launch.lanes_of(np.empty(0, dtype)), once=True), C)
+    assert plans.many(plans.plan((N, C, S), plans.lanes_of(np.empty(0, dtype)), once=True), C)
     x, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     four = rng.uniform(0.5, 2.0, (4, C)).astype(np.result_type(dtype, np.float32))
     four[1, 7] = -1.0  # no variance: NaN

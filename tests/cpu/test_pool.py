@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu import launch, pool
+from fastbn.cpu import plans, pool
 from tests.oracle import case, same_bits
 from tests.tolerances import BF16
 
@@ -34,7 +34,7 @@ def everything(shape, dtype=np.float32, activation="relu"):
 @pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 def test_the_same_bits_for_any_number_of_threads(shape, dtype, threads):
-    assert launch.plan((shape[0], shape[1], int(np.prod(shape[2:])))).parallel
+    assert plans.plan((shape[0], shape[1], int(np.prod(shape[2:])))).parallel
     threads(1)
     want = everything(shape, dtype)
     for n in (2, 3, 7):
