@@ -261,10 +261,11 @@ def _gradient_two(x, g, y, dx, dr, V, r0, r1, m, k, b, c1, c0, relu):
 
 
 @helper
-def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed):
+def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c0, relu, streamed, rows=0):
     """Dx = k*u + c1*(x - m) + c0, dr = u (see ``sweep.gradient_part``), in stretches as ``band_normalise``.
 
-    Floor: two reads and one write of the band.
+    Asks for the lines of x that lie ``rows`` rows further on, if that is not 0. Floor: two reads and one write of the
+    band.
     """
     W, whole, i, alike, far_off = lanes(x), v1 - v0 == V, 0, False, V > WIDE or T > DISTANT
     stop, far = least(T, (r1 - 1) * V + v1), AHEAD if whole else V
@@ -283,7 +284,10 @@ def band_gradient(x, g, y, dx, dr, T, away, V, r0, r1, v0, v1, o, m, k, b, c1, c
             alike = streamed and head(dr, i) == 0  # dr may lie otherwise than dx
         last = least(end - 1, stop - W) if whole else end - W
         while i + W <= last:
-            if far_off:
+            if rows > 0:
+                ask(x, i + rows * V)
+                ask(x, i + rows * V + W)
+            elif far_off:
                 ask(x, i + far)
                 ask(x, i + far + W)
                 ask(g, i + far)

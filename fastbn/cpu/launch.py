@@ -157,11 +157,11 @@ def backward(
         both = (None, grad_residual) if streamed and plans.lined(grad_residual, S) else (grad_residual, None)
         work = (x, grad, y, out, *both, *params, N, C, S, frozen, relu, streamed)
         pool.run(planes_backward.backward, work, C, p.parallel)
-    elif p.kind == "rows":
+    elif p.kind == "rows" and not (frozen and x.size > tuning.WHOLE):
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
         pool.run(rows.backward, matrix, C, p.parallel)
     else:
-        _swept_gradients(tensors, params, dims, p, frozen, relu, streamed)
+        _swept_gradients(tensors, params, dims, plans.swept(p, x.size), frozen, relu, streamed)
     return dweight, dbias
 
 
@@ -174,13 +174,16 @@ def _swept_gradients(
     down, across = p.bands(x.size)
     columns, part = plans.room_for_columns(weight, p.V, 5), plans.room_for_sums(p.V, down)
     rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
-    early = grad_residual if streamed and plans.lined(grad_residual, p.V) else None
+    once = frozen and plans.at_once(p, grad, out)
+    early = grad_residual if once or (streamed and plans.lined(grad_residual, p.V)) else None
     sums = (x, grad, y, early, out, columns, part, p.V, p.height, p.width, relu, streamed)
-    pool.run(rows_swept.sums, sums, down * across, p.parallel)
+    pool.run(rows_swept.frozen if once else rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_backward(
         x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed,
         False,
     )  # fmt: skip
+    if once:
+        return
     if early is not None:  # it holds u
         tensors, relu = (x, early, None, out, None), None
     p = plans.written(p, out)

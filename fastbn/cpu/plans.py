@@ -106,6 +106,14 @@ def lanes_of(x: Array) -> int:
     return 32 if x.itemsize == 2 else 16
 
 
+def at_once(p: Plan, grad: Array, out: Array) -> bool:
+    """Tell whether gradients of bands with frozen statistics are written while their sums are taken.
+
+    Not to memory of what is read, as sums may be taken again; in parts of rows only if lines do not cross their ends.
+    """
+    return (p.width == p.V or lined(out, p.V)) and not np.may_share_memory(grad, out)
+
+
 def room_for_columns(weight: Array, V: int, arrays: int) -> Array:
     """Return arrays of V column constants."""
     return np.zeros(arrays * rows.stride(V) + rows.PAD, weight.dtype)

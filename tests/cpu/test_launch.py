@@ -39,9 +39,9 @@ def test_runs_that_are_short_or_far_apart_are_rows(dims, kind, half):
 
 
 def test_rows_come_in_one_block_and_in_many():
-    plans = [plans.plan((s[0], s[1], int(np.prod(s[2:])))) for s in SHAPES["rows"]]
-    assert {p.per < s[1] for p, s in zip(plans, SHAPES["rows"], strict=True)} == {False, True}
-    assert any(s[1] * int(np.prod(s[2:])) < p.V for p, s in zip(plans, SHAPES["rows"], strict=True)), "widened"
+    found = [plans.plan((s[0], s[1], int(np.prod(s[2:])))) for s in SHAPES["rows"]]
+    assert {p.per < s[1] for p, s in zip(found, SHAPES["rows"], strict=True)} == {False, True}
+    assert any(s[1] * int(np.prod(s[2:])) < p.V for p, s in zip(found, SHAPES["rows"], strict=True)), "widened"
 
 
 @pytest.mark.parametrize("dims", [(1, 1, 2), (2, 1, 1), (1, 1, 1 << 40), (1 << 40, 1, 1), (1 << 20, 1 << 20, 1 << 20)])
