@@ -41,6 +41,11 @@ class Call(NamedTuple):
     fused: bool  # with a residual
     signs: bool  # which training writes, or gradients read
 
+    @property
+    def matrix(self) -> bool:
+        """Tell whether the shape is worked off as rows, by a width and channels of a block."""
+        return self.numbers[-3] is not None
+
 
 # The result, how it was found, its statistics, weight and bias as kernels take them, which of the two were given, and
 # the result's signs if they are kept.
@@ -163,6 +168,8 @@ def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Arra
     x = saved.x
     call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, fused, bits is not None)
     if call is None or call.where.dims != saved.layout.dims:
+        return None
+    if saved.frozen and call.matrix and x.size >= PARALLEL:  # written while it is summed, by another kernel
         return None
     enter, numbers, relu, channels, _, _, _, _, _ = call
     dx = recycled.empty(x.shape, F32) if out is None else out

@@ -157,7 +157,7 @@ def backward(
         both = (None, grad_residual) if streamed and plans.lined(grad_residual, S) else (grad_residual, None)
         work = (x, grad, y, out, *both, *params, N, C, S, frozen, relu, streamed)
         pool.run(planes_backward.backward, work, C, p.parallel)
-    elif p.kind == "rows" and not (frozen and x.size > tuning.WHOLE):
+    elif p.kind == "rows" and not (frozen and x.size >= tuning.PARALLEL):
         matrix = (*tensors, *params, dims, p.V, p.per, frozen, relu, streamed)
         pool.run(rows.backward, matrix, C, p.parallel)
     else:
