@@ -103,10 +103,11 @@ def infer(
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
     call(given, float32s(m, C), float32s(v, C), known, eps)
+    streams = streamed and p != q  # see ``tuning.streams``
     if V is None:
-        call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, streamed, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, streams, zeros2())
     else:
-        call(kernel, xs, rs, ys, ws, bs, known, (N, C, S), V, per, relu, streamed, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, known, (N, C, S), V, per, relu, streams, zeros2())
     return 1
 
 
@@ -131,8 +132,9 @@ def backward(
     xs, gs, ds, ws, bs = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C), float32s(b, C)
     dws, dbs, known = float32s(data(dweight), C), float32s(data(dbias), C), float64s(data(stats), 3 * C)
     ys, rs = or_signs(float32s_of(y, size), signs), float32s_of(dr, size)
+    streams = streamed and g != q
     if V is None:
-        call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, streamed, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, None, ws, bs, dws, dbs, known, N, C, S, frozen, relu, streams, zeros2())
     else:
-        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, streamed, zeros2())
+        call(kernel, xs, gs, ys, ds, rs, ws, bs, dws, dbs, known, (N, C, S), V, per, frozen, relu, streams, zeros2())
     return 1

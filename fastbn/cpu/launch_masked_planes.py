@@ -54,7 +54,7 @@ class Pieces(NamedTuple):
     ) -> None:  # fmt: skip
         """See ``launch.infer``."""
         parallel, table, _ = self._how()
-        streamed = tuning.streams(x, residual, out)
+        streamed = tuning.streams(x, residual, out, over=(x, out))
         work = (x, residual, out, weight, bias, stats, *table, *self.dims, relu, streamed)
         pool.run(planes_masked.infer, work, self.dims[0], parallel)
 
@@ -67,7 +67,8 @@ class Pieces(NamedTuple):
         dweight, dbias = np.empty_like(weight), np.empty_like(bias)
         tensors = (x, grad, y, out, grad_residual)
         parameters = (weight, bias, dweight, dbias, stats)
-        work = (*tensors, *parameters, *table, *numbers, frozen, relu, tuning.streams(*tensors))
+        streamed = tuning.streams(*tensors, over=None if grad_residual is not None else (grad, out))
+        work = (*tensors, *parameters, *table, *numbers, frozen, relu, streamed)
         pool.run(planes_masked_backward.backward, work, self.dims[1], parallel)
         return dweight, dbias
 

@@ -115,10 +115,9 @@ def _large(grad: Array, length: int) -> bool:
     """Tell whether products of the gradient and xhat, which is below sqrt(length), may leave float32's range."""
     if grad.dtype == np.uint16:  # float16
         return False
-    if grad.dtype == np.int16:  # bfloat16, by its codes: from 2**64 on
-        return bool((grad.max() & 0x7FFF) >= 0x5F80 or (grad.view(np.uint16).max() & 0x7FFF) >= 0x5F80)
-    most = float(np.finfo(grad.dtype).max) / (2 * sets_parameters.ROWS * length**0.5)
-    return not (float(grad.max()) < most and float(grad.min()) > -most)
+    kind = np.float32 if grad.dtype == np.int16 else grad.dtype  # bfloat16 has float32's range
+    most = float(np.finfo(kind).max) / (2 * sets_parameters.ROWS * length**0.5)
+    return bool(sets_parameters.beyond(grad, most))
 
 
 def backward(
@@ -136,7 +135,7 @@ def backward(
         return _swept_backward(x, grad, out, weight, stats, count, length)
     parts = recycled.empty((room,), WIDE)
     parts.fill(0.0)
-    streamed = tuning.streams(x, grad, out)
+    streamed = tuning.streams(x, grad, out, over=(grad, out))
     tensors, parallel = (x, grad, out, weight, stats, parts, kind, count, length), x.size >= tuning.PARALLEL
     if run is None and in_fours_back(d, x.itemsize, weight is not None):
         pool.run(sets_four.backward, (*tensors, S, per, streamed), B, parallel)
@@ -163,7 +162,7 @@ def _swept_backward(
     sums = (x, grad, weight, dweight, dbias, stats, part, fine, kind, count, length, streamed)
     pool.run(sets_long_backward.sums, sums, across, parallel)
     sets_long_backward.settle_sums(x, grad, weight, stats, part, count, length)
-    work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out))
+    work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out, over=(grad, out)))
     pool.run(sets_long_backward.gradients, work, across, parallel)
     if fine.all():
         return dweight, dbias

@@ -9,7 +9,21 @@ lanes' type, then by channel in float64.
 from __future__ import annotations
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.simd import base, clear, first, get, lanes, load, put, total, widen_add
+from fastbn.cpu.simd import (
+    base,
+    clear,
+    first,
+    get,
+    lanes,
+    least,
+    load,
+    load_n,
+    put,
+    splat,
+    total,
+    where_positive,
+    widen_add,
+)
 
 ROWS = 64  # samples whose parameter gradients are added in the lanes' type
 
@@ -38,6 +52,28 @@ def put_away(short, sums, half, at, period, each):
         for c in range(i, period // each):
             put(sums, b + c, get(sums, b + c) + channel_sum(short, a + c * each, each))
     clear(short, 2 * (period + W))
+
+
+@part
+def _count(v, least, most, one, found):
+    """Add one in the lanes whose number is not within least and most, NaN for example."""
+    return found + (where_positive(v - most, one) + where_positive(least - v, one))
+
+
+@jit
+def beyond(g, limit):
+    """Tell whether a number is larger than ``limit`` either way, or none. Floor: one read."""
+    n, W = g.size, lanes(base(g))
+    g = base(g)
+    i, low, high, one = 0, splat(g, -limit), splat(g, limit), splat(g, 1.0)
+    a = b = splat(g, 0.0)
+    while i + 2 * W <= n:
+        a, b = _count(load(g, i), low, high, one, a), _count(load(g, i + W), low, high, one, b)
+        i += 2 * W
+    while i < n:
+        a = _count(load_n(g, i, least(W, n - i)), low, high, one, a)
+        i += W
+    return total(a + b) != 0.0
 
 
 @jit

@@ -54,6 +54,13 @@ def test_plans_of_extreme_shapes(dims):
         assert (across - 1) * p.width < p.V <= across * p.width
 
 
+def test_what_replaces_an_input_is_not_streamed(monkeypatch):
+    monkeypatch.setattr(tuning, "STREAM", 64)
+    x, y = np.zeros((2, 16), np.float32)
+    assert tuning.streams(x) and tuning.streams(x, y, over=(x, y))
+    assert not tuning.streams(x, x, over=(x, x[:])) and not tuning.streams(x[:8], over=(x, y))
+
+
 # In a process of its own: every array ends, or begins, beside a page that may be neither read nor written.
 GUARDED = """
 import ctypes, itertools, mmap
