@@ -47,6 +47,14 @@ def _fits(residual, x, q, kind, dtype, size):
     return r != 0 and same_shape(residual, x) and (r == q or apart(r, size, q, size))
 
 
+@part
+def _over(residual, q, kind, dtype, size):
+    """Tell whether y at q is memory of the residual."""
+    if residual is None:
+        return False
+    return plain(residual, kind, dtype, size) == q
+
+
 @jit
 def train(
     x, residual, y, weight, bias, running_mean, running_var, stats, signs, kind, dtype, kernel,
@@ -76,10 +84,11 @@ def train(
     xs, ys, ws, bs = float32s(p, size), with_signs(float32s(q, size), signs), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
     rs = float32s_of(residual, size)
+    streams = streamed and not _over(residual, q, kind, dtype, size)  # see ``tuning.streams``
     if V is None:
-        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, streamed, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, streams, zeros2())
     else:
-        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, streamed, zeros2())
+        call(kernel, xs, rs, ys, ws, bs, ms, vs, known, (N, C, S), V, per, eps, momentum, relu, streams, zeros2())
     return 1
 
 
@@ -103,7 +112,7 @@ def infer(
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known, rs = float64s(data(stats), 3 * C), float32s_of(residual, size)
     call(given, float32s(m, C), float32s(v, C), known, eps)
-    streams = streamed and p != q  # see ``tuning.streams``
+    streams = streamed and p != q and not _over(residual, q, kind, dtype, size)
     if V is None:
         call(kernel, xs, rs, ys, ws, bs, known, N, C, S, relu, streams, zeros2())
     else:

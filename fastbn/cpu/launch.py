@@ -51,7 +51,7 @@ def train(
     stats = np.empty(3 * C)
     y, together = out if signs is None else (out, signs), _together(p, signs)
     tensors = (x, residual, y, weight, bias, running_mean, running_var, stats)
-    streamed = tuning.streams(x, residual, out)
+    streamed = tuning.streams(x, residual, out, over=(out, residual))
     if p.kind == "rows":
         pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, together)
     elif p.kind == "planes":
@@ -114,7 +114,7 @@ def infer_by(
     if not plans.many(p, dims[1]):
         infer(x, residual, out, weight, bias, given(mean, var, eps), dims, relu)
         return
-    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=(x, out))
+    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=(out, x, residual))
     work = (x, residual, out, weight, bias, np.empty(0), mean, var, eps, dims, p.V, p.per, relu, streamed)
     pool.run(rows.infer_by, work, dims[1], p.parallel)
 
@@ -126,7 +126,7 @@ def infer(
     """Inference into ``out`` with the means and invstds in ``stats``."""
     p = plans.plan(dims, plans.lanes_of(x), once=True)
     N, C, S = dims
-    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=(x, out))
+    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=(out, x, residual))
     y, together = out if signs is None else (out, signs), _together(p, signs)
     if p.kind == "planes":
         work = (x, residual, y, weight, bias, stats, N, C, S, relu, streamed)
@@ -151,7 +151,7 @@ def backward(
     N, C, S = dims
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
     tensors = (x, grad, y, out, grad_residual)
-    streamed = tuning.streams(*tensors, over=None if grad_residual is not None else (grad, out))
+    streamed = tuning.streams(*tensors, over=() if grad_residual is not None else (out, grad))
     params = (weight, bias, dweight, dbias, stats)
     if p.kind == "planes":
         both = (None, grad_residual) if streamed and plans.lined(grad_residual, S) else (grad_residual, None)

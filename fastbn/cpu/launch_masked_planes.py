@@ -35,7 +35,7 @@ class Pieces(NamedTuple):
         parallel, table, numbers = self._how()
         stats = np.empty(3 * self.dims[1])
         tensors = (x, residual, out, weight, bias, running_mean, running_var, stats)
-        streamed = tuning.streams(x, residual, out)
+        streamed = tuning.streams(x, residual, out, over=(out, residual))
         work = (*tensors, *table, self.some, *numbers, eps, momentum, relu, streamed)
         pool.run(planes_masked.train, work, self.dims[1], parallel)
         return stats
@@ -54,7 +54,7 @@ class Pieces(NamedTuple):
     ) -> None:  # fmt: skip
         """See ``launch.infer``."""
         parallel, table, _ = self._how()
-        streamed = tuning.streams(x, residual, out, over=(x, out))
+        streamed = tuning.streams(x, residual, out, over=(out, x, residual))
         work = (x, residual, out, weight, bias, stats, *table, *self.dims, relu, streamed)
         pool.run(planes_masked.infer, work, self.dims[0], parallel)
 
@@ -67,7 +67,7 @@ class Pieces(NamedTuple):
         dweight, dbias = np.empty_like(weight), np.empty_like(bias)
         tensors = (x, grad, y, out, grad_residual)
         parameters = (weight, bias, dweight, dbias, stats)
-        streamed = tuning.streams(*tensors, over=None if grad_residual is not None else (grad, out))
+        streamed = tuning.streams(*tensors, over=() if grad_residual is not None else (out, grad))
         work = (*tensors, *parameters, *table, *numbers, frozen, relu, streamed)
         pool.run(planes_masked_backward.backward, work, self.dims[1], parallel)
         return dweight, dbias

@@ -76,7 +76,7 @@ class Stretches(NamedTuple):
         relu: bool | None,
     ) -> None:  # fmt: skip
         parallel, down, how = self._how()
-        streamed = tuning.streams(x, residual, out, over=(x, out))
+        streamed = tuning.streams(x, residual, out, over=(out, x, residual))
         rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V, streamed)
         pool.run(rows_masked.normalise, (x, residual, out, columns, *how, relu, streamed), down, parallel)
 
@@ -88,7 +88,7 @@ class Stretches(NamedTuple):
         parallel, down, how = self._how()
         dweight, dbias = np.empty_like(weight), np.empty_like(bias)
         tensors = (x, grad, y, out, grad_residual)
-        streamed = tuning.streams(*tensors, over=None if grad_residual is not None else (grad, out))
+        streamed = tuning.streams(*tensors, over=() if grad_residual is not None else (out, grad))
         columns, part = plans.room_for_columns(weight, self.V, 5), plans.room_for_sums(self.V, down)
         rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V, streamed)
         early = grad_residual if streamed and plans.lined(grad_residual, self.C) else None

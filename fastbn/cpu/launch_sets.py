@@ -135,7 +135,7 @@ def backward(
         return _swept_backward(x, grad, out, weight, stats, count, length)
     parts = recycled.empty((room,), WIDE)
     parts.fill(0.0)
-    streamed = tuning.streams(x, grad, out, over=(grad, out))
+    streamed = tuning.streams(x, grad, out, over=(out, grad))
     tensors, parallel = (x, grad, out, weight, stats, parts, kind, count, length), x.size >= tuning.PARALLEL
     if run is None and in_fours_back(d, x.itemsize, weight is not None):
         pool.run(sets_four.backward, (*tensors, S, per, streamed), B, parallel)
@@ -162,7 +162,7 @@ def _swept_backward(
     sums = (x, grad, weight, dweight, dbias, stats, part, fine, kind, count, length, streamed)
     pool.run(sets_long_backward.sums, sums, across, parallel)
     sets_long_backward.settle_sums(x, grad, weight, stats, part, count, length)
-    work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out, over=(grad, out)))
+    work = (x, grad, out, weight, stats, part, count, length, tuning.streams(x, grad, out, over=(out, grad)))
     pool.run(sets_long_backward.gradients, work, across, parallel)
     if fine.all():
         return dweight, dbias

@@ -57,8 +57,8 @@ def test_plans_of_extreme_shapes(dims):
 def test_what_replaces_an_input_is_not_streamed(monkeypatch):
     monkeypatch.setattr(tuning, "STREAM", 64)
     x, y = np.zeros((2, 16), np.float32)
-    assert tuning.streams(x) and tuning.streams(x, y, over=(x, y))
-    assert not tuning.streams(x, x, over=(x, x[:])) and not tuning.streams(x[:8], over=(x, y))
+    assert tuning.streams(x) and tuning.streams(x, y, over=(y, x, None)) and tuning.streams(x, y, over=(y, x, x))
+    assert not tuning.streams(x, x, over=(x, y, x[:])) and not tuning.streams(x[:8], over=(y, x))
 
 
 # In a process of its own: every array ends, or begins, beside a page that may be neither read nor written.
