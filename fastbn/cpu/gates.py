@@ -84,7 +84,7 @@ def train(
     xs, ys, ws, bs = float32s(p, size), with_signs(float32s(q, size), signs), float32s(w, C), float32s(b, C)
     ms, vs, known = float32s(m, moved), float32s(v, moved), float64s(data(stats), 3 * C)
     rs = float32s_of(residual, size)
-    streams = streamed and not _over(residual, q, kind, dtype, size)  # see ``tuning.streams``
+    streams = streamed and (signs is not None or not _over(residual, q, kind, dtype, size))  # see ``tuning.streams``
     if V is None:
         call(kernel, xs, rs, ys, ws, bs, ms, vs, known, N, C, S, eps, momentum, relu, streams, zeros2())
     else:

@@ -51,7 +51,7 @@ def train(
     stats = np.empty(3 * C)
     y, together = out if signs is None else (out, signs), _together(p, signs)
     tensors = (x, residual, y, weight, bias, running_mean, running_var, stats)
-    streamed = tuning.streams(x, residual, out, over=(out, residual))
+    streamed = tuning.streams(x, residual, out, over=(out, residual) if signs is None else ())  # signs are by line
     if p.kind == "rows":
         pool.run(rows.train, (*tensors, dims, p.V, p.per, eps, momentum, relu, streamed), C, together)
     elif p.kind == "planes":
@@ -126,7 +126,8 @@ def infer(
     """Inference into ``out`` with the means and invstds in ``stats``."""
     p = plans.plan(dims, plans.lanes_of(x), once=True)
     N, C, S = dims
-    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=(out, x, residual))
+    over = (out, x, residual) if signs is None else ()
+    streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=over)
     y, together = out if signs is None else (out, signs), _together(p, signs)
     if p.kind == "planes":
         work = (x, residual, y, weight, bias, stats, N, C, S, relu, streamed)

@@ -45,7 +45,7 @@ def streams(*tensors: Array | None, least: int | None = None, over: tuple[Array 
 
     ``over``: the result, and inputs whose memory it may be. If so, the line that is written was just read, lies in a
     cache, and would have to leave it first: inference in place takes 0.37-0.45 of the time with ordinary stores,
-    gradients 0.6-0.75, training over a residual 0.53-0.86 (Intel).
+    gradients 0.6-0.75, training over a residual 0.53-0.86 (Intel). Not where signs are kept, which are written by line.
 
     Ordinary stores take, of the time of streaming ones: inference 0.7-0.8 at 12 to 18 MB of tensors, 0.8-1.0 at 20,
     1.0-1.2 at 24; training 1.0 (rows 0.9) at 8 MB, 1.02-1.08 at 12, 1.2 at 24; gradients 1.0 at 12 MB, 1.2 at 24. Who

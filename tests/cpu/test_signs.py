@@ -73,9 +73,10 @@ def _by_output(saved, y, grad):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_gradients_are_those_by_the_output(shape, axis, dtype, frozen, rng, threads):
-    for at, count in ((0, 1), (5, 2), (16, 2)):
+    for at, count in ((0, 1), (5, 2), (16, 2), (None, 1), (None, 2)):
         threads(count)
-        x, residual, out, grad = (_filled(rng, shape, dtype, k) for k in (0, 1, at, 3))
+        x, residual, out, grad = (_filled(rng, shape, dtype, k) for k in (0, 1, at or 0, 3))
+        out = residual if at is None else out
         y, saved = _by(frozen, x, residual, out, axis, rng)
         assert saved.y is None and saved.signs.nbytes < x.size // 8 + 64
         kept = y.copy()
