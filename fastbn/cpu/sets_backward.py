@@ -48,7 +48,9 @@ from fastbn.cpu.simd import (
 )
 from fastbn.cpu.sweep import sum_run, write
 
-APART = 1 << 16  # elements of a set up to which the next one's lines are asked for while it is summed: more would go
+# Elements of a set up to which lines of the next one are asked for while it is summed; those of longer ones would be
+# gone again before they are wanted: (47, 131072) without an affine took 1.3 times as long.
+APART = 1 << 16
 
 
 @part
