@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 from fastbn.torch import batch_norm, tensors  # noqa: E402
-from tests.torch_cases import DTYPES, LAYOUTS, close, dense, last, make, ours, swapped, theirs  # noqa: E402
+from tests.torch_cases import DTYPES, LAYOUTS, close, dense, last, make, name, ours, swapped, theirs  # noqa: E402
 
 NAMES = ("input", "residual", "weight", "bias")
 
@@ -46,7 +46,7 @@ def compare(shape, dtype, layout, training, activation, fused, absent=()):
     return y, grads, own
 
 
-@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_same_as_pytorch(shape, layout, dtype, training):

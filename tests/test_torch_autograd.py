@@ -14,7 +14,7 @@ pytestmark = pytest.mark.torch
 
 from fastbn import recycled  # noqa: E402
 from fastbn.torch import batch_norm  # noqa: E402
-from tests.torch_cases import DTYPES, LAYOUTS, close, dense, gappy, last, make, ours, theirs  # noqa: E402
+from tests.torch_cases import DTYPES, LAYOUTS, close, dense, gappy, last, make, name, ours, theirs  # noqa: E402
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -149,7 +149,7 @@ def test_changes_of_what_backward_needs_are_seen(changed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), [((6, 5), dense), ((3, 16, 1, 1), last), ((3, 1, 4, 5), last)], ids=str)
+@pytest.mark.parametrize(("shape", "layout"), [((6, 5), dense), ((3, 16, 1, 1), last), ((3, 1, 4, 5), last)], ids=name)
 def test_y_may_change_where_backward_does_not_need_it(shape, layout, dtype):
     x, _, w, b, m, v = make(shape, dtype, layout)
     y = ours(x.requires_grad_(), None, w, b, m, v, True, None)
@@ -168,7 +168,7 @@ def test_memory_is_autograds_to_keep():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=name)
 def test_signs_are_kept_instead_of_large_outputs(shape, layout, training, dtype, large):
     x, r, w, b, m, v = make(shape, dtype, layout)
     for t in (x, r, w, b):

@@ -10,6 +10,11 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LOOSE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+def name(value):
+    """Name a parameter of a test: a function by its name, as its address differs from process to process."""
+    return value.__name__ if callable(value) else str(value)
+
+
 def dense(x):
     return x
 
