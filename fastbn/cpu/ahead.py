@@ -32,6 +32,13 @@ def ahead(n, step, more):
 
 
 @part
+def ask_two(x, g, i):
+    """Ask for a line of each tensor."""
+    ask(x, i)
+    ask(g, i)
+
+
+@part
 def ask_four(x, i):
     """Ask for the lines of four vectors."""
     W = lanes(x)

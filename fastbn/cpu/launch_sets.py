@@ -59,8 +59,7 @@ def train(
 ) -> Array:  # fmt: skip
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
     count, length, run = shape(d, weight is not None)
-    long = (count <= FEW and length >= SWEPT) or length * max(x.itemsize, 4) >= ALWAYS
-    if weight is not None and d[1] == d[3] == 1 and long:
+    if weight is not None and _in_chunks(d, x.itemsize, FEW, SWEPT, ALWAYS):
         return _swept_train(x, out, weight, bias, count, length, eps)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
@@ -82,6 +81,12 @@ def _swept_train(
     work = (x, out, weight, bias, stats, count, length, tuning.streams(x, out))
     pool.run(sets_long.normalise, work, units, parallel)
     return stats
+
+
+def _in_chunks(d: Sizes, itemsize: int, few: int, swept: int, always: int) -> bool:
+    """Tell whether ``sets_long`` takes layer norm with an affine, in chunks of columns."""
+    B, G, C, S = d
+    return G == S == 1 and ((few >= B and swept <= C) or C * max(itemsize, 4) >= always)
 
 
 def in_fours(d: Sizes, itemsize: int) -> bool:
@@ -130,8 +135,7 @@ def backward(
     per, room = sums(d, weight is not None)
     if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
-    long = (count <= FEW_BACK and length >= SWEPT_BACK) or length * max(x.itemsize, 4) >= ALWAYS_BACK
-    if weight is not None and G == S == 1 and long:
+    if weight is not None and _in_chunks(d, x.itemsize, FEW_BACK, SWEPT_BACK, ALWAYS_BACK):
         return _swept_backward(x, grad, out, weight, stats, count, length)
     parts = recycled.empty((room,), WIDE)
     parts.fill(0.0)

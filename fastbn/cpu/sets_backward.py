@@ -20,12 +20,12 @@ from numba import types
 from numba.core.extending import overload
 
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.ahead import ask_two
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.finalize import trusted
 from fastbn.cpu.sets import NEAR, RUN, across, constants, inner
 from fastbn.cpu.sets_parameters import ROWS, put_away
 from fastbn.cpu.simd import (
-    ask,
     base,
     blend,
     empty,
@@ -76,13 +76,6 @@ def sum_step(x, g, w, dw, db, i, col, c, s, q):
     add_to(dw, col, h * v)
     add_to(db, col, h)
     return s + u, fma(u, v, q)
-
-
-@part
-def ask_two(x, g, i):
-    """Ask for a line of each tensor."""
-    ask(x, i)
-    ask(g, i)
 
 
 @part

@@ -18,11 +18,11 @@ import numpy as np
 
 from fastbn.cpu import tuning
 from fastbn.cpu._jit import helper, jit, part
+from fastbn.cpu.ahead import ask_two
 from fastbn.cpu.elements import by_element, place, room
 from fastbn.cpu.sets import block_sets, constants, output_part, settle, sum_set, value, write_seam
 from fastbn.cpu.sets_backward import (
     add_to,
-    ask_two,
     early,
     late,
     sum_elements,

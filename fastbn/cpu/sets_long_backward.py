@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 from fastbn.cpu._jit import helper, jit, part
-from fastbn.cpu.sets_backward import ask_two, gradient, spread, sum_elements, weighed, wide_sums
+from fastbn.cpu.ahead import ask_two
+from fastbn.cpu.sets_backward import gradient, spread, sum_elements, weighed, wide_sums
 from fastbn.cpu.sets_four import IN_A_ROW, centred, centred_part, known, known_four, spread3, sum_four
 from fastbn.cpu.sets_long import CHUNK, before, chunks, cut, sums_of
 from fastbn.cpu.sets_parameters import ROWS, put_away

@@ -63,9 +63,8 @@ def _count(v, least, most, one, found):
 @jit
 def beyond(g, limit):
     """Tell whether a number is larger than ``limit`` either way, or none. Floor: one read."""
-    n, W = g.size, lanes(base(g))
-    g = base(g)
-    i, low, high, one = 0, splat(g, -limit), splat(g, limit), splat(g, 1.0)
+    n, g = g.size, base(g)
+    W, i, low, high, one = lanes(g), 0, splat(g, -limit), splat(g, limit), splat(g, 1.0)
     a = b = splat(g, 0.0)
     while i + 2 * W <= n:
         a, b = _count(load(g, i), low, high, one, a), _count(load(g, i + W), low, high, one, b)

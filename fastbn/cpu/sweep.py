@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from fastbn.cpu import tuning
 from fastbn.cpu._jit import part
-from fastbn.cpu.ahead import NEAR, ask_four
+from fastbn.cpu.ahead import NEAR, ask_four, ask_two
 from fastbn.cpu.simd import (
     ask,
     blend,
@@ -115,10 +115,8 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q, half=None):
     while i + 4 * W <= end:
         if half is not None:
             a = half + (i - at) // 2
-            ask(x, a)
-            ask(g, a)
-            ask(x, a + W)
-            ask(g, a + W)
+            ask_two(x, g, a)
+            ask_two(x, g, a + W)
         elif g is not None:
             ask_four(x, i + far)
             ask_four(g, i + far)
@@ -130,11 +128,9 @@ def sum_run(x, g, y, dr, at, n, far, m, k, b, relu, s, q, half=None):
     q, q1, q2, q3 = squares
     while i + W <= end:
         if half is not None:
-            ask(x, half + (i - at) // 2)
-            ask(g, half + (i - at) // 2)
+            ask_two(x, g, half + (i - at) // 2)
         elif g is not None:
-            ask(x, i + far)
-            ask(g, i + far)
+            ask_two(x, g, i + far)
         v0 = load(x, i) - m
         u0 = term(load(g, i), v0, load(y, i), k, b, relu)
         stream(dr, i, u0)

@@ -53,5 +53,5 @@ def streams(*tensors: Array | None, least: int | None = None, over: tuple[Array 
     """
     if sum(t.nbytes for t in tensors if t is not None) < (STREAM if least is None else least):
         return False
-    result, *inputs = [t.ctypes.data for t in over if t is not None] or [0]
-    return result not in inputs
+    places = [t.ctypes.data for t in over if t is not None]
+    return not places or places[0] not in places[1:]
