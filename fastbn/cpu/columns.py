@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from fastbn.cpu._jit import helper, part
-from fastbn.cpu.finalize import affine, gradients, keep, near, resolve, trusted
+from fastbn.cpu.finalize import affine, gradients_of, keep, near, resolve, trusted
 from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded, splat, store, store_n
 
 
@@ -121,6 +121,17 @@ def spread_pivots(x, dims, block, m):
     repeat(m, (c1 - c0) * S, width)
 
 
+@part
+def _scatter(values, count, S, columns):
+    """Give the S columns of each channel its number."""
+    if S == 1:
+        for j in range(count):
+            put(columns, j, get(values, j))
+    else:
+        for j in range(count):
+            fill(columns, j, S, get(values, j))
+
+
 @helper
 def spread_affine(x, stats, weight, bias, dims, block, m, k, b):
     """(m, k, b) = the affine map of each column's channel (see ``finalize.affine``), and of one more vector's.
@@ -185,18 +196,19 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
     if S > 1:
         _gather(s, end - first, S)
         _gather(q, end - first, S)
-    fine = True
-    for c in range(first, end):
-        j = c - first
-        mc, k, b = affine(stats, weight, bias, C, c, x)
-        total_s, total_q = get(s, j), get(q, j)
-        if masked:
-            fine = fine and math.isfinite(total_s) and math.isfinite(total_q)
-        else:
-            total_s, total_q = trusted(total_s, total_q, x, g, y, N, C, S, c, mc, k, b, relu)
-        a1, a0 = gradients(stats, weight, dweight, dbias, C, c, N * S, mc, total_s, total_q, frozen)
-        fill(c1, j, S, a1)
-        fill(c0, j, S, a0)
+    n, unsure = end - first, 0
+    for j in range(n):
+        unsure += not (math.isfinite(get(s, j)) and math.isfinite(get(q, j)))
+    if unsure > 0 and not masked:
+        for j in range(n):
+            c = first + j
+            mc, k, b = affine(stats, weight, bias, C, c, x)
+            total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, c, mc, k, b, relu)
+            put(s, j, total_s)
+            put(q, j, total_q)
+    gradients_of(x, stats, dweight, dbias, C, first, n, N * S, s, q, frozen)
+    _scatter(q, n, S, c1)
+    _scatter(s, n, S, c0)
     repeat(c1, period, width + lanes(x))
     repeat(c0, period, width + lanes(x))
-    return fine
+    return not (masked and unsure > 0)

@@ -173,3 +173,25 @@ def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
         return 0.0, 0.0
     c1 = -invstd * dw / n  # without the factor k = weight*invstd it stays in float32's range as long as x does
     return c1, -s / n - c1 * rest
+
+
+@part
+def gradients_of(x, stats, dweight, dbias, C, first, count, n, s, q, frozen):
+    """``gradients`` of ``count`` channels from their sums s and q; c0 takes the place of s, c1 that of q.
+
+    An array a loop, see ``invstds``: gradients of (64, 100) take 0.95 of the time, of (16, 1048576) 0.82. Multiplied
+    by 1/n 0.93; but 49 * (1/49) is not 1, and dx of equal gradients would not be 0.
+    """
+    for j in range(count):
+        mean = get(stats, first + j)
+        about = get(q, j) - (mean - rounded(x, mean)) * get(s, j)
+        put(q, j, (about if math.isfinite(get(s, j)) else get(q, j)) * get(stats, C + first + j))
+    for j in range(count):
+        put(dbias, first + j, get(s, j))
+    for j in range(count):
+        put(dweight, first + j, get(q, j))
+    for j in range(count):
+        put(q, j, 0.0 if frozen else -get(stats, C + first + j) * get(q, j) / n)
+    for j in range(count):
+        mean = get(stats, first + j)
+        put(s, j, 0.0 if frozen else -get(s, j) / n - get(q, j) * (mean - rounded(x, mean)))
