@@ -22,6 +22,8 @@ from bench.worker import TOLERANCE, burst, error
 PLACES = (0, 16, 48, 64, 128, 2048)  # bytes further into its page than x
 OPS = ("infer", "train", "backward")
 CASES = [Case(op, shape) for shape in (*RESNET50[1:5], (8192, 1024), (65536, 64)) for op in OPS]
+CASES += [Case(op, shape) for shape in ((64, 100), (1024, 256)) for op in (*OPS, "train_fused")]  # in the cache
+CASES += [Case(op, (32, 32, 14, 14), layout) for op in OPS for layout in ("channels_first", "channels_last")]
 CASES += [Case(op, shape) for shape in ((8192, 1024), (65536, 128)) for op in ("layer_norm", "layer_norm_backward")]
 CASES += [Case(op, (32, 64, 56, 56)) for op in ("group_norm", "group_norm_backward")]
 

@@ -15,7 +15,7 @@ from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded,
 
 
 @part
-def phase(y, i, V, streamed):
+def phase(y, i, V):
     """How many places column constants are moved so that they begin a line where y + i does, row by row of V columns.
 
     ``band_normalise`` writes whole lines. Constants at other addresses are two lines a load each, 1.1x in all.
@@ -23,7 +23,7 @@ def phase(y, i, V, streamed):
     if y is None:
         return 0
     W = lanes(y)
-    return (W - head(y, i)) % W if streamed and V % W == 0 else 0
+    return (W - head(y, i)) % W if V % W == 0 else 0
 
 
 @part

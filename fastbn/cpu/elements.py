@@ -24,7 +24,7 @@ def place(to, y, L):
 
     Elsewhere each load of them is two lines, 1.25x where y begins inside of one.
     """
-    return to + phase(y, 0, L, True)
+    return to + phase(y, 0, L)
 
 
 @helper

@@ -77,7 +77,7 @@ def train(
         nothing_yet(x, v1 - v0, ts, tq)
         band_sums(x, None, None, None, T, T > NEAR, V, 0, R, v0, v1, v0, m, m, m, None, s, q, ts, tq)
         settle_moments(x, dims, block, m, ts, tq, stats, running_mean, running_var, tracked, eps, momentum, False)
-        d = phase(y, v0, V, streamed)
+        d = phase(y, v0, V)
         spread_affine(x, stats, weight, bias, dims, block, m + d, k + d, b + d)
         band_normalise(x, residual, y, T, T > NEAR, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
@@ -101,7 +101,7 @@ def infer(x, residual, y, weight, bias, stats, dims, V, per, relu, streamed, cla
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
         hi, v0, v1 = _block(lo, per, dims, V)
-        d = phase(y, v0, V, streamed)
+        d = phase(y, v0, V)
         spread_affine(x, stats, weight, bias, dims, (lo, hi, v1 - v0), m + d, k + d, b + d)
         band_normalise(x, residual, y, T, T > NEAR, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
@@ -129,7 +129,7 @@ def infer_by(x, residual, y, weight, bias, stats, mean, var, eps, dims, V, per, 
     while lo < dims[1]:
         hi, v0, v1 = _block(lo, per, dims, V)
         put_given(stats, hi - lo, mean + lo, var + lo, eps)
-        d, alone = phase(y, v0, V, streamed), (dims[0], hi - lo, S)
+        d, alone = phase(y, v0, V), (dims[0], hi - lo, S)
         spread_affine(x, stats, weight + lo, bias + lo, alone, (0, hi - lo, v1 - v0), m + d, k + d, b + d)
         band_normalise(x, residual, y, T, T > NEAR, V, 0, R, v0, v1, v0, m + d, k + d, b + d, relu, streamed)
         fence()
@@ -154,7 +154,7 @@ def backward(x, g, y, dx, dr, weight, bias, dweight, dbias, stats, dims, V, per,
     lo = fetch_add(claim, 0, per)
     while lo < dims[1]:
         hi, v0, v1 = _block(lo, per, dims, V)
-        block, m = (lo, hi, v1 - v0), s + (2 * wide + phase(dx, v0, V, streamed))
+        block, m = (lo, hi, v1 - v0), s + (2 * wide + phase(dx, v0, V))
         k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
         spread_affine(x, stats, weight, bias, dims, block, m, k, b)
         nothing_yet(x, v1 - v0, ts, tq)

@@ -36,7 +36,7 @@ def _count(T, V, height, width):
 @part
 def column_constants(x, out, columns, V, streamed):
     """Where m lies of the constants for ``out``, which is None for pivots."""
-    return like(x, aligned(columns)) + phase(out, 0, V, streamed)
+    return like(x, aligned(columns)) + phase(out, 0, V)
 
 
 @jit

@@ -145,14 +145,20 @@ def test_wherever_arrays_begin(shape, dtype, rng, monkeypatch):
     c = case(rng, shape, dtype, activation=None, residual=True)
     grad = rng.standard_normal(shape).astype(dtype)
     expected = every_result(c, Room(0), grad)
+
+    def check(offset):
+        room = Room(offset)
+        assert all(same_bits(a, b) for a, b in zip(every_result(c, room, grad), expected, strict=True)), offset
+        assert room.kept(), offset
+
+    for offset in (1, 4, 27):
+        check(offset)
     for name in ("STREAM", "READ_ONCE", "READ_ONCE_RUNS"):
         monkeypatch.setattr(tuning, name, 0)
     for known in ("_train", "_infer", "_backward", "_others"):  # what is known remembers not to stream
         monkeypatch.setattr(quick, known, {})
     for offset in (0, 1, 4, 8, 13, 27):
-        room = Room(offset)
-        assert all(same_bits(a, b) for a, b in zip(every_result(c, room, grad), expected, strict=True)), offset
-        assert room.kept(), offset
+        check(offset)
 
 
 # Added row by row and two at a time, a matrix of rows laid side by side whose last one is short, runs.
