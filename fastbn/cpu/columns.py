@@ -7,10 +7,8 @@ c0 + (j // S) % (c1 - c0). Either the block is one of many in a matrix that is n
 
 from __future__ import annotations
 
-import math
-
 from fastbn.cpu._jit import helper, part
-from fastbn.cpu.finalize import affine, gradients_of, keep, near, resolve, trusted
+from fastbn.cpu.finalize import affine, finite_sums, gradients_of, keep, moments_of
 from fastbn.cpu.simd import get, head, lanes, least, load, load_n, put, rounded, splat, store, store_n
 
 
@@ -164,20 +162,8 @@ def settle_moments(x, dims, block, m, s, q, stats, running_mean, running_var, tr
     if S > 1:
         _gather(s, c1 - c0, S)
         _gather(q, c1 - c0, S)
-    far = 0
-    for j in range(c1 - c0):  # no calls in here: LLVM makes vectors of it, 3x over channel by channel
-        mean, var, fine = near(get(m, j * S), get(s, j), get(q, j), N * S, eps)
-        put(stats, c0 + j, mean)
-        put(stats, 2 * C + c0 + j, var)
-        far += not fine
-    if far > 0:
-        if masked:
-            return False
-        for c in range(c0, c1):
-            j = c - c0
-            mean, var = resolve(x, N, C, S, c, get(m, j * S), get(s, j), get(q, j), eps)
-            put(stats, c, mean)
-            put(stats, 2 * C + c, var)
+    if not moments_of(x, N, C, S, c0, c1, m, S, s, q, stats, eps, not masked):
+        return False
     keep(stats, running_mean, running_var, tracked, C, c0, c1, N * S, eps, momentum)
     return True
 
@@ -196,19 +182,11 @@ def settle_gradients(x, g, y, dims, block, m, s, q, stats, weight, bias, dweight
     if S > 1:
         _gather(s, end - first, S)
         _gather(q, end - first, S)
-    n, unsure = end - first, 0
-    for j in range(n):
-        unsure += not (math.isfinite(get(s, j)) and math.isfinite(get(q, j)))
-    if unsure > 0 and not masked:
-        for j in range(n):
-            c = first + j
-            mc, k, b = affine(stats, weight, bias, C, c, x)
-            total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, c, mc, k, b, relu)
-            put(s, j, total_s)
-            put(q, j, total_q)
+    n = end - first
+    fine = finite_sums(x, g, y, N, C, S, first, n, s, q, stats, weight, bias, relu, not masked)
     gradients_of(x, stats, dweight, dbias, C, first, n, N * S, s, q, frozen)
     _scatter(q, n, S, c1)
     _scatter(s, n, S, c0)
     repeat(c1, period, width + lanes(x))
     repeat(c0, period, width + lanes(x))
-    return not (masked and unsure > 0)
+    return fine

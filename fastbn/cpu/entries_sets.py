@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from numba import types
 
-from fastbn.cpu import gates_sets, launch_sets, sets, sets_backward, sets_four
+from fastbn.cpu import gates_sets, launch_sets
 from fastbn.cpu.entries import F32, F64, FLOAT, INT, Entry, address_of, compiled
 from fastbn.cpu.objects import handle, readable
 
@@ -30,18 +29,16 @@ def find(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] 
     """
     if not launch_sets.is_small(d) or not readable():
         return None
-    count, L, run = launch_sets.shape(d, affine=True, back=op == "backward")
-    short = run is None and (launch_sets.in_fours(d, 4) if op == "train" else launch_sets.in_fours_back(d, 4, True))
-    place = [INT] * 3 if short else [INT] * 4 + [types.none if run is None else INT]
+    B, G, C, S = d
+    kernel, place = (launch_sets.forward_kernel if op == "train" else launch_sets.backward_kernel)(d, 4, True)
+    run = place[-1] if len(place) > 1 else None
     last = types.boolean, types.Array(types.int64, 1, "C")
-    kernel: Any
+    kinds = [INT] * 2 + [types.none if n is None else INT for n in place]
     if op == "train":
-        kernel = sets_four.train if short else sets.train
-        address = address_of(kernel, (*[F32] * 4, F64, F32, *place, FLOAT, *last))
+        address = address_of(kernel, (*[F32] * 4, F64, F32, *kinds, FLOAT, *last))
     else:
-        kernel = sets_four.backward if short else sets_backward.backward
-        address = address_of(kernel, (*[F32] * 4, F64, F64, F32, *place, INT, *last))
-    if address is None or (code := _code(op, short, run is not None)) is None:
+        address = address_of(kernel, (*[F32] * 4, F64, F64, F32, *kinds, INT, *last))
+    if address is None or (code := _code(op, len(place) == 1, run is not None)) is None:
         return None
-    numbers = address, count, L, d[2], d[3], None if short else d[1], run
-    return code, numbers if op == "train" else (*numbers, *launch_sets.sums(d, affine=True))
+    numbers = address, B * G, C // G * S, C, S, None if len(place) == 1 else G, run
+    return code, numbers if op == "train" else (*numbers, *launch_sets.sums(d, True, 4))

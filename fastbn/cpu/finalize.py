@@ -97,6 +97,28 @@ def resolve(x, N, C, S, c, start, s, q, eps):
     return wide_sums(x, N, C, S, c)
 
 
+@helper
+def moments_of(x, N, C, S, c0, c1, start, step, s, q, stats, eps, again):
+    """Save means and variances of channels c0..c1 - 1 from their sums s and q, each about its number in ``start``.
+
+    Takes those that cannot be trusted again, or, not ``again``, returns False.
+    """
+    far = 0
+    for j in range(c1 - c0):  # no calls in here: LLVM makes vectors of it, 3x over channel by channel
+        mean, var, fine = near(get(start, j * step), get(s, j), get(q, j), N * S, eps)
+        put(stats, c0 + j, mean)
+        put(stats, 2 * C + c0 + j, var)
+        far += not fine
+    if far > 0:
+        if not again:
+            return False
+        for j in range(c1 - c0):
+            mean, var = resolve(x, N, C, S, c0 + j, get(start, j * step), get(s, j), get(q, j), eps)
+            put(stats, c0 + j, mean)
+            put(stats, 2 * C + c0 + j, var)
+    return True
+
+
 @part
 def keep(stats, running_mean, running_var, tracked, C, c0, c1, n, eps, momentum):
     """Save the invstds of channels c0..c1 - 1, whose means and variances are saved; move their running statistics."""
@@ -173,6 +195,23 @@ def gradients(stats, weight, dweight, dbias, C, c, n, m, s, q, frozen):
         return 0.0, 0.0
     c1 = -invstd * dw / n  # without the factor k = weight*invstd it stays in float32's range as long as x does
     return c1, -s / n - c1 * rest
+
+
+@helper
+def finite_sums(x, g, y, N, C, S, first, count, s, q, stats, weight, bias, relu, again):
+    """Take sums of ``count`` channels again where they are not finite, or, not ``again``, return False."""
+    unsure = 0
+    for j in range(count):
+        unsure += not (math.isfinite(get(s, j)) and math.isfinite(get(q, j)))
+    if unsure > 0:
+        if not again:
+            return False
+        for j in range(count):
+            m, k, b = affine(stats, weight, bias, C, first + j, x)
+            total_s, total_q = trusted(get(s, j), get(q, j), x, g, y, N, C, S, first + j, m, k, b, relu)
+            put(s, j, total_s)
+            put(q, j, total_q)
+    return True
 
 
 @part

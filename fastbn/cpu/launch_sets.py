@@ -22,6 +22,7 @@ from fastbn.cpu import (
     sets_four,
     sets_long,
     sets_long_backward,
+    sets_of_channels,
     sets_parameters,
     tuning,
 )
@@ -48,25 +49,50 @@ def _kind(wide: bool) -> Array:
     return np.empty(0, np.float64 if wide else np.float32)
 
 
-def shape(d: Sizes, affine: bool, back: bool = False) -> tuple[int, int, int | None]:
-    """Return the number of sets, their length, and the length of a run if the affine comes by run."""
-    B, G, C, S = d
-    return B * G, C // G * S, S if affine and (LONG_BACK if back else LONG) <= S else None
+def of_channels(d: Sizes, itemsize: int) -> bool:
+    """Tell whether ``sets_of_channels`` takes instance norm; a set is at least a vector."""
+    _, G, C, S = d
+    return G == C > 1 and (32 if itemsize == 2 else 16) <= S < sets_of_channels.LONG
+
+
+def forward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[int | None, ...]]:
+    """Return the kernel, and what it takes behind the length of a set."""
+    _, G, _, S = d
+    if affine and of_channels(d, itemsize):
+        return sets_of_channels.train, (G, S, S)
+    run = S if affine and S >= LONG else None
+    return (sets_four.train, (S,)) if run is None and in_fours(d, itemsize) else (sets.train, (G, S, run))
+
+
+def backward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[int | None, ...]]:
+    """Return the same for gradients."""
+    _, G, _, S = d
+    if affine and of_channels(d, itemsize):
+        return sets_of_channels.backward, (G, S, S)
+    run = S if affine and S >= LONG_BACK else None
+    if run is None and in_fours_back(d, itemsize, affine):
+        return sets_four.backward, (S,)
+    return sets_backward.backward, (G, S, run)
+
+
+def _ones(x: Array, C: int) -> Array:
+    return np.ones(C, _kind(x.itemsize == 8).dtype)
 
 
 def train(
     x: Array, out: Array, weight: Array | None, bias: Array | None, d: Sizes, eps: float
 ) -> Array:  # fmt: skip
     """Normalise each set by its own statistics into ``out``; returns the statistics."""
-    count, length, run = shape(d, weight is not None)
+    B, G, C, S = d
+    count, length = B * G, C // G * S
     if weight is not None and _in_chunks(d, x.itemsize, FEW, SWEPT, ALWAYS):
         return _swept_train(x, out, weight, bias, count, length, eps)
+    if weight is None and of_channels(d, x.itemsize):
+        weight, bias = _ones(x, C), np.zeros_like(_ones(x, C))
+    kernel, place = forward_kernel(d, x.itemsize, weight is not None)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
-    if run is None and in_fours(d, x.itemsize):
-        pool.run(sets_four.train, (*arrays, d[3], eps, streamed), count, parallel)
-    else:
-        pool.run(sets.train, (*arrays, d[1], d[3], run, eps, streamed), count, parallel)
+    pool.run(kernel, (*arrays, *place, eps, streamed), count, parallel)
     return stats
 
 
@@ -107,10 +133,15 @@ def is_small(d: Sizes) -> bool:
     return B * C * S < tuning.PARALLEL and not (G == S == 1 and C >= SWEPT_BACK)
 
 
-def sums(d: Sizes, affine: bool) -> tuple[int, int]:
+def _singly(d: Sizes, itemsize: int) -> bool:
+    """Tell whether gradients of the affine are added element by element, not run by run."""
+    return d[3] < LONG_BACK and not of_channels(d, itemsize)
+
+
+def sums(d: Sizes, affine: bool, itemsize: int) -> tuple[int, int]:
     """Return how many samples share sums of parameter gradients, and how many numbers these are."""
     B, _, C, S = d
-    if not affine or S >= LONG_BACK:
+    if not (affine and _singly(d, itemsize)):
         return max(1, B // BLOCKS), 2 * B * C if affine else 0
     per = max(LEAST, -(-B // BLOCKS), min(sets_parameters.ROWS, GRAIN // (C * S)))
     return per, -(-B // per) * 2 * C
@@ -130,25 +161,24 @@ def backward(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Input gradient into ``out``, which may be grad; returns dweight and dbias, zero without a weight."""
     B, G, C, S = d
-    count, length, run = shape(d, weight is not None, back=True)
-    kind = _kind(x.itemsize == 8)
-    per, room = sums(d, weight is not None)
-    if weight is not None and run is None and np.may_share_memory(grad, out) and _large(grad, length):
+    count, length, affine, kind = B * G, C // G * S, weight is not None, _kind(x.itemsize == 8)
+    if weight is None and of_channels(d, x.itemsize):
+        weight = _ones(x, C)
+    kernel, place = backward_kernel(d, x.itemsize, weight is not None)
+    per, room = sums(d, weight is not None, x.itemsize)
+    singly = weight is not None and _singly(d, x.itemsize)
+    if singly and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
     if weight is not None and _in_chunks(d, x.itemsize, FEW_BACK, SWEPT_BACK, ALWAYS_BACK):
         return _swept_backward(x, grad, out, weight, stats, count, length)
     parts = recycled.empty((room,), WIDE)
     parts.fill(0.0)
-    streamed = tuning.streams(x, grad, out, over=(out, grad))
     tensors, parallel = (x, grad, out, weight, stats, parts, kind, count, length), x.size >= tuning.PARALLEL
-    if run is None and in_fours_back(d, x.itemsize, weight is not None):
-        pool.run(sets_four.backward, (*tensors, S, per, streamed), B, parallel)
-    else:
-        pool.run(sets_backward.backward, (*tensors, G, S, run, per, streamed), B, parallel)
-    if weight is None:
+    pool.run(kernel, (*tensors, *place, per, tuning.streams(x, grad, out, over=(out, grad))), B, parallel)
+    if not affine:
         return np.zeros(C), np.zeros(C)
     found = parts.reshape(2, -1, C).sum(1)
-    if run is None and not np.isfinite(found).all():
+    if singly and not np.isfinite(found).all():
         wide = np.zeros((2, C * S))
         sets_parameters.wide_parameters(x, grad, stats, wide.reshape(-1), count, length, G)
         found = np.where(np.isfinite(found), found, wide.reshape(2, C, S).sum(2))

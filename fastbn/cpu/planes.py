@@ -275,31 +275,36 @@ def train(
     return scratch.size + sums.size
 
 
+@helper
+def write_runs(x, residual, y, table, per, j, lo, hi, S, relu, streamed):
+    """Write the runs lo..hi - 1, one stretch, with ``constants`` of the block's channels j % per and so on."""
+    at, c = lo * S, constants(table, per, j)
+    i = write_head(x, residual, y, at, S, c, relu)
+    for run in range(lo, hi):
+        end = (run + 1) * S
+        i = normalise_run(x, residual, y, i, end, c, relu, streamed)
+        if run + 1 < hi:
+            d = constants(table, per, (j + run + 1 - lo) % per)
+            if i < end:
+                normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
+                i += lanes(x)
+            c = d
+        elif i < end:
+            store_n(y, i, normalise_part(x, residual, y, i, end - i, c, relu), end - i)
+
+
 @jit
 def infer(x, residual, y, weight, bias, stats, N, C, S, relu, streamed, claim):
     """Inference with the statistics in ``stats``. Floor: one read, one write. Blocks are stretches of runs (n, c)."""
     x, y, residual = split(base(x)), split(base(y)), split(base(residual))
     scratch = empty(3 * C, weight)
     weight, bias, stats, claim, table = base(weight), base(bias), base(stats), base(claim), base(scratch)
-    W, per = lanes(x), most(1, BLOCK // S)
+    per = most(1, BLOCK // S)
     tabulate(x, stats, weight, bias, table, C, C, 0, C)
     lo = fetch_add(claim, 0, per)
     while lo < N * C:
         hi = least(lo + per, N * C)
-        at = lo * S
-        c = constants(table, C, lo % C)
-        i = write_head(x, residual, y, at, S, c, relu)
-        for run in range(lo, hi):
-            end = (run + 1) * S
-            i = normalise_run(x, residual, y, i, end, c, relu, streamed)
-            if run + 1 < hi:
-                d = constants(table, C, (run + 1) % C)
-                if i < end:
-                    normalise_seam(x, residual, y, i, end - i, c, d, relu, streamed)
-                    i += W
-                c = d
-            elif i < end:
-                store_n(y, i, normalise_part(x, residual, y, i, end - i, c, relu), end - i)
+        write_runs(x, residual, y, table, C, lo % C, lo, hi, S, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = fetch_add(claim, 0, per)

@@ -33,7 +33,7 @@ JOINED, joined = tuning.CORE_CACHE > 0, planes_joined.backward
 
 
 @helper
-def _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu, streamed):
+def gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, following, relu, streamed):
     """Row r: write dx and dr of the channels lo..hi - 1, one stretch; ask for those from ``following`` on."""
     W, at = lanes(x), (r * C + lo) * S
     i, c = at + least(head(dx, at), S), gradient_constants(table, per, 0)
@@ -100,7 +100,7 @@ def backward(x, g, y, dx, dr, early, weight, bias, dweight, dbias, stats, N, C, 
         following = fetch_add(claim, 0, per)
         next_lo = following if following < C else lo
         for r in range(N - 1, -1, -1):
-            _gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, next_lo, relu, streamed)
+            gradient_row(x, g, y, dx, dr, table, per, r, C, S, lo, hi, next_lo, relu, streamed)
         fence()
         fetch_add(claim, 1, hi - lo)
         lo = following
