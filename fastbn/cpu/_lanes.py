@@ -11,7 +11,7 @@ from numba.core.extending import intrinsic, lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 from fastbn.cpu._tails import elements_below
-from fastbn.cpu._vectors import F64, I32, Vector, broadcast, nothing, vector_of, vector_pointer
+from fastbn.cpu._vectors import F64, I32, Vector, broadcast, vector_of
 
 
 @intrinsic
@@ -148,35 +148,28 @@ def _halves_of(builder, u, v, step):
 
 
 @intrinsic
-def put_totals(typingctx, s, q, i, s0, s1, s2, s3, q0, q1, q2, q3):
-    """Put the sums of the lanes of four vectors to s[i:i+4], of four others to q[i:i+4], in float64.
+def totals(typingctx, s0, s1, s2, s3, q0, q1, q2, q3):
+    """Sums of the lanes of eight vectors in float64, in that order.
 
-    Vectors are halved together: two shuffles for two of them instead of one each. All but the last additions are in the
-    lanes' type.
+    Vectors are halved together: two shuffles for two of them instead of one each, and one conversion for all. All but
+    the last additions are in the lanes' type.
     """
+    each = s0.lanes // 8
 
     def codegen(ctx, builder, sig, args):
-        s, q, i, s0, s1, s2, s3, q0, q1, q2, q3 = args
-        values, step = [s0, q0, s2, q2, s1, q1, s3, q3], sig.args[3].lanes // 2
+        s0, s1, s2, s3, q0, q1, q2, q3 = args
+        values, step = [s0, q0, s2, q2, s1, q1, s3, q3], sig.args[0].lanes // 2
         while len(values) > 1:
             values = [_halves_of(builder, *values[j : j + 2], step) for j in range(0, len(values), 2)]
             step //= 2
-        value, each = values[0], sig.args[3].lanes // 8
-        if sig.args[3].bits == 32:
+        value = values[0]
+        if sig.args[0].bits == 32:
             value = builder.fpext(value, ir.VectorType(F64, 8 * each))
-        sums = []
-        for start in (0, 4 * each):
-            parts = [
-                builder.shuffle_vector(
-                    value, value, ir.Constant(ir.VectorType(I32, 4), list(range(start + o, start + 4 * each, each)))
-                )
-                for o in range(each)
-            ]
-            while len(parts) > 1:
-                parts = [builder.fadd(*parts[j : j + 2]) for j in range(0, len(parts), 2)]
-            sums.append(parts[0])
-        for to, found in zip((s, q), sums, strict=True):
-            builder.store(found, vector_pointer(builder, to, i, found.type), align=8)
-        return nothing(ctx, builder, sig, args)
+        order = [ir.Constant(ir.VectorType(I32, 8), list(range(o, 8 * each, each))) for o in range(each)]
+        parts = [builder.shuffle_vector(value, value, o) for o in order]
+        while len(parts) > 1:
+            parts = [builder.fadd(*parts[j : j + 2]) for j in range(0, len(parts), 2)]
+        numbers = [builder.extract_element(parts[0], ir.Constant(I32, j)) for j in range(8)]
+        return ctx.make_tuple(builder, sig.return_type, numbers)
 
-    return types.void(s, q, i, s0, s1, s2, s3, q0, q1, q2, q3), codegen
+    return types.UniTuple(types.float64, 8)(s0, s1, s2, s3, q0, q1, q2, q3), codegen

@@ -16,7 +16,7 @@ stores (2x on the write) and picks another rounding for the scalar remainder of 
 
 from __future__ import annotations
 
-from fastbn.cpu._lanes import blend, first, fma, put_totals, rounded, splat, total, where_nonzero, where_positive
+from fastbn.cpu._lanes import blend, first, fma, rounded, splat, total, totals, where_nonzero, where_positive
 from fastbn.cpu._memory import (
     after,
     aligned,
@@ -67,7 +67,6 @@ __all__ = [
     "most",
     "prefetch",
     "put",
-    "put_totals",
     "rounded",
     "signs",
     "splat",
@@ -76,6 +75,7 @@ __all__ = [
     "store_n",
     "stream",
     "total",
+    "totals",
     "vector_of",
     "where_nonzero",
     "where_positive",

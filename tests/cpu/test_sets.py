@@ -98,7 +98,9 @@ def test_constant_sets_give_the_bias(rng, d):
         )
 
 
-@pytest.mark.parametrize("d", [(41, 1, 7, 1), (70, 1, 768, 1), (9, 3, 6, 5), (3, 2, 6, 131), (3, 1, 16421, 1), (3, 5, 5, 49)], ids=str)
+@pytest.mark.parametrize(
+    "d", [(41, 1, 7, 1), (70, 1, 768, 1), (9, 3, 6, 5), (3, 2, 6, 131), (3, 1, 16421, 1), (3, 5, 5, 49)], ids=str
+)
 def test_not_finite_values_stay_in_their_set(rng, d):
     x, weight, bias = draw(rng, d, np.float32)
     for value in (np.nan, np.inf, -np.inf):

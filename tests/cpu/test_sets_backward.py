@@ -71,7 +71,9 @@ def test_backward(rng, monkeypatch, d, dtype):
 
 
 @pytest.mark.parametrize(
-    "d", [(301, 1, 67, 1), (9, 3, 6, 5), (40, 2, 6, 131), (900, 1, 768, 1), (3, 1, 40021, 1), (131, 67, 67, 33)], ids=str
+    "d",
+    [(301, 1, 67, 1), (9, 3, 6, 5), (40, 2, 6, 131), (900, 1, 768, 1), (3, 1, 40021, 1), (131, 67, 67, 33)],
+    ids=str,
 )
 def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, monkeypatch, d):
     monkeypatch.setattr(tuning, "STREAM", 0)
