@@ -79,7 +79,7 @@ def _streamed(op: str, p: plans.Plan, dims: Dims, fused: bool) -> bool:
 
 def gated(op: str, dims: Dims, fused: bool) -> bool:
     """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
-    p = plans.plan(dims, once=op == "infer")
+    p = plans.plan(dims, once=4 if op == "infer" else 0)
     if p.kind == "planes":
         return not (op == "backward" and fused and _streamed(op, p, dims, fused))
     if op == "infer":
@@ -106,7 +106,7 @@ def find(
     """
     if not readable():
         return None
-    p = plans.plan(dims, once=op == "infer")
+    p = plans.plan(dims, once=4 if op == "infer" else 0)
     by_rows = p.kind != "planes"
     activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]

@@ -29,7 +29,8 @@ def keeps_signs(
     """
     if relu is None or residual is None:
         return False
-    return tuning.streams(x, residual, out, least=plans.streams_from(plans.plan(dims, plans.lanes_of(x), once), once))
+    p = plans.plan(dims, plans.lanes_of(x), x.itemsize if once else 0)
+    return tuning.streams(x, residual, out, least=plans.streams_from(p, once))
 
 
 def _together(p: plans.Plan, signs: Array | None) -> bool:
@@ -110,7 +111,7 @@ def infer_by(
     dims: Dims, relu: bool | None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` by a mean and a variance."""
-    p = plans.plan(dims, plans.lanes_of(x), once=True)
+    p = plans.plan(dims, plans.lanes_of(x), x.itemsize)
     if not plans.many(p, dims[1]):
         infer(x, residual, out, weight, bias, given(mean, var, eps), dims, relu)
         return
@@ -124,7 +125,7 @@ def infer(
     relu: bool | None, signs: Array | None = None,
 ) -> None:  # fmt: skip
     """Inference into ``out`` with the means and invstds in ``stats``."""
-    p = plans.plan(dims, plans.lanes_of(x), once=True)
+    p = plans.plan(dims, plans.lanes_of(x), x.itemsize)
     N, C, S = dims
     over = (out, x, residual) if signs is None else ()
     streamed = tuning.streams(x, residual, out, least=plans.streams_from(p, once=True), over=over)

@@ -35,7 +35,14 @@ def test_the_shapes_of_the_tests_reach_every_kernel(kind, shape):
 ], ids=str)  # fmt: skip
 def test_runs_that_are_short_or_far_apart_are_rows(dims, kind, half):
     assert (plans.plan(dims).kind, plans.plan(dims, 32).kind) == (kind, half)
-    assert plans.plan(dims, once=True).kind == "planes"  # inference reads all of it once, in order
+
+
+@pytest.mark.parametrize(("dims", "once", "kind"), [
+    ((32, 64, 49), 4, "planes"), ((32, 64, 49), 2, "rows"), ((32, 64, 100), 2, "planes"), ((1, 64, 16), 4, "planes"),
+    ((18, 64, 36), 4, "rows"), ((17, 64, 36), 4, "planes"), ((4096, 64, 16), 4, "swept"), ((64, 64, 25), 8, "planes"),
+], ids=str)  # fmt: skip
+def test_inference_takes_short_runs_as_rows(dims, once, kind):
+    assert plans.plan(dims, 32 if once == 2 else 16, once).kind == kind
 
 
 def test_rows_come_in_one_block_and_in_many():
@@ -279,7 +286,7 @@ def test_statistics_of_many_channels_are_made_block_by_block(shape, dtype, rng, 
     """As good as those that are made first, which frozen normalisation needs, and the same bits."""
     C, dtype = shape[1], np.dtype(dtype)
     N, S = shape[0], int(np.prod(shape[2:]))
-    assert plans.many(plans.plan((N, C, S), plans.lanes_of(np.empty(0, dtype)), once=True), C)
+    assert plans.many(plans.plan((N, C, S), plans.lanes_of(np.empty(0, dtype)), np.dtype(dtype).itemsize), C)
     x, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     four = rng.uniform(0.5, 2.0, (4, C)).astype(np.result_type(dtype, np.float32))
     four[1, 7] = -1.0  # no variance: NaN
