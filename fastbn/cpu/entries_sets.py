@@ -41,4 +41,4 @@ def find(op: str, d: launch_sets.Sizes) -> tuple[Entry, tuple[int | None, ...]] 
     if address is None or (code := _code(op, len(place) == 1, run is not None)) is None:
         return None
     numbers = address, B * G, C // G * S, C, S, None if len(place) == 1 else G, run
-    return code, numbers if op == "train" else (*numbers, *launch_sets.sums(d, True, 4))
+    return code, numbers if op == "train" else (*numbers, *launch_sets.sums(d, True))

@@ -49,16 +49,16 @@ def _kind(wide: bool) -> Array:
     return np.empty(0, np.float64 if wide else np.float32)
 
 
-def of_channels(d: Sizes, itemsize: int) -> bool:
-    """Tell whether ``sets_of_channels`` takes instance norm; a set is at least a vector."""
+def of_channels(d: Sizes) -> bool:
+    """Tell whether ``sets_of_channels`` takes instance norm."""
     _, G, C, S = d
-    return G == C > 1 and (32 if itemsize == 2 else 16) <= S < sets_of_channels.LONG
+    return G == C > 1 and S < sets_of_channels.LONG
 
 
 def forward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[int | None, ...]]:
     """Return the kernel, and what it takes behind the length of a set."""
     _, G, _, S = d
-    if affine and of_channels(d, itemsize):
+    if affine and of_channels(d):
         return sets_of_channels.train, (G, S, S)
     run = S if affine and S >= LONG else None
     return (sets_four.train, (S,)) if run is None and in_fours(d, itemsize) else (sets.train, (G, S, run))
@@ -67,7 +67,7 @@ def forward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[in
 def backward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[int | None, ...]]:
     """Return the same for gradients."""
     _, G, _, S = d
-    if affine and of_channels(d, itemsize):
+    if affine and of_channels(d):
         return sets_of_channels.backward, (G, S, S)
     run = S if affine and S >= LONG_BACK else None
     if run is None and in_fours_back(d, itemsize, affine):
@@ -87,7 +87,7 @@ def train(
     count, length = B * G, C // G * S
     if weight is not None and _in_chunks(d, x.itemsize, FEW, SWEPT, ALWAYS):
         return _swept_train(x, out, weight, bias, count, length, eps)
-    if weight is None and of_channels(d, x.itemsize):
+    if weight is None and of_channels(d):
         weight, bias = _ones(x, C), np.zeros_like(_ones(x, C))
     kernel, place = forward_kernel(d, x.itemsize, weight is not None)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
@@ -133,17 +133,21 @@ def is_small(d: Sizes) -> bool:
     return B * C * S < tuning.PARALLEL and not (G == S == 1 and C >= SWEPT_BACK)
 
 
-def _singly(d: Sizes, itemsize: int) -> bool:
+def _singly(d: Sizes) -> bool:
     """Tell whether gradients of the affine are added element by element, not run by run."""
-    return d[3] < LONG_BACK and not of_channels(d, itemsize)
+    return d[3] < LONG_BACK and not of_channels(d)
 
 
-def sums(d: Sizes, affine: bool, itemsize: int) -> tuple[int, int]:
+def sums(d: Sizes, affine: bool) -> tuple[int, int]:
     """Return how many samples share sums of parameter gradients, and how many numbers these are."""
     B, _, C, S = d
-    if not (affine and _singly(d, itemsize)):
-        return max(1, B // BLOCKS), 2 * B * C if affine else 0
-    per = max(LEAST, -(-B // BLOCKS), min(sets_parameters.ROWS, GRAIN // (C * S)))
+    per = max(1, B // BLOCKS)
+    if not affine:
+        return per, 0
+    if _singly(d):
+        per = max(LEAST, -(-B // BLOCKS), min(sets_parameters.ROWS, GRAIN // (C * S)))
+    elif not of_channels(d):
+        return per, 2 * B * C
     return per, -(-B // per) * 2 * C
 
 
@@ -162,11 +166,11 @@ def backward(
     """Input gradient into ``out``, which may be grad; returns dweight and dbias, zero without a weight."""
     B, G, C, S = d
     count, length, affine, kind = B * G, C // G * S, weight is not None, _kind(x.itemsize == 8)
-    if weight is None and of_channels(d, x.itemsize):
+    if weight is None and of_channels(d):
         weight = _ones(x, C)
     kernel, place = backward_kernel(d, x.itemsize, weight is not None)
-    per, room = sums(d, weight is not None, x.itemsize)
-    singly = weight is not None and _singly(d, x.itemsize)
+    per, room = sums(d, weight is not None)
+    singly = weight is not None and _singly(d)
     if singly and np.may_share_memory(grad, out) and _large(grad, length):
         grad = grad.copy()  # it may be wanted again when it is written over
     if weight is not None and _in_chunks(d, x.itemsize, FEW_BACK, SWEPT_BACK, ALWAYS_BACK):

@@ -25,6 +25,7 @@ SIZES = [
     (1003, 1, 100, 1), (9, 3, 6, 5), (3, 2, 8, 49), (4, 4, 4, 67), (3, 2, 6, 128), (2, 4, 8, 131), (3, 1, 2, 4099),
     (2, 5, 5, 9001), (1, 1, 40000, 1), (3, 1, 16421, 1), (17, 1, 4099, 1), (35, 1, 4112, 1), (2, 1, 33001, 1),
     (3, 5, 5, 49), (2, 70, 70, 17), (3, 131, 131, 64), (40, 3, 3, 100), (61, 9, 9, 127), (2, 3, 3, 16),
+    (300, 3, 3, 4), (5, 200, 200, 9), (7, 2, 2, 31), (3, 7, 7, 2),
 ]  # fmt: skip
 
 
@@ -99,7 +100,9 @@ def test_constant_sets_give_the_bias(rng, d):
 
 
 @pytest.mark.parametrize(
-    "d", [(41, 1, 7, 1), (70, 1, 768, 1), (9, 3, 6, 5), (3, 2, 6, 131), (3, 1, 16421, 1), (3, 5, 5, 49)], ids=str
+    "d",
+    [(41, 1, 7, 1), (70, 1, 768, 1), (9, 3, 6, 5), (3, 2, 6, 131), (3, 1, 16421, 1), (3, 5, 5, 49), (30, 3, 3, 4)],
+    ids=str,
 )
 def test_not_finite_values_stay_in_their_set(rng, d):
     x, weight, bias = draw(rng, d, np.float32)
@@ -114,7 +117,9 @@ def test_not_finite_values_stay_in_their_set(rng, d):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e18, 1e30])
-@pytest.mark.parametrize("d", [(5, 1, 300, 1), (3, 2, 6, 131), (9, 1, 5, 1), (2, 1, 16421, 1), (3, 5, 5, 49)], ids=str)
+@pytest.mark.parametrize(
+    "d", [(5, 1, 300, 1), (3, 2, 6, 131), (9, 1, 5, 1), (2, 1, 16421, 1), (3, 5, 5, 49), (30, 3, 3, 4)], ids=str
+)
 def test_squares_outside_of_float32(rng, d, scale):
     x, weight, bias = draw(rng, d, np.float32)
     x = (x * np.float32(scale)).astype(np.float32)
@@ -122,7 +127,9 @@ def test_squares_outside_of_float32(rng, d, scale):
     assert_within(forward(x, weight, bias, d)[0], want, bound(want, 4 * terms, np.float32), "y")
 
 
-@pytest.mark.parametrize("d", [(5, 1, 3000, 1), (2, 2, 6, 500), (3, 1, 16421, 1), (3, 5, 5, 49)], ids=str)
+@pytest.mark.parametrize(
+    "d", [(5, 1, 3000, 1), (2, 2, 6, 500), (3, 1, 16421, 1), (3, 5, 5, 49), (30, 3, 3, 4)], ids=str
+)
 def test_ends_of_a_set_far_from_its_mean(rng, d):
     """The first guess of the mean comes from there."""
     x, weight, bias = draw(rng, d, np.float32)
@@ -135,7 +142,17 @@ def test_ends_of_a_set_far_from_its_mean(rng, d):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "d", [(301, 1, 67, 1), (9, 3, 6, 5), (7, 2, 6, 131), (900, 1, 768, 1), (3, 1, 40021, 1), (131, 67, 67, 33)], ids=str
+    "d",
+    [
+        (301, 1, 67, 1),
+        (9, 3, 6, 5),
+        (7, 2, 6, 131),
+        (900, 1, 768, 1),
+        (3, 1, 40021, 1),
+        (131, 67, 67, 33),
+        (3001, 9, 9, 4),
+    ],
+    ids=str,
 )
 def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, monkeypatch, d, dtype):
     monkeypatch.setattr(tuning, "STREAM", 0)

@@ -72,7 +72,15 @@ def test_backward(rng, monkeypatch, d, dtype):
 
 @pytest.mark.parametrize(
     "d",
-    [(301, 1, 67, 1), (9, 3, 6, 5), (40, 2, 6, 131), (900, 1, 768, 1), (3, 1, 40021, 1), (131, 67, 67, 33)],
+    [
+        (301, 1, 67, 1),
+        (9, 3, 6, 5),
+        (40, 2, 6, 131),
+        (900, 1, 768, 1),
+        (3, 1, 40021, 1),
+        (131, 67, 67, 33),
+        (3001, 9, 9, 4),
+    ],
     ids=str,
 )
 def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, monkeypatch, d):
@@ -104,7 +112,16 @@ def test_any_number_of_sets_is_swept(rng, threads, swept, count, dtype):
     assert all(same_bits(a, b) for a, b in zip(backward(x, g, weight, d), got, strict=True))
 
 
-FAR = [(70, 1, 40, 1), (9, 3, 6, 5), (4, 5, 5, 49), (4, 2, 6, 131), (2, 1, 4099, 1), (4, 1, 5001, 1), (38, 1, 4099, 1)]
+FAR = [
+    (70, 1, 40, 1),
+    (9, 3, 6, 5),
+    (4, 5, 5, 49),
+    (50, 3, 3, 4),
+    (4, 2, 6, 131),
+    (2, 1, 4099, 1),
+    (4, 1, 5001, 1),
+    (38, 1, 4099, 1),
+]
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
