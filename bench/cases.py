@@ -66,7 +66,7 @@ NORM_SHAPES = [
     ("layer_norm", (64, 100)), ("layer_norm", (2, 1 << 20)), ("layer_norm", (8192, 768)), ("layer_norm", (2048, 4096)),
     ("layer_norm", (32, 200704)), ("group_norm", (8, 16, 8, 8)),
     ("group_norm", (32, 64, 56, 56)), ("group_norm", (64, 256, 14, 14)), ("instance_norm", (32, 64, 56, 56)),
-    ("instance_norm", (8, 16, 8, 8)),
+    ("instance_norm", (8, 16, 8, 8)), ("instance_norm", (32, 512, 7, 7)),
 ]  # fmt: skip
 
 RESNET50 = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]
@@ -115,5 +115,6 @@ def full() -> list[Case]:
     for shape in SEQUENCES:
         cases += [Case(op, shape, "channels_last") for op in READS_WRITES]
     for dtype in ("float16", "bfloat16", "float64"):
-        cases += [Case(op, RESNET50[i], dtype=dtype) for op in ("train", "backward", "infer") for i in (1, 2, 3)]
+        cases += [Case(op, RESNET50[i], dtype=dtype) for op in ("train", "backward", "infer") for i in (1, 2, 3, 4)]
+    cases += [Case(op, (256, 512, 4, 4)) for op in ("train", "backward", "infer")]  # runs of one vector
     return list(dict.fromkeys(cases + growth()))
