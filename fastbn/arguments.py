@@ -30,12 +30,17 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 2 and dtype.name == "bfloat16"
 
 
+def supported(dtype: np.dtype[Any]) -> bool:
+    """Tell whether there are kernels for arrays of this dtype."""
+    return dtype is F32 or ((dtype in (F32, F64, F16) or is_bfloat16(dtype)) and dtype.isnative)
+
+
 def tensor(name: str, x: Any) -> Array:
     """Check an array of data: NumPy, float, rank >= 2."""
     if type(x) is not np.ndarray:
         x = _host(name, x)
     dtype = x.dtype
-    if dtype is not F32 and not ((dtype in (F32, F64, F16) or is_bfloat16(dtype)) and dtype.isnative):
+    if not supported(dtype):
         raise ArgumentTypeError(name, f"an array of {_NAMES}", dtype)
     if x.ndim < 2:
         raise ArgumentValueError(name, "an array of rank >= 2", f"shape {x.shape}")

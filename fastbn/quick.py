@@ -1,6 +1,6 @@
 """Plain calls in the fewest steps: (64, 100) in a third of the time that ``core`` takes, most of which is checks.
 
-Plain: x is a C-contiguous, aligned, writeable float32 array, of less than ``PARALLEL`` elements where other threads
+Plain: x is a C-contiguous, aligned, writeable array, of less than ``PARALLEL`` elements where other threads
 would help (a call of 4 MB is a tenth faster still), so is the output, parameters and statistics are such vectors, a
 residual is like x, eps and momentum are floats. What the shape, the axis and the activation decide is looked up;
 compiled code asks whether the arrays are such ones (``cpu.gates``). Where they are not, the answer is None, nothing has
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import layout, recycled, signs, views
-from fastbn.arguments import F32
+from fastbn.arguments import F32, arithmetic, supported
 from fastbn.cpu.tuning import PARALLEL
 from fastbn.threads import get_num_threads
 
@@ -40,6 +40,8 @@ class Call(NamedTuple):
     values: int  # a channel
     fused: bool  # with a residual
     signs: bool  # which training writes, or gradients read
+    dtype: np.dtype[Any]
+    wide: np.dtype[Any]  # of parameters
 
     @property
     def matrix(self) -> bool:
@@ -50,7 +52,7 @@ class Call(NamedTuple):
 # The result, how it was found, its statistics, weight and bias as kernels take them, which of the two were given, and
 # the result's signs if they are kept.
 Done = tuple[Array, Call, Array, Array, Array, tuple[bool, bool], Array | None]
-_Key = tuple[tuple[int, ...], int, Any, bool, bool]
+_Key = tuple[tuple[int, ...], int, Any, bool, bool, np.dtype[Any] | None]
 _Known = dict[_Key, Call]
 _train: _Known = {}
 _infer: _Known = {}
@@ -62,9 +64,10 @@ def _find(
     op: str, known: _Known, x: Array, axis: Any, activation: Any, fused: bool, signs: bool = False
 ) -> Call | None:
     """Return the call that is known, or gets to be known now that its kernel is compiled."""
-    if type(axis) is not int or (activation is not None and type(activation) is not str) or x.dtype is not F32:
+    if type(axis) is not int or (activation is not None and type(activation) is not str):
         return None  # True is 1 to a dictionary
-    key = x.shape, axis, activation, fused, signs
+    dtype = x.dtype
+    key = x.shape, axis, activation, fused, signs, None if dtype is F32 else dtype  # its hash takes 0.1 us
     call = known.get(key)
     return _find_other(op, known, x, key) if call is None else call
 
@@ -91,21 +94,27 @@ def _find_other(op: str, known: _Known, x: Array, key: _Key) -> Call | None:
 
 
 def _learn(
-    op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool, signs: bool
+    op: str, shape: tuple[int, ...], axis: int, activation: str | None, fused: bool, signs: bool,
+    other: np.dtype[Any] | None,
 ) -> Call | Literal[False] | None:  # fmt: skip
     """Find a call; None if there is none, False if its kernel is not compiled yet."""
     if len(shape) < 2 or 0 in shape or not -len(shape) <= axis < len(shape) or activation not in (None, "relu"):
+        return None
+    dtype = F32 if other is None else other
+    if not supported(dtype):
         return None
     from fastbn.cpu import entries
 
     where = layout.contiguous(shape, axis % len(shape))
     N, C, S = where.dims
-    if (N * S == 1 and op == "train") or not entries.gated(op, where.dims, fused):
+    if (N * S == 1 and op == "train") or not entries.gated(op, where.dims, fused, dtype.name):
         return None
     relu = True if activation == "relu" else None
-    signs = signs or (op == "train" and entries.writes_signs(where.dims, relu, fused))
-    found = entries.find(op, where.dims, relu, fused, signs)
-    return False if found is None else Call(*found, relu, C, where, axis % len(shape), N * S, fused, signs)
+    signs = signs or (op == "train" and entries.writes_signs(where.dims, relu, fused, dtype.name))
+    found = entries.find(op, where.dims, relu, fused, signs, dtype.name)
+    if found is None:
+        return False
+    return Call(*found, relu, C, where, axis % len(shape), N * S, fused, signs, dtype, arithmetic(dtype))
 
 
 def train(
@@ -117,22 +126,22 @@ def train(
         return None
     if (call := _find("train", _train, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _, _, signed = call
+    enter, numbers, relu, channels, _, _, _, _, signed, dtype, wide = call
     affine = (weight is not None, bias is not None)
-    weight = weight if affine[0] else views.constant(1.0, channels, F32)
-    bias = bias if affine[1] else views.constant(0.0, channels, F32)
+    weight = weight if affine[0] else views.constant(1.0, channels, wide)
+    bias = bias if affine[1] else views.constant(0.0, channels, wide)
     moved = channels
     if running_mean is None and running_var is None:
-        running_mean = running_var = views.constant(0.0, 0, F32)
+        running_mean = running_var = views.constant(0.0, 0, wide)
         moved = 0
-    y = recycled.empty(x.shape, F32) if out is None else out
+    y = recycled.empty(x.shape, dtype) if out is None else out
     stats, bits = _empty(3 * channels), None
     if signed:
         if type(y) is not _array:
             return None
-        bits = signs.room(y.ctypes.data, x.size, 4)
+        bits = signs.room(y.ctypes.data, x.size, dtype.itemsize)
     if enter(
-        x, residual, y, weight, bias, running_mean, running_var, stats, bits, _array, F32, *numbers,
+        x, residual, y, weight, bias, running_mean, running_var, stats, bits, _array, dtype, wide, *numbers,
         moved, eps, momentum, relu,
     ):  # fmt: skip
         return y, call, stats, weight, bias, affine, bits
@@ -148,13 +157,13 @@ def infer(
         return None
     if (call := _find("infer", _infer, x, axis, activation, residual is not None)) is None:
         return None
-    enter, numbers, relu, channels, _, _, _, _, _ = call
+    enter, numbers, relu, channels, _, _, _, _, _, dtype, wide = call
     affine = (weight is not None, bias is not None)
-    weight = weight if affine[0] else views.constant(1.0, channels, F32)
-    bias = bias if affine[1] else views.constant(0.0, channels, F32)
-    y = recycled.empty(x.shape, F32) if out is None else out
+    weight = weight if affine[0] else views.constant(1.0, channels, wide)
+    bias = bias if affine[1] else views.constant(0.0, channels, wide)
+    y = recycled.empty(x.shape, dtype) if out is None else out
     stats = _empty(3 * channels)
-    if enter(x, residual, y, running_mean, running_var, weight, bias, stats, _array, F32, *numbers, eps, relu):
+    if enter(x, residual, y, running_mean, running_var, weight, bias, stats, _array, dtype, wide, *numbers, eps, relu):
         return y, call, stats, weight, bias, affine, None
     return None
 
@@ -171,12 +180,12 @@ def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Arra
         return None
     if saved.frozen and call.matrix and x.size >= PARALLEL:  # written while it is summed, by another kernel
         return None
-    enter, numbers, relu, channels, _, _, _, _, _ = call
-    dx = recycled.empty(x.shape, F32) if out is None else out
-    dr = recycled.empty(x.shape, F32) if fused else None
-    dweight, dbias = _empty(channels, F32), _empty(channels, F32)
+    enter, numbers, relu, channels, _, _, _, _, _, dtype, wide = call
+    dx = recycled.empty(x.shape, dtype) if out is None else out
+    dr = recycled.empty(x.shape, dtype) if fused else None
+    dweight, dbias = _empty(channels, wide), _empty(channels, wide)
     if enter(
-        x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, bits, _array, F32, *numbers,
+        x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, bits, _array, dtype, wide, *numbers,
         saved.frozen, relu,
     ):  # fmt: skip
         return dx, dweight, dbias, dr

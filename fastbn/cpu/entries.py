@@ -10,7 +10,7 @@ from typing import Any
 from numba import types
 
 from fastbn.cpu import finalize, gates, planes, planes_backward, plans, rows
-from fastbn.cpu.objects import handle, readable
+from fastbn.cpu.objects import Kind, handle, readable
 
 Dims = tuple[int, int, int]
 Entry = Callable[..., int]
@@ -18,6 +18,11 @@ Numbers = tuple[int | bool | None, ...]
 
 INT, FLOAT = types.intp, types.float64
 F32, F64 = types.Array(types.float32, 1, "C"), types.Array(types.float64, 1, "C")
+# What kernels take tensors and parameters for, by the name of the dtype.
+_NUMBERS = {
+    "float32": (types.float32, types.float32), "float64": (types.float64, types.float64),
+    "float16": (types.uint16, types.float32), "bfloat16": (types.int16, types.float32),
+}  # fmt: skip
 _BITS = types.Array(types.uint8, 1, "C")
 # Each with its kernels, and what follows the place.
 _GATES: dict[str, tuple[Any, tuple[Any, Any], tuple[Any, ...]]] = {
@@ -33,18 +38,25 @@ def address_of(kernel: Any, args: tuple[Any, ...]) -> int | None:
     return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _kernel_arguments(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool) -> tuple[Any, ...]:
+def _arrays(name: str) -> tuple[Any, Any]:
+    """Return the types of tensors and of parameters."""
+    tensor, wide = _NUMBERS[name]
+    return types.Array(tensor, 1, "C"), types.Array(wide, 1, "C")
+
+
+def _kernel_arguments(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool, name: str) -> tuple[Any, ...]:
     """Return the types of a kernel's arguments."""
-    residual = F32 if fused else types.none
+    x, wide = _arrays(name)
+    residual = x if fused else types.none
     place = (types.UniTuple(INT, 3), INT, INT) if by_rows else (INT, INT, INT)
     last = relu, types.boolean, types.Array(types.int64, 1, "C")
     if op == "train":
-        y = types.Tuple((F32, _BITS)) if signs else F32
-        return (F32, residual, y, *[F32] * 4, F64, *place, FLOAT, FLOAT, *last)
+        y = types.Tuple((x, _BITS)) if signs else x
+        return (x, residual, y, *[wide] * 4, F64, *place, FLOAT, FLOAT, *last)
     if op == "infer":
-        return (F32, residual, *[F32] * 3, F64, *place, *last)
+        return (x, residual, x, wide, wide, F64, *place, *last)
     y, early = _BITS if signs else residual, () if by_rows else (types.none,)
-    return (F32, F32, y, F32, residual, *early, *[F32] * 4, F64, *place, types.boolean, *last)
+    return (x, x, y, x, residual, *early, *[wide] * 4, F64, *place, types.boolean, *last)
 
 
 def compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
@@ -58,62 +70,70 @@ def compiled(gate: Any, signature: tuple[Any, ...]) -> Entry | None:
 
 
 @functools.cache
-def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool) -> Entry | None:
+def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool, name: str) -> Entry | None:
     """Compile a gate."""
     gate, _, behind = _GATES[op]
     place = [*([INT, INT] if by_rows else [types.none, types.none]), types.boolean]
     other, bits = handle if fused else types.none, handle if signs else types.none
     if op == "backward":
-        objects = [handle, handle, types.none if signs else other, handle, other, *[handle] * 5, bits, *[handle] * 2]
+        objects = [handle, handle, types.none if signs else other, handle, other, *[handle] * 5, bits, handle]
     else:
-        objects = [handle, other, *[handle] * 6, *([bits] if op == "train" else []), *[handle] * 2]
+        objects = [handle, other, *[handle] * 6, *([bits] if op == "train" else []), handle]
+    objects += map(Kind, _NUMBERS[name])
     addresses = [INT] * (6 if op == "infer" else 5)  # and size, N, C, S
     return compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
-def _streamed(op: str, p: plans.Plan, dims: Dims, fused: bool) -> bool:
-    """Tell what ``tuning.streams`` says of float32 tensors."""
+def _plan(op: str, dims: Dims, name: str) -> plans.Plan:
+    """Return what ``launch`` finds."""
+    itemsize = _NUMBERS[name][0].bitwidth // 8
+    return plans.plan(dims, 32 if itemsize == 2 else 16, itemsize if op == "infer" else 0)
+
+
+def _streamed(op: str, p: plans.Plan, dims: Dims, fused: bool, name: str) -> bool:
+    """Tell what ``tuning.streams`` says of these tensors."""
     tensors = 3 + 2 * fused if op == "backward" else 2 + fused
-    return 4 * math.prod(dims) * tensors >= plans.streams_from(p, once=op == "infer")
+    each: int = _NUMBERS[name][0].bitwidth // 8
+    return each * math.prod(dims) * tensors >= plans.streams_from(p, once=op == "infer")
 
 
-def gated(op: str, dims: Dims, fused: bool) -> bool:
+def gated(op: str, dims: Dims, fused: bool, name: str = "float32") -> bool:
     """Tell whether one call of one kernel does this; behind a residual it depends on where that's gradient lies."""
-    p = plans.plan(dims, once=4 if op == "infer" else 0)
+    p = _plan(op, dims, name)
     if p.kind == "planes":
-        return not (op == "backward" and fused and _streamed(op, p, dims, fused))
+        return not (op == "backward" and fused and _streamed(op, p, dims, fused, name))
     if op == "infer":
         return plans.in_one_call(p, dims[1], alone=True) and not plans.many(p, dims[1])
     return p.kind == "rows"
 
 
-def writes_signs(dims: Dims, relu: bool | None, fused: bool) -> bool:
-    """Tell what ``launch.keeps_signs`` says of training on float32 tensors."""
-    return fused and relu is not None and _streamed("train", plans.plan(dims), dims, fused)
+def writes_signs(dims: Dims, relu: bool | None, fused: bool, name: str = "float32") -> bool:
+    """Tell what ``launch.keeps_signs`` says of training on such tensors."""
+    return fused and relu is not None and _streamed("train", _plan("train", dims, name), dims, fused, name)
 
 
 def find(
-    op: str, dims: Dims, relu: bool | None, fused: bool = False, signs: bool = False
+    op: str, dims: Dims, relu: bool | None, fused: bool = False, signs: bool = False, name: str = "float32"
 ) -> tuple[Entry, Numbers] | None:
-    """Return the gate of a contiguous float32 tensor for one thread, and the numbers that it takes behind the objects.
+    """Return the gate of a contiguous tensor for one thread, and the numbers that it takes behind the objects.
 
     None before its kernel is compiled, and where gates cannot work; only for what is ``gated``. ``fused``: with a
-    residual; ``signs``: which training writes, or gradients read instead of y. It is called as
-    ``train(x, residual, y, weight, bias, running_mean, running_var, stats, signs, ndarray, float32, *numbers, moved,
-    eps, momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, ndarray, float32, *numbers, eps,
-    relu)`` or ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, signs, ndarray, float32, *numbers,
-    frozen, relu)``.
+    residual; ``signs``: which training writes, or gradients read instead of y; ``name`` of the dtype. It is called as
+    ``train(x, residual, y, weight, bias, running_mean, running_var, stats, signs, *kinds, *numbers, moved, eps,
+    momentum, relu)``, ``infer(x, residual, y, mean, var, weight, bias, stats, *kinds, *numbers, eps, relu)`` or
+    ``backward(x, grad, y, dx, dr, weight, bias, dweight, dbias, stats, signs, *kinds, *numbers, frozen, relu)``;
+    ``kinds`` are ndarray, the dtype of tensors and that of parameters.
     """
     if not readable():
         return None
-    p = plans.plan(dims, once=4 if op == "infer" else 0)
+    p = _plan(op, dims, name)
     by_rows = p.kind != "planes"
     activation = types.none if relu is None else types.boolean
     kernel = _GATES[op][1][by_rows]
-    addresses = [address_of(kernel, _kernel_arguments(op, by_rows, activation, fused, signs))]
+    addresses = [address_of(kernel, _kernel_arguments(op, by_rows, activation, fused, signs, name))]
     if op == "infer":
-        addresses.insert(0, address_of(finalize.given, (F32, F32, F64, FLOAT)))
-    if None in addresses or (code := _code(op, by_rows, activation, fused, signs)) is None:
+        addresses.insert(0, address_of(finalize.given, (*[_arrays(name)[1]] * 2, F64, FLOAT)))
+    if None in addresses or (code := _code(op, by_rows, activation, fused, signs, name)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)
-    return code, (*addresses, math.prod(dims), *dims, *place, _streamed(op, p, dims, fused))
+    return code, (*addresses, math.prod(dims), *dims, *place, _streamed(op, p, dims, fused, name))

@@ -20,9 +20,9 @@ def train(x, y, weight, bias, stats, kind, dtype, kernel, sets, L, C, each, shor
     size = sets * L
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
     w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
-    if p == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, y) and apart(p, size, q, size)):
+    if p == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, y) and apart(p, 4 * size, q, 4 * size)):
         return 0
-    if not (apart(q, size, w, C) and apart(q, size, b, C) and 0.0 < eps < np.inf):
+    if not (apart(q, 4 * size, w, 4 * C) and apart(q, 4 * size, b, 4 * C) and 0.0 < eps < np.inf):
         return 0
     xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
     known, kinds = float64s(data(stats), 3 * sets), float32s(p, 0)
@@ -59,7 +59,7 @@ def backward(x, grad, dx, weight, dweight, dbias, stats, kind, dtype, kernel, se
     w = vector(weight, kind, dtype, C)
     if p == 0 or g == 0 or q == 0 or w == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
         return 0
-    if not (apart(p, size, q, size) and apart(g, size, q, size) and apart(w, C, q, size)):
+    if not (apart(p, 4 * size, q, 4 * size) and apart(g, 4 * size, q, 4 * size) and apart(w, 4 * C, q, 4 * size)):
         return 0
     known, kinds = float64s(data(stats), 3 * sets), float32s(p, 0)
     sums = empty(room, known)

@@ -41,7 +41,19 @@ handle = Handle()
 register_model(Handle)(models.OpaqueModel)
 
 
+class Kind(types.Opaque):
+    """A dtype of NumPy's, the object; ``numbers``: what kernels take arrays of it for."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+        super().__init__(f"kind of {numbers}")
+
+
+register_model(Kind)(models.OpaqueModel)
+
+
 @unbox(Handle)
+@unbox(Kind)
 def _unbox(typ, obj, c):
     return NativeValue(obj)
 
@@ -145,17 +157,35 @@ float32s, float64s = _viewing(types.float32), _viewing(types.float64)
 
 
 @intrinsic
-def float32s_of(typingctx, a, size):
-    """The numbers of a plain array of float32, None of None: not an optional array, which kernels do not take."""
-    if isinstance(a, types.NoneType):
-        return types.none(a, types.intp), nothing
-    kind = types.Array(types.float32, 1, "C")
+def numbers(typingctx, dtype, at, size):
+    """Array of so many numbers of a dtype."""
+    kind = types.Array(dtype.numbers, 1, "C")
 
     def codegen(ctx, builder, sig, args):
-        field = builder.add(builder.ptrtoint(args[0], I64), ir.Constant(I64, DATA))
-        return array(ctx, builder, kind, builder.load(builder.inttoptr(field, BYTES.as_pointer())), args[1])
+        return array(ctx, builder, kind, builder.inttoptr(args[1], BYTES), args[2])
 
-    return kind(a, types.intp), codegen
+    return kind(dtype, types.intp, types.intp), codegen
+
+
+@intrinsic
+def numbers_of(typingctx, dtype, a, size):
+    """The numbers of a plain array of a dtype, None of None: not an optional array, which kernels do not take."""
+    if isinstance(a, types.NoneType):
+        return types.none(dtype, a, types.intp), nothing
+    kind = types.Array(dtype.numbers, 1, "C")
+
+    def codegen(ctx, builder, sig, args):
+        field = builder.add(builder.ptrtoint(args[1], I64), ir.Constant(I64, DATA))
+        return array(ctx, builder, kind, builder.load(builder.inttoptr(field, BYTES.as_pointer())), args[2])
+
+    return kind(dtype, a, types.intp), codegen
+
+
+@intrinsic
+def nbytes(typingctx, dtype, size):
+    """Bytes of so many numbers of a dtype."""
+    each = ir.Constant(I64, dtype.numbers.bitwidth // 8)
+    return types.intp(dtype, types.intp), lambda ctx, builder, sig, args: builder.mul(args[1], each)
 
 
 _BITS = types.Array(types.uint8, 1, "C")

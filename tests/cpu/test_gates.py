@@ -71,7 +71,7 @@ class Arguments:
         code, numbers = entries.find(
             "backward" if fused else op, (N, C, 1), True if fused else None, fused, signs is not None
         )
-        about = np.ndarray, F32, *numbers
+        about = np.ndarray, F32, F32, *numbers
         if op == "train":
             vectors = self.weight, self.bias, self.mean, self.var
             return code(self.x, None, self.y, *vectors, self.stats, None, *about, C, self.eps, self.momentum, None)
@@ -205,4 +205,4 @@ def test_a_kernel_that_fails_raises_here(rng):
     much = (*numbers[:-3], 1 << 58, *numbers[-2:])  # columns that no memory holds
     vectors = a.weight, a.bias, a.mean, a.var
     with pytest.raises(MemoryError):
-        code(a.x, None, a.y, *vectors, a.stats, None, np.ndarray, F32, *much, C, a.eps, a.momentum, None)
+        code(a.x, None, a.y, *vectors, a.stats, None, np.ndarray, F32, F32, *much, C, a.eps, a.momentum, None)
