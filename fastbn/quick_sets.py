@@ -1,6 +1,6 @@
 """Small plain calls of layer, group and instance norm in the fewest steps, as ``quick`` does for batch norm.
 
-Plain: x is a C-contiguous, aligned, writeable float32 array, so is the output, weight and bias are such vectors, eps is
+Plain: x is a C-contiguous, aligned, writeable array, so is the output, weight and bias are such vectors, eps is
 a float. Where they are not, the answer is None and ``family`` does it or says what is wrong.
 """
 
@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fastbn import recycled
-from fastbn.arguments import F32
+from fastbn.arguments import F32, arithmetic, supported
 from fastbn.cpu.tuning import PARALLEL
 from fastbn.groups import Groups
 
 __all__ = ["LAST", "Call", "backward", "is_small", "train"]
 
 Array = npt.NDArray[Any]
-Key = tuple[tuple[int, ...], int]
+Key = tuple[tuple[int, ...], int, np.dtype[Any] | None]  # None: float32, see ``quick``
 REMEMBERED = 4096  # shapes; then all are forgotten
 LAST = 0  # groups of layer norm over the last axis
 
@@ -35,6 +35,8 @@ class Call(NamedTuple):
     sizes: Groups
     rows: tuple[int, ...]
     affine: tuple[tuple[int], tuple[int]]
+    dtype: np.dtype[Any]
+    wide: np.dtype[Any]  # of weight and bias
 
 
 _train: dict[Key, Call] = {}
@@ -46,9 +48,14 @@ def is_small(x: Array) -> bool:
     return x.ndim > 2 and 0 < x.size < PARALLEL and x.size > x.shape[0] * x.shape[1] and x.flags.c_contiguous
 
 
+def _key(x: Array, groups: int) -> Key:
+    dtype = x.dtype
+    return x.shape, groups, None if dtype is F32 else dtype
+
+
 def _learn(op: str, known: dict[Key, Call], x: Array, groups: int) -> Call | None:
     """Return the call that gets to be known now that its kernel is compiled."""
-    if x.ndim < 2 or not 0 < x.size < PARALLEL:
+    if x.ndim < 2 or not 0 < x.size < PARALLEL or not supported(x.dtype):
         return None
     if groups == LAST:
         C, rows = x.shape[-1], x.shape[:-1]
@@ -62,26 +69,26 @@ def _learn(op: str, known: dict[Key, Call], x: Array, groups: int) -> Call | Non
             return None
     from fastbn.cpu import entries_sets
 
-    found = entries_sets.find(op, sizes)
+    found = entries_sets.find(op, sizes, x.dtype.name)
     if found is None:
         return None
     if len(known) >= REMEMBERED:
         known.clear()
-    known[x.shape, groups] = call = Call(*found, sizes, rows, ((C,), (C,)))
+    known[_key(x, groups)] = call = Call(*found, sizes, rows, ((C,), (C,)), x.dtype, arithmetic(x.dtype))
     return call
 
 
 def train(x: Any, groups: int, weight: Any, bias: Any, eps: Any, out: Any) -> tuple[Array, Array, Call] | None:
     """Normalise as ``family``: LAST, or groups of the channels along axis 1; returns y, the statistics and the call."""
-    if type(x) is not _array or type(eps) is not float or x.dtype is not F32:
+    if type(x) is not _array or type(eps) is not float:
         return None
-    call = _train.get((x.shape, groups)) or _learn("train", _train, x, groups)
+    call = _train.get(_key(x, groups)) or _learn("train", _train, x, groups)
     if call is None:
         return None
-    y = recycled.empty(x.shape, F32) if out is None else out
+    y = recycled.empty(x.shape, call.dtype) if out is None else out
     sizes = call.sizes
     stats = _empty(3 * sizes.B * sizes.G)
-    if call.enter(x, y, weight, bias, stats, _array, F32, *call.numbers, eps):
+    if call.enter(x, y, weight, bias, stats, _array, call.dtype, call.wide, *call.numbers, eps):
         return y, stats, call
     return None
 
@@ -90,12 +97,12 @@ def backward(
     x: Array, groups: int, weight: Array | None, stats: Array, grad: Any, out: Any
 ) -> tuple[Array, Array, Array] | None:  # fmt: skip
     """Gradients of input, weight and bias for what ``train`` may have taken; None: take them another way."""
-    call = _backward.get((x.shape, groups)) or _learn("backward", _backward, x, groups)
+    call = _backward.get(_key(x, groups)) or _learn("backward", _backward, x, groups)
     if call is None:
         return None
-    dx = recycled.empty(x.shape, F32) if out is None else out
+    dx = recycled.empty(x.shape, call.dtype) if out is None else out
     C = call.sizes.C
-    dweight, dbias = _empty(C, F32), _empty(C, F32)
-    if call.enter(x, grad, dx, weight, dweight, dbias, stats, _array, F32, *call.numbers):
+    dweight, dbias = _empty(C, call.wide), _empty(C, call.wide)
+    if call.enter(x, grad, dx, weight, dweight, dbias, stats, _array, call.dtype, call.wide, *call.numbers):
         return dx, dweight, dbias
     return None

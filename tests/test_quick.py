@@ -12,6 +12,7 @@ import fastbn
 from fastbn import core, quick, saved
 from fastbn.cpu import tuning
 from tests.oracle import same_bits
+from tests.tolerances import BF16, arithmetic
 
 if numba.config.DISABLE_JIT:
     pytest.skip("needs the kernels", allow_module_level=True)
@@ -27,12 +28,12 @@ SHAPES = [
 class Case:
     """Arguments of a small plain call."""
 
-    def __init__(self, rng, shape=(64, 100), axis=1):
-        C = shape[axis]
-        self.axis, self.x = axis, rng.standard_normal(shape, dtype=np.float32)
-        self.weight, self.bias, self.mean = (rng.standard_normal(C, dtype=np.float32) for _ in range(3))
-        self.var = rng.random(C, dtype=np.float32) + 0.5
-        self.grad, self.out = rng.standard_normal(shape, dtype=np.float32), np.empty(shape, np.float32)
+    def __init__(self, rng, shape=(64, 100), axis=1, dtype=np.float32):
+        C, wide = shape[axis], arithmetic(dtype)
+        self.axis, self.x = axis, rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+        self.weight, self.bias, self.mean = (rng.standard_normal(C, dtype=np.float32).astype(wide) for _ in range(3))
+        self.var = rng.random(C, dtype=np.float32).astype(wide) + wide.type(0.5)
+        self.grad, self.out = rng.standard_normal(shape, dtype=np.float32).astype(dtype), np.empty(shape, dtype)
 
     def train(self, **options):
         mean, var = self.mean.copy(), self.var.copy()
@@ -90,6 +91,36 @@ def test_same_bits_as_the_long_way(shape, axis, activation, rng, long_way, monke
     full = results(c, activation)
     assert long_way
     assert all(same_bits(a, b) for a, b in zip(short, full, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, BF16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(("shape", "axis"), [((64, 100), 1), ((3, 7, 20), -1), ((8, 16, 5, 5), 1), ((4, 6, 40), 1)])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_other_dtypes(shape, axis, dtype, activation, rng, long_way, monkeypatch):
+    c = Case(rng, shape, axis, dtype)
+    residual = c.grad[::-1].copy() if activation else None
+    results(c, activation, residual)
+    long_way.clear()
+    short = results(c, activation, residual)
+    assert not long_way
+    assert short[0].dtype == c.x.dtype and short[1].dtype == short[6].dtype == c.weight.dtype
+    for name in ("train", "infer", "backward"):
+        monkeypatch.setattr(quick, name, lambda *a: None)
+    assert all(same_bits(a, b) for a, b in zip(short, results(c, activation, residual), strict=True))
+    assert long_way
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, BF16], ids=lambda d: np.dtype(d).name)
+def test_parameters_of_another_dtype_go_the_long_way(dtype, rng, long_way):
+    c = Case(rng, dtype=dtype)
+    for _ in range(2):
+        c.infer()
+    long_way.clear()
+    c.infer()
+    assert not long_way
+    c.weight = c.weight.astype(np.float32 if dtype == np.float64 else np.float64)
+    with pytest.raises(TypeError, match="weight"):
+        c.infer()
 
 
 ONE_KERNEL = [((8, 16, 64, 72), 1), ((16, 24, 100, 100), 1), ((600, 3000), 1)]

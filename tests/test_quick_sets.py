@@ -13,6 +13,7 @@ from fastbn.cpu import entries_sets, launch_sets, tuning
 from fastbn.cpu._vectors import has
 from tests.cpu.test_gates import REFUSED
 from tests.oracle import same_bits
+from tests.tolerances import BF16, arithmetic
 
 if numba.config.DISABLE_JIT:
     pytest.skip("needs the kernels", allow_module_level=True)
@@ -42,9 +43,10 @@ def long_way(monkeypatch):
     return call
 
 
-def draw(rng, shape, groups=0):
-    x, g = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    weight, bias = (rng.standard_normal(shape[1 if groups else -1], dtype=np.float32) for _ in range(2))
+def draw(rng, shape, groups=0, dtype=np.float32):
+    x, g = (rng.standard_normal(shape, dtype=np.float32).astype(dtype) for _ in range(2))
+    size, wide = shape[1 if groups else -1], arithmetic(dtype)
+    weight, bias = (rng.standard_normal(size, dtype=np.float32).astype(wide) for _ in range(2))
     for _ in range(2):  # compiles the kernels, then the gates
         fastbn.backward(g, norm(x, groups, weight, bias)[1])
     return x, g, weight, bias
@@ -67,7 +69,7 @@ def gradients(g, saved, **options):
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
 def test_the_same_bits(rng, shape, groups, long_way):
     x, g, weight, bias = draw(rng, shape, groups)
-    assert (shape, groups) in quick_sets._train and (shape, groups) in quick_sets._backward
+    assert (shape, groups, None) in quick_sets._train and (shape, groups, None) in quick_sets._backward
     want, known = long_way(norm, x, groups, weight, bias, eps=1e-3)
     wanted = long_way(gradients, g, known)
     for out in (None, np.full(shape, np.nan, np.float32)):
@@ -83,6 +85,21 @@ def test_the_same_bits(rng, shape, groups, long_way):
         assert saved.count == known.count and saved.updated == 0 and saved.moments.count == known.moments.count
         assert all(map(same_bits, long_way(gradients, g, saved), wanted))
         assert all(map(same_bits, gradients(g, known), wanted))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, BF16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(("shape", "groups"), [((64, 100), 0), ((8, 16, 8, 8), 4), ((3, 6, 5), 6), ((5, 6, 200), 3)])
+def test_other_dtypes(rng, shape, groups, dtype, long_way):
+    x, g, weight, bias = draw(rng, shape, groups, dtype)
+    call = quick_sets._train[shape, groups, np.dtype(dtype)]
+    assert (
+        call.dtype == dtype and call.wide == weight.dtype and (shape, groups, np.dtype(dtype)) in quick_sets._backward
+    )
+    y, saved = norm(x, groups, weight, bias)
+    want, known = long_way(norm, x, groups, weight, bias)
+    got, wanted = gradients(g, saved), long_way(gradients, g, known)
+    assert same_bits(y, want) and all(map(same_bits, got, wanted))
+    assert [a.dtype for a in got] == [x.dtype, weight.dtype, bias.dtype] == [a.dtype for a in wanted]
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((64, 100), 0), ((64, 4, 100), 2), ((64, 2, 200), 2)], ids=str)
@@ -123,14 +140,14 @@ def test_overlaps(rng, out_of, long_way):
 @pytest.mark.parametrize("which", range(4))
 def test_refused(rng, kind, which):
     x, g, weight, bias = draw(rng, (6, 20))
-    call, back = quick_sets._train[(6, 20), 0], quick_sets._backward[(6, 20), 0]
+    call, back = quick_sets._train[(6, 20), 0, None], quick_sets._backward[(6, 20), 0, None]
     y, stats, dw, db = np.full((6, 20), 7, F32), np.zeros(18), np.full(20, 7, F32), np.full(20, 7, F32)
     forward, backward = [x, y, weight, bias], [x, g, y, weight]
     given = forward[which]
     forward[which] = REFUSED[kind](given)
-    assert call.enter(*forward, stats, np.ndarray, F32, *call.numbers, 1e-5) == 0
+    assert call.enter(*forward, stats, np.ndarray, F32, F32, *call.numbers, 1e-5) == 0
     backward[which] = REFUSED[kind](backward[which])
-    assert back.enter(*backward, dw, db, stats, np.ndarray, F32, *back.numbers) == 0
+    assert back.enter(*backward, dw, db, stats, np.ndarray, F32, F32, *back.numbers) == 0
     assert (y == 7).all() and (dw == 7).all() and (db == 7).all() and not stats.any()
 
 
@@ -171,7 +188,7 @@ def test_without_gates_calls_go_the_long_way(rng, monkeypatch):
     monkeypatch.setattr(quick_sets, "_train", {})
     monkeypatch.setattr(entries_sets, "_code", lambda *a: None)
     assert same_bits(fastbn.layer_norm(x, weight, bias)[0], want) and not quick_sets._train
-    assert entries_sets.find("train", (1 << 12, 1, 1 << 8, 1)) is None and tuning.PARALLEL < 1 << 20
+    assert entries_sets.find("train", (1 << 12, 1, 1 << 8, 1), "float32") is None and tuning.PARALLEL < 1 << 20
     assert not launch_sets.is_small((2, 1, launch_sets.SWEPT_BACK, 1))
     assert isinstance(fastbn.layer_norm(x, weight, bias)[1], family.GroupSaved)
 

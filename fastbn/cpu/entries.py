@@ -38,15 +38,20 @@ def address_of(kernel: Any, args: tuple[Any, ...]) -> int | None:
     return None if found is None else found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _arrays(name: str) -> tuple[Any, Any]:
+def arrays(name: str) -> tuple[Any, Any]:
     """Return the types of tensors and of parameters."""
     tensor, wide = _NUMBERS[name]
     return types.Array(tensor, 1, "C"), types.Array(wide, 1, "C")
 
 
+def kinds(name: str) -> list[Any]:
+    """Return the types of the two dtypes' objects as gates take them."""
+    return [Kind(numbers) for numbers in _NUMBERS[name]]
+
+
 def _kernel_arguments(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool, name: str) -> tuple[Any, ...]:
     """Return the types of a kernel's arguments."""
-    x, wide = _arrays(name)
+    x, wide = arrays(name)
     residual = x if fused else types.none
     place = (types.UniTuple(INT, 3), INT, INT) if by_rows else (INT, INT, INT)
     last = relu, types.boolean, types.Array(types.int64, 1, "C")
@@ -79,7 +84,7 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool, name: str
         objects = [handle, handle, types.none if signs else other, handle, other, *[handle] * 5, bits, handle]
     else:
         objects = [handle, other, *[handle] * 6, *([bits] if op == "train" else []), handle]
-    objects += map(Kind, _NUMBERS[name])
+    objects += kinds(name)
     addresses = [INT] * (6 if op == "infer" else 5)  # and size, N, C, S
     return compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
@@ -132,7 +137,7 @@ def find(
     kernel = _GATES[op][1][by_rows]
     addresses = [address_of(kernel, _kernel_arguments(op, by_rows, activation, fused, signs, name))]
     if op == "infer":
-        addresses.insert(0, address_of(finalize.given, (*[_arrays(name)[1]] * 2, F64, FLOAT)))
+        addresses.insert(0, address_of(finalize.given, (*[arrays(name)[1]] * 2, F64, FLOAT)))
     if None in addresses or (code := _code(op, by_rows, activation, fused, signs, name)) is None:
         return None
     place = (p.V, p.per) if by_rows else (None, None)

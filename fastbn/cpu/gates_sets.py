@@ -1,4 +1,4 @@
-"""Gates (see ``gates``) of layer, group and instance norm with weight and bias: small plain float32 calls.
+"""Gates (see ``gates``) of layer, group and instance norm with weight and bias: small plain calls.
 
 ``sets`` of L elements with the affine of C channels of ``each`` elements. ``short`` is None for the kernels in
 ``sets_four``, else G of those in ``sets`` and ``sets_backward``; ``run`` is their S.
@@ -10,22 +10,23 @@ import numpy as np
 
 from fastbn.cpu._jit import helper, jit
 from fastbn.cpu.gates import apart
-from fastbn.cpu.objects import call, data, float32s, float64s, plain, same_shape, vector, zeros2
+from fastbn.cpu.objects import call, data, float64s, nbytes, numbers, plain, same_shape, vector, zeros2
 from fastbn.cpu.simd import base, empty, get, put
 
 
 @jit
-def train(x, y, weight, bias, stats, kind, dtype, kernel, sets, L, C, each, short, run, eps):
+def train(x, y, weight, bias, stats, kind, dtype, wide, kernel, sets, L, C, each, short, run, eps):
     """Forward; 1 if done, 0 if refused. ``stats`` is ours."""
     size = sets * L
     p, q = plain(x, kind, dtype, size), plain(y, kind, dtype, size)
-    w, b = vector(weight, kind, dtype, C), vector(bias, kind, dtype, C)
-    if p == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, y) and apart(p, 4 * size, q, 4 * size)):
+    n, c = nbytes(dtype, size), nbytes(wide, C)
+    w, b = vector(weight, kind, wide, C), vector(bias, kind, wide, C)
+    if p == 0 or q == 0 or w == 0 or b == 0 or not (same_shape(x, y) and apart(p, n, q, n)):
         return 0
-    if not (apart(q, 4 * size, w, 4 * C) and apart(q, 4 * size, b, 4 * C) and 0.0 < eps < np.inf):
+    if not (apart(q, n, w, c) and apart(q, n, b, c) and 0.0 < eps < np.inf):
         return 0
-    xs, ys, ws, bs = float32s(p, size), float32s(q, size), float32s(w, C), float32s(b, C)
-    known, kinds = float64s(data(stats), 3 * sets), float32s(p, 0)
+    xs, ys, ws, bs = numbers(dtype, p, size), numbers(dtype, q, size), numbers(wide, w, C), numbers(wide, b, C)
+    known, kinds = float64s(data(stats), 3 * sets), numbers(wide, p, 0)
     if short is None:
         call(kernel, xs, ys, ws, bs, known, kinds, sets, L, each, eps, False, zeros2())
     else:
@@ -49,27 +50,30 @@ def _merged(sums, room, C, dweight, dbias):
 
 
 @jit
-def backward(x, grad, dx, weight, dweight, dbias, stats, kind, dtype, kernel, sets, L, C, each, short, run, per, room):
+def backward(
+    x, grad, dx, weight, dweight, dbias, stats, kind, dtype, wide, kernel, sets, L, C, each, short, run, per, room
+):
     """Gradients; dx is not grad. ``dweight``, ``dbias`` and ``stats`` are ours; kernels want ``room`` for sums.
 
     Refused after dx was written where a sum is not finite: the usual way takes it again in float64.
     """
     size = sets * L
     p, g, q = plain(x, kind, dtype, size), plain(grad, kind, dtype, size), plain(dx, kind, dtype, size)
-    w = vector(weight, kind, dtype, C)
+    n, c = nbytes(dtype, size), nbytes(wide, C)
+    w = vector(weight, kind, wide, C)
     if p == 0 or g == 0 or q == 0 or w == 0 or not (same_shape(x, grad) and same_shape(x, dx)):
         return 0
-    if not (apart(p, 4 * size, q, 4 * size) and apart(g, 4 * size, q, 4 * size) and apart(w, 4 * C, q, 4 * size)):
+    if not (apart(p, n, q, n) and apart(g, n, q, n) and apart(w, c, q, n)):
         return 0
-    known, kinds = float64s(data(stats), 3 * sets), float32s(p, 0)
+    known, kinds = float64s(data(stats), 3 * sets), numbers(wide, p, 0)
     sums = empty(room, known)
     for j in range(room):
         sums[j] = 0.0
-    xs, gs, ds, ws = float32s(p, size), float32s(g, size), float32s(q, size), float32s(w, C)
+    xs, gs, ds, ws = numbers(dtype, p, size), numbers(dtype, g, size), numbers(dtype, q, size), numbers(wide, w, C)
     if short is None:
         call(kernel, xs, gs, ds, ws, known, sums, kinds, sets, L, each, per, False, zeros2())
     else:
         call(kernel, xs, gs, ds, ws, known, sums, kinds, sets, L, short, each, run, per, False, zeros2())
-    dws, dbs = float32s(data(dweight), C), float32s(data(dbias), C)
+    dws, dbs = numbers(wide, data(dweight), C), numbers(wide, data(dbias), C)
     fine = _merged(base(sums), room, C, dws, dbs)
     return 1 if fine and sums.size == room else 0  # the size keeps them alive

@@ -44,7 +44,7 @@ register_model(Handle)(models.OpaqueModel)
 class Kind(types.Opaque):
     """A dtype of NumPy's, the object; ``numbers``: what kernels take arrays of it for."""
 
-    def __init__(self, numbers):
+    def __init__(self, numbers: types.Type) -> None:
         self.numbers = numbers
         super().__init__(f"kind of {numbers}")
 
