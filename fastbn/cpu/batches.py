@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Sums of many short sets at a time, for ``sets_short`` and ``sets_of_channels``.
+"""Sums of many short sets at a time, for ``sets_of_channels``.
 
 One after the other, each set waits for its own sums, its root and its divisions. Here the sums of four are taken
 together, and what follows from them is done for all of a batch, an array a loop.

@@ -32,7 +32,7 @@ for dtype, shape in ((np.float16, (3, 5, 17, 7)), (np.float32, (37, 13))):  # ch
 SETS = """
 from tests.cpu import test_sets
 
-test_sets.SIZES[:] = [(29, 1, 16, 1), (3, 2, 8, 49)]  # float32 weights of one line beside half types
+test_sets.SIZES[:] = [(29, 1, 16, 1), (3, 2, 8, 49), (3, 5, 5, 49), (30, 3, 3, 4)]  # the first: weights of one line
 exec(test_sets.GUARDED)
 """
 
