@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import types
 
 from fastbn.cpu import finalize, gates, planes, planes_backward, plans, rows
@@ -89,17 +90,22 @@ def _code(op: str, by_rows: bool, relu: Any, fused: bool, signs: bool, name: str
     return compiled(gate, (*objects, *addresses, *place, *behind, relu))
 
 
+@functools.cache
+def _as_stored(name: str) -> np.dtype[Any]:
+    """Return the dtype that kernels take tensors for."""
+    return np.dtype(str(_NUMBERS[name][0]))
+
+
 def _plan(op: str, dims: Dims, name: str) -> plans.Plan:
     """Return what ``launch`` finds."""
-    itemsize = _NUMBERS[name][0].bitwidth // 8
-    return plans.plan(dims, 32 if itemsize == 2 else 16, itemsize if op == "infer" else 0)
+    dtype = _as_stored(name)
+    return plans.plan(dims, plans.lanes_of(dtype), dtype.itemsize if op == "infer" else 0)
 
 
 def _streamed(op: str, p: plans.Plan, dims: Dims, fused: bool, name: str) -> bool:
     """Tell what ``tuning.streams`` says of these tensors."""
     tensors = 3 + 2 * fused if op == "backward" else 2 + fused
-    each: int = _NUMBERS[name][0].bitwidth // 8
-    return each * math.prod(dims) * tensors >= plans.streams_from(p, once=op == "infer")
+    return _as_stored(name).itemsize * math.prod(dims) * tensors >= plans.streams_from(p, once=op == "infer")
 
 
 def gated(op: str, dims: Dims, fused: bool, name: str = "float32") -> bool:

@@ -59,7 +59,7 @@ def train(
         pool.run(planes.train, (*tensors, N, C, S, eps, momentum, relu, streamed), C, together)
     else:
         columns = _swept_moments(x, stats, weight, running_mean, running_var, dims, p, eps, momentum)
-        rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+        rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V)
         _swept_normalise(x, residual, out, columns, p, relu, streamed, signs)
     return stats
 
@@ -71,7 +71,7 @@ def _swept_moments(
     down, across = p.bands(x.size)
     columns, part = plans.room_for_columns(weight, p.V, 3), plans.room_for_sums(p.V, down)
     rows_swept.pivots(x, columns, dims, p.V)
-    sums = (x, None, None, None, None, columns, part, p.V, p.height, p.width, None, False)
+    sums = (x, None, None, None, None, columns, part, p.V, p.height, p.width, None)
     pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_train(x, columns, part, stats, running_mean, running_var, dims, p.V, down, eps, momentum, False)
     return columns
@@ -140,7 +140,7 @@ def infer(
         return
     p = plans.swept(p, x.size)
     columns = plans.room_for_columns(weight, p.V, 3)
-    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V)
     _swept_normalise(x, residual, out, columns, p, relu, streamed, signs)
 
 
@@ -175,14 +175,16 @@ def _swept_gradients(
     weight, bias, dweight, dbias, stats = params
     down, across = p.bands(x.size)
     columns, part = plans.room_for_columns(weight, p.V, 5), plans.room_for_sums(p.V, down)
-    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V, streamed)
+    rows_swept.affines(x, out, stats, weight, bias, columns, dims, p.V)
     once = frozen and plans.at_once(p, grad, out)
     early = grad_residual if once or (streamed and plans.lined(grad_residual, p.V)) else None
-    sums = (x, grad, y, early, out, columns, part, p.V, p.height, p.width, relu, streamed)
-    pool.run(rows_swept.frozen if once else rows_swept.sums, sums, down * across, p.parallel)
+    sums = (x, grad, y, early, out, columns, part, p.V, p.height, p.width, relu)
+    if once:
+        pool.run(rows_swept.frozen, (*sums, streamed), down * across, p.parallel)
+    else:
+        pool.run(rows_swept.sums, sums, down * across, p.parallel)
     rows_swept.settle_backward(
-        x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, streamed,
-        False,
+        x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, p.V, down, frozen, relu, False,
     )  # fmt: skip
     if once:
         return

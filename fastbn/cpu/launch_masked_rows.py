@@ -65,7 +65,7 @@ class Stretches(NamedTuple):
         columns = plans.room_for_columns(weight, self.V, 3)
         some = np.ascontiguousarray(x.reshape(-1, self.C)[self.some]).reshape(-1)
         rows_swept.pivots(some, columns, (self.some.size, self.C, 1), self.V)
-        pool.run(rows_masked.sums, (x, None, None, None, None, columns, part, *how, None, False), down, parallel)
+        pool.run(rows_masked.sums, (x, None, None, None, None, columns, part, *how, None), down, parallel)
         fine = rows_swept.settle_train(
             x, columns, part, stats, running_mean, running_var, self.dims, self.V, down, eps, momentum, True
         )
@@ -77,7 +77,7 @@ class Stretches(NamedTuple):
     ) -> None:  # fmt: skip
         parallel, down, how = self._how()
         streamed = tuning.streams(x, residual, out, over=(out, x, residual))
-        rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V, streamed)
+        rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V)
         pool.run(rows_masked.normalise, (x, residual, out, columns, *how, relu, streamed), down, parallel)
 
     def backward(
@@ -90,12 +90,12 @@ class Stretches(NamedTuple):
         tensors = (x, grad, y, out, grad_residual)
         streamed = tuning.streams(*tensors, over=() if grad_residual is not None else (out, grad))
         columns, part = plans.room_for_columns(weight, self.V, 5), plans.room_for_sums(self.V, down)
-        rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V, streamed)
+        rows_swept.affines(x, out, stats, weight, bias, columns, self.dims, self.V)
         early = grad_residual if streamed and plans.lined(grad_residual, self.C) else None
-        pool.run(rows_masked.sums, (x, grad, y, early, out, columns, part, *how, relu, streamed), down, parallel)
+        pool.run(rows_masked.sums, (x, grad, y, early, out, columns, part, *how, relu), down, parallel)
         if not rows_swept.settle_backward(
             x, grad, y, out, columns, part, stats, weight, bias, dweight, dbias, self.dims, self.V, down,
-            frozen, relu, streamed, True,
+            frozen, relu, True,
         ):  # fmt: skip
             return None
         if early is not None:  # it holds u

@@ -75,8 +75,9 @@ def backward_kernel(d: Sizes, itemsize: int, affine: bool) -> tuple[Any, tuple[i
     return sets_backward.backward, (G, S, run)
 
 
-def _ones(x: Array, C: int) -> Array:
-    return np.ones(C, _kind(x.itemsize == 8).dtype)
+def _constant(x: Array, C: int, value: float) -> Array:
+    """Stand in for an absent weight or bias, in ``sets_of_channels`` a number a set like the others."""
+    return np.full(C, value, _kind(x.itemsize == 8).dtype)
 
 
 def train(
@@ -88,7 +89,7 @@ def train(
     if weight is not None and _in_chunks(d, x.itemsize, FEW, SWEPT, ALWAYS):
         return _swept_train(x, out, weight, bias, count, length, eps)
     if weight is None and of_channels(d):
-        weight, bias = _ones(x, C), np.zeros_like(_ones(x, C))
+        weight, bias = _constant(x, C, 1.0), _constant(x, C, 0.0)
     kernel, place = forward_kernel(d, x.itemsize, weight is not None)
     stats, streamed = np.empty(3 * count), tuning.streams(x, out)
     arrays, parallel = (x, out, weight, bias, stats, _kind(x.itemsize == 8), count, length), x.size >= tuning.PARALLEL
@@ -167,7 +168,7 @@ def backward(
     B, G, C, S = d
     count, length, affine, kind = B * G, C // G * S, weight is not None, _kind(x.itemsize == 8)
     if weight is None and of_channels(d):
-        weight = _ones(x, C)
+        weight = _constant(x, C, 1.0)
     kernel, place = backward_kernel(d, x.itemsize, weight is not None)
     per, room = sums(d, weight is not None)
     singly = weight is not None and _singly(d)

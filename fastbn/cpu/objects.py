@@ -140,25 +140,20 @@ def same_shape(a, b):
     return True
 
 
-def _viewing(dtype):
-    """Intrinsic of an address and a size that returns the array there."""
-    kind = types.Array(dtype, 1, "C")
+@intrinsic
+def float64s(typingctx, at, size):
+    """Array of so many numbers at an address."""
+    kind = types.Array(types.float64, 1, "C")
 
-    def view(typingctx, at, size):
-        def codegen(ctx, builder, sig, args):
-            return array(ctx, builder, kind, builder.inttoptr(args[0], BYTES), args[1])
+    def codegen(ctx, builder, sig, args):
+        return array(ctx, builder, kind, builder.inttoptr(args[0], BYTES), args[1])
 
-        return kind(types.intp, types.intp), codegen
-
-    return intrinsic(view)
-
-
-float32s, float64s = _viewing(types.float32), _viewing(types.float64)
+    return kind(types.intp, types.intp), codegen
 
 
 @intrinsic
 def numbers(typingctx, dtype, at, size):
-    """Array of so many numbers of a dtype."""
+    """The same of a dtype."""
     kind = types.Array(dtype.numbers, 1, "C")
 
     def codegen(ctx, builder, sig, args):

@@ -114,7 +114,7 @@ def written(p: Plan, out: Array) -> Plan:
     return _banded(p, out.size, p.V if p.V <= 2 * tuning.WIDTH else tuning.WIDTH)
 
 
-def lanes_of(x: Array) -> int:
+def lanes_of(x: Array | np.dtype[Any]) -> int:
     """Return the lanes of the vectors for this array, 16 for float64 too: two of them are one step there."""
     return 32 if x.itemsize == 2 else 16
 

@@ -57,12 +57,12 @@ def _clear(y, at, size, i, T, streamed):
 
 
 @jit
-def sums(x, g, y, dr, out, columns, part, at, size, bands, V, away, relu, streamed, claim):
+def sums(x, g, y, dr, out, columns, part, at, size, bands, V, away, relu, claim):
     """Sums of u and u*v of every band, as ``rows_swept.sums``."""
     T, wide = x.size, column_stride(V)
     scratch = empty(2 * wide, columns)
     x, g, y, dr, part, claim = base(x), base(g), base(y), base(dr), aligned(part), base(claim)
-    m, s = column_constants(x, base(out), columns, V, streamed), like(x, base(scratch))
+    m, s = column_constants(x, base(out), columns, V), like(x, base(scratch))
     q, k, b = s + wide, m + wide, m + 2 * wide
     j = fetch_add(claim, 0, 1)
     while j < bands.size - 1:
@@ -86,7 +86,7 @@ def normalise(x, residual, y, columns, at, size, bands, V, away, relu, streamed,
     """Output of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, residual, y, claim = base(x), base(residual), base(y), base(claim)
-    m = column_constants(x, y, columns, V, streamed)
+    m = column_constants(x, y, columns, V)
     j = bands.size - 2 - fetch_add(claim, 0, 1)
     while j >= 0:
         for i in range(bands[j], bands[j + 1]):
@@ -106,7 +106,7 @@ def gradient(x, g, y, dx, dr, columns, at, size, bands, V, away, relu, streamed,
     """Input gradient of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, g, y, dx, dr, claim = base(x), base(g), base(y), base(dx), base(dr), base(claim)
-    m = column_constants(x, dx, columns, V, streamed)
+    m = column_constants(x, dx, columns, V)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     j = bands.size - 2 - fetch_add(claim, 0, 1)
     while j >= 0:

@@ -34,7 +34,7 @@ def _count(T, V, height, width):
 
 
 @part
-def column_constants(x, out, columns, V, streamed):
+def column_constants(x, out, columns, V):
     """Where m lies of the constants for ``out``, which is None for pivots."""
     return like(x, aligned(columns)) + phase(out, 0, V)
 
@@ -47,15 +47,15 @@ def pivots(x, columns, dims, V):
 
 
 @jit
-def affines(x, out, stats, weight, bias, columns, dims, V, streamed):
+def affines(x, out, stats, weight, bias, columns, dims, V):
     """Column constants m, k, b: for the output, and as the first step backward."""
     x, wide = base(x), column_stride(V)
-    m = column_constants(x, base(out), columns, V, streamed)
+    m = column_constants(x, base(out), columns, V)
     spread_affine(x, base(stats), base(weight), base(bias), dims, (0, dims[1], V), m, m + wide, m + 2 * wide)
 
 
 @jit
-def sums(x, g, y, dr, out, columns, part, V, height, width, relu, streamed, claim):
+def sums(x, g, y, dr, out, columns, part, V, height, width, relu, claim):
     """Sums of u and u*v of every band (see ``sweep.sum_run``); ``out``: where gradients will go, else None.
 
     Writes u to dr unless that is None: ``gradient`` then reads u instead of g and y, and memory has something to write
@@ -65,7 +65,7 @@ def sums(x, g, y, dr, out, columns, part, V, height, width, relu, streamed, clai
     scratch = empty(2 * column_stride(width), columns)
     x, g, dr, part, claim = base(x), base(g), base(dr), aligned(part), base(claim)
     y = signs(base(y), x)
-    m, s = column_constants(x, base(out), columns, V, streamed), like(x, base(scratch))
+    m, s = column_constants(x, base(out), columns, V), like(x, base(scratch))
     q, k, b = s + column_stride(width), m + wide, m + 2 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
@@ -103,11 +103,11 @@ def settle_train(x, columns, part, stats, running_mean, running_var, dims, V, co
 
 @jit
 def settle_backward(
-    x, g, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu, streamed, masked
+    x, g, y, out, columns, part, stats, weight, bias, dweight, dbias, dims, V, count, frozen, relu, masked
 ):
     """Parameter gradients of all channels, and the column constants c1 and c0; returns as ``columns``."""
     x, s, wide = base(x), aligned(part), column_stride(V)
-    m = column_constants(x, base(out), columns, V, streamed)
+    m = column_constants(x, base(out), columns, V)
     _add_bands(s, V, count)
     return settle_gradients(
         x, base(g), signs(base(y), x), dims, (0, dims[1], V), m, s, s + wide,
@@ -121,7 +121,7 @@ def normalise(x, residual, y, columns, V, height, width, relu, streamed, claim):
     """Output of every band, last band first."""
     T, wide = x.size, column_stride(V)
     x, residual, y, claim = base(x), base(residual), base(y), base(claim)
-    m = column_constants(x, y, columns, V, streamed)
+    m = column_constants(x, y, columns, V)
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
     while number < bands:
@@ -146,7 +146,7 @@ def frozen(x, g, y, dr, dx, columns, part, V, height, width, relu, streamed, cla
     scratch = empty(2 * column_stride(width), columns)
     x, g, dx, dr, part, claim = base(x), base(g), base(dx), base(dr), aligned(part), base(claim)
     y = signs(base(y), x)
-    m, s = column_constants(x, dx, columns, V, streamed), like(x, base(scratch))
+    m, s = column_constants(x, dx, columns, V), like(x, base(scratch))
     q, k, b, c1, c0 = s + column_stride(width), m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)
@@ -170,7 +170,7 @@ def gradient(x, g, y, dx, dr, columns, V, height, width, relu, streamed, claim):
     T, wide = x.size, column_stride(V)
     x, g, dx, dr, claim = base(x), base(g), base(dx), base(dr), base(claim)
     y = signs(base(y), x)
-    m = column_constants(x, dx, columns, V, streamed)
+    m = column_constants(x, dx, columns, V)
     k, b, c1, c0 = m + wide, m + 2 * wide, m + 3 * wide, m + 4 * wide
     bands = _count(T, V, height, width)
     number = fetch_add(claim, 0, 1)

@@ -101,6 +101,13 @@ def ask_four_sets(x, g, i, L):
 
 
 @part
+def pairs(s0, s1, s2, s3, q0, q1, q2, q3):
+    """(s, q) of four sets from their vectors."""
+    found = totals(s0, s1, s2, s3, q0, q1, q2, q3)
+    return (found[0], found[4]), (found[1], found[5]), (found[2], found[6]), (found[3], found[7])
+
+
+@part
 def sum_four(x, g, w, dw, db, at, L, col, stop, c, a, far):
     """``sum_elements`` of the columns col..stop of four sets that lie one behind the other: (s, q) of each.
 
@@ -127,8 +134,7 @@ def sum_four(x, g, w, dw, db, at, L, col, stop, c, a, far):
         s0, s1, s2, s3 = s0 + u0, s1 + u1, s2 + u2, s3 + u3
         q0, q1, q2, q3 = fma(u0, e0[0], q0), fma(u1, e1[0], q1), fma(u2, e2[0], q2), fma(u3, e3[0], q3)
         i += W
-    found = totals(s0, s1, s2, s3, q0, q1, q2, q3)
-    return (found[0], found[4]), (found[1], found[5]), (found[2], found[6]), (found[3], found[7])
+    return pairs(s0, s1, s2, s3, q0, q1, q2, q3)
 
 
 @part
@@ -265,8 +271,7 @@ def moments_of_four(x, at, L, a):
         s0, s1, s2, s3 = s0 + d0, s1 + d1, s2 + d2, s3 + d3
         q0, q1, q2, q3 = fma(d0, d0, q0), fma(d1, d1, q1), fma(d2, d2, q2), fma(d3, d3, q3)
         i += W
-    found = totals(s0, s1, s2, s3, q0, q1, q2, q3)
-    return (found[0], found[4]), (found[1], found[5]), (found[2], found[6]), (found[3], found[7])
+    return pairs(s0, s1, s2, s3, q0, q1, q2, q3)
 
 
 @helper

@@ -11,6 +11,7 @@ from __future__ import annotations
 from fastbn.cpu._jit import helper, jit, part
 from fastbn.cpu.band import band_gradient, band_normalise
 from fastbn.cpu.batches import BATCH, moments, sums
+from fastbn.cpu.columns import repeat
 from fastbn.cpu.finalize import finite_sums, gradients_of
 from fastbn.cpu.planes import tabulate, write_runs
 from fastbn.cpu.planes_backward import gradient_row
@@ -18,13 +19,15 @@ from fastbn.cpu.sets import block_sets
 from fastbn.cpu.simd import base, empty, fence, fetch_add, get, lanes, least, like, put, splat, store_n
 
 LONG = 128  # elements of a set from which others do it
+SPARE = 16  # numbers that ``repeat`` may write behind the last one
 
 
 @part
 def _repeated(values, G, to):
     """The G values and the first ones again, so that those of any batch lie side by side."""
-    for i in range(G + BATCH):
-        put(to, i, get(values, i % G))
+    for i in range(G):
+        put(to, i, get(values, i))
+    repeat(to, G, G + BATCH)
     return to
 
 
@@ -74,11 +77,11 @@ def _write_gradients(x, g, dx, table, short, t, count, L, streamed):
 @jit
 def train(x, y, weight, bias, stats, kind, sets, L, G, each, S, eps, streamed, claim):
     """As ``sets.train`` for sets of one channel, L = each = S. Floor: one read and one write."""
-    room, constants, repeated = empty(2 * BATCH, stats), empty(3 * BATCH, kind), empty(2 * (G + BATCH), kind)
+    room, constants, repeated = empty(2 * BATCH, stats), empty(3 * BATCH, kind), empty(2 * (G + BATCH + SPARE), kind)
     short = empty(3 * (BATCH * L + 64) if L < 32 else 0, kind)
     x, y, weight, bias, stats, claim = base(x), base(y), base(weight), base(bias), base(stats), base(claim)
     s, table, per, columns = base(room), base(constants), block_sets(sets, L), like(x, base(short))
-    weight, bias = _repeated(weight, G, base(repeated)), _repeated(bias, G, base(repeated) + (G + BATCH))
+    weight, bias = _repeated(weight, G, base(repeated)), _repeated(bias, G, base(repeated) + (G + BATCH + SPARE))
     q, lo = s + BATCH, fetch_add(claim, 0, per)
     while lo < sets:
         t, end = lo, least(lo + per, sets)
@@ -98,7 +101,7 @@ def train(x, y, weight, bias, stats, kind, sets, L, G, each, S, eps, streamed, c
 def backward(x, g, dx, weight, stats, parts, kind, sets, L, G, each, S, per, streamed, claim):
     """As ``sets_backward.backward``; ``parts`` are of blocks of ``per`` samples. Floor: two reads and one write."""
     half, found = parts.size // 2, empty(2 * BATCH, stats)
-    room, constants, repeated = empty(2 * BATCH, stats), empty(5 * BATCH, kind), empty(G + BATCH, kind)
+    room, constants, repeated = empty(2 * BATCH, stats), empty(5 * BATCH, kind), empty(G + BATCH + SPARE, kind)
     short = empty(5 * (BATCH * L + 64) if L < 32 else 0, kind)
     x, g, dx, weight, stats, claim = base(x), base(g), base(dx), base(weight), base(stats), base(claim)
     s, table, parts, samples, dw = base(room), base(constants), base(parts), sets // G, base(found)

@@ -28,6 +28,9 @@ SIZES = [
     (300, 3, 3, 4), (5, 200, 200, 9), (7, 2, 2, 31), (3, 7, 7, 2),
 ]  # fmt: skip
 
+# Of more than one block, for several threads.
+BLOCKS = [(301, 1, 67, 1), (9, 3, 6, 5), (900, 1, 768, 1), (3, 1, 40021, 1), (131, 67, 67, 33), (3001, 9, 9, 4)]
+
 
 def codes(x):
     """View half types as the kernels take them."""
@@ -141,19 +144,7 @@ def test_ends_of_a_set_far_from_its_mean(rng, d):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "d",
-    [
-        (301, 1, 67, 1),
-        (9, 3, 6, 5),
-        (7, 2, 6, 131),
-        (900, 1, 768, 1),
-        (3, 1, 40021, 1),
-        (131, 67, 67, 33),
-        (3001, 9, 9, 4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("d", [*BLOCKS, (7, 2, 6, 131)], ids=str)
 def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, monkeypatch, d, dtype):
     monkeypatch.setattr(tuning, "STREAM", 0)
     monkeypatch.setattr(tuning, "PARALLEL", 0)

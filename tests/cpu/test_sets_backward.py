@@ -8,7 +8,7 @@ import pytest
 
 from fastbn import reference
 from fastbn.cpu import launch_sets, sets_long, tuning
-from tests.cpu.test_sets import SIZES, codes, draw, expected, forward, split
+from tests.cpu.test_sets import BLOCKS, SIZES, codes, draw, expected, forward, split
 from tests.oracle import same_bits
 from tests.tolerances import DTYPES, arithmetic, assert_within, bound
 
@@ -70,19 +70,7 @@ def test_backward(rng, monkeypatch, d, dtype):
         assert all(same_bits(a, b) for a, b in zip(same, got, strict=True)), "in place"
 
 
-@pytest.mark.parametrize(
-    "d",
-    [
-        (301, 1, 67, 1),
-        (9, 3, 6, 5),
-        (40, 2, 6, 131),
-        (900, 1, 768, 1),
-        (3, 1, 40021, 1),
-        (131, 67, 67, 33),
-        (3001, 9, 9, 4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("d", [*BLOCKS, (40, 2, 6, 131)], ids=str)
 def test_same_bits_at_every_address_and_by_any_number_of_threads(rng, threads, monkeypatch, d):
     monkeypatch.setattr(tuning, "STREAM", 0)
     monkeypatch.setattr(tuning, "PARALLEL", 0)
@@ -113,15 +101,9 @@ def test_any_number_of_sets_is_swept(rng, threads, swept, count, dtype):
 
 
 FAR = [
-    (70, 1, 40, 1),
-    (9, 3, 6, 5),
-    (4, 5, 5, 49),
-    (50, 3, 3, 4),
-    (4, 2, 6, 131),
-    (2, 1, 4099, 1),
-    (4, 1, 5001, 1),
+    (70, 1, 40, 1), (9, 3, 6, 5), (4, 5, 5, 49), (50, 3, 3, 4), (4, 2, 6, 131), (2, 1, 4099, 1), (4, 1, 5001, 1),
     (38, 1, 4099, 1),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
