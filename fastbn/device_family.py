@@ -14,8 +14,8 @@ from fastbn.cuda import launch_sets
 from fastbn.cuda.arrays import DeviceArray, Flat, Library
 from fastbn.cuda.libraries import quick
 from fastbn.cuda.plan_sets import Sizes
-from fastbn.cuda.recorded import Replay, record
-from fastbn.device_remembered import Known, RememberedSaved, apart, keep, moment
+from fastbn.cuda.recorded import Replay, Runner, record
+from fastbn.device_remembered import Known, RememberedSaved, apart, gradients_of, keep, moment, prove
 from fastbn.device_sets import DeviceSetsSaved, move
 from fastbn.saved import Gradients
 
@@ -72,11 +72,12 @@ class KnownSetsSaved(RememberedSaved, DeviceSetsSaved):  # type: ignore[override
 class KnownSets(Known):
     """What all calls with the same key share."""
 
-    __slots__ = ("affine", "d", "replay", "shape")
+    __slots__ = ("affine", "d", "kept", "replay", "shape")
 
     def __init__(self, library: Library, saved: DeviceSetsSaved, given: Sequence[Any]):
         super().__init__(library, saved.x, given, saved.sizes.C)
         self.d, self.shape, self.affine = saved.sizes, saved.shape, saved.affine
+        self.kept = 1 if saved.affine[0] is None else 2  # how many of x and weight there are
         self.replay: Replay | None = None
 
     def vector(self, value: Any) -> Flat | None:
@@ -87,31 +88,44 @@ class KnownSets(Known):
         """Tell whether an array like x lies in memory as x does."""
         return value.c_contiguous
 
-    def train(self, x: Any, ats: list[int], y: Any, params: tuple[Any, Any], eps: Any) -> KnownSetsSaved:
+    def low(self, ats: Sequence[int]) -> int:
+        """Return what must be aligned."""
+        return ats[0] | ats[self.kept]  # x; the statistics or weight
+
+    def right(self, ats: tuple[int, ...], out: Any) -> bool:
+        """Tell whether y is apart from what is read; ``ats``: where arrays lie, as in ``train``."""
+        if abs(ats[0] - ats[-1]) < self.nbytes:
+            return False
+        return out is None or apart(ats[-1], self.nbytes, ats[1:-1], self.width)
+
+    def again(self, run: Runner, x: Any, ats: tuple[int, ...], params: tuple[Any, Any]) -> KnownSetsSaved:
+        """``train`` at addresses that were found to be right."""
+        made, bases = run(x, ats)
+        return self.saved(x, (ats[0], bases[0], *ats[1 : self.kept]), made[0], params)
+
+    def train(self, x: Any, ats: tuple[int, ...], y: Any, params: tuple[Any, Any], eps: Any) -> KnownSetsSaved:
         """``launch_sets.train``, recorded, with what backward needs; ``ats``: where x, the params and y lie."""
         low = 0
         for at in ats:
             low |= at
         aligned = not low & 15
         if self.replay is not None and aligned:
-            made, bases = self.replay(self.library, x, ats)
-            stored, at = made[0], bases[0]
-        else:
-            source, target = self.array(x, ats[0]).flat(), self.flat(y, ats[-1])
-            weight, bias = vectors = self.vector(params[0]), self.vector(params[1])
-            call = functools.partial(launch_sets.train, source, target, weight, bias, self.d, float(eps))
-            inputs = [source, *(flat for flat in vectors if flat is not None), target]
-            stats, replay = record(call, inputs, lambda stats: (stats,), tail=True)
-            stored, at = stats.array_owner, stats.address
-            if aligned:
-                self.replay = replay
-        return self.saved(x, [ats[0], at] if params[0] is None else [ats[0], at, ats[1]], stored, params)
+            run = self.replay.runner(self.library, x)
+            prove(self.proven, ats, run)
+            return self.again(run, x, ats, params)
+        source, target = self.array(x, ats[0]).flat(), self.flat(y, ats[-1])
+        weight, bias = vectors = self.vector(params[0]), self.vector(params[1])
+        call = functools.partial(launch_sets.train, source, target, weight, bias, self.d, float(eps))
+        inputs = [source, *(flat for flat in vectors if flat is not None), target]
+        stats, replay = record(call, inputs, lambda stats: (stats,), tail=True)
+        if aligned:
+            self.replay = replay
+        return self.saved(x, (ats[0], stats.address, *ats[1 : self.kept]), stats.array_owner, params)
 
-    def saved(self, x: Any, ats: list[int], stored: Any, params: tuple[Any, Any]) -> KnownSetsSaved:
+    def saved(self, x: Any, ats: tuple[int, ...], stored: Any, params: tuple[Any, Any]) -> KnownSetsSaved:
         """Return what backward needs."""
         saved = KnownSetsSaved()
         saved.known, saved.source, saved.ats, saved.stored, saved.params = self, x, ats, stored, params
-        saved.low = ats[0] | ats[-1]
         return saved
 
     def backward(self, saved: Any, grad: Flat, target: Flat) -> tuple[list[Any], Replay | None]:
@@ -128,11 +142,11 @@ class KnownSets(Known):
         grads, replay = record(call, inputs, lambda grads: grads)
         return [flat.array_owner for flat in grads], replay
 
-    def results(self, saved: Any, target: Any, made: list[Any]) -> Gradients:
+    def results(self, saved: Any, target: Any, made: Sequence[Any]) -> Gradients:
         """Return what ``fastbn.backward`` does."""
         weight, bias = self.affine
         dweight = None if weight is None else made[0]
-        return Gradients(target, dweight, None if bias is None else made[0 if weight is None else 1], None)
+        return gradients_of((target, dweight, None if bias is None else made[0 if weight is None else 1], None))
 
 
 def _learn(
@@ -148,8 +162,8 @@ def _learn(
     except (AttributeError, TypeError):  # another library's
         return saved
     keep(_calls, key, known)
-    ats = [flat.address for flat in (saved.x, saved.vectors, saved.weight) if flat is not None]
-    return known.saved(x, ats, saved.vectors.array_owner, params)
+    ats = (flat.address for flat in (saved.x, saved.vectors, saved.weight) if flat is not None)
+    return known.saved(x, (*ats,), saved.vectors.array_owner, params)
 
 
 def _normalise(
@@ -166,13 +180,12 @@ def _normalise(
         except TypeError:  # an option that cannot be one
             known = None
         if known is not None and known.same(*given):
-            ats, y = library.addresses(given), out
-            if out is None:
-                y = library.like(x)
-                ats.append(library.address(y))
-            if abs(ats[0] - ats[-1]) >= known.nbytes and (
-                out is None or apart(ats[-1], known.nbytes, ats[1:-1], known.width)
-            ):
+            y = library.like(x) if out is None else out
+            ats = (*library.addresses(given), library.address(y)) if out is None else (*library.addresses(given),)
+            run = known.proven.get(ats)
+            if run is not None:
+                return y, known.again(run, x, ats, (weight, bias))
+            if known.right(ats, out):
                 return y, known.train(x, ats, y, (weight, bias), eps)
     y, saved = full(x, weight, bias, *options, eps, out)
     return y, saved if library is None else _learn(key, given, library, x, (weight, bias), saved, y)

@@ -136,25 +136,26 @@ def bound(launcher: Launcher, numbers: list[Any], fills: dict[int, int], count: 
     A function with everything at hand: attributes and a call more take a tenth of a launch each.
     """
     pick = operator.itemgetter(*(fills.get(place, -1) for place in range(count)))
-    pool: list[tuple[Any, Any, int]] = []
-    pack, together = struct.Struct(f"@{count}Q").pack_into, not launcher.extra
+    pool: list[tuple[Any, int, Any]] = []
+    words, together = ctypes.c_uint64 * count, not launcher.extra
     run, again, take, give = functools.partial(launcher.call, *launcher.place), launcher.launch, pool.pop, pool.append
 
-    def make() -> tuple[Any, Any, int]:
+    def make() -> tuple[Any, int, Any]:
         slot = launcher.slot()
         launcher.pack(slot, numbers)
-        return slot
+        return words.from_buffer(slot[0]), slot[2], slot
 
     def launch(stream: int, at: list[int]) -> None:
         try:
-            slot = take()
+            held = take()
         except IndexError:
-            slot = make()
-        pack(slot[0], 0, *pick(at))
-        (code,) = run(_stream(stream), slot[2]) if together else run(_stream(stream), slot[2], 0)
+            held = make()
+        addresses, pointers, slot = held
+        addresses[:] = pick(at)
+        (code,) = run(_stream(stream), pointers) if together else run(_stream(stream), pointers, 0)
         if code:
             again(stream, slot)  # this thread may not have used the GPU yet
-        give(slot)
+        give(held)
 
     return launch
 

@@ -7,14 +7,18 @@ that could mean two arrays (one array given twice) makes a call that is not reco
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastbn.cuda import driver
 from fastbn.cuda.arrays import ITEMSIZE, WIDE, Flat, Library
+from fastbn.cuda.libraries import maker, pointer
 
-__all__ = ["Replay", "record"]
+__all__ = ["Replay", "Runner", "record"]
 
+Runner = Callable[[Any, Sequence[int]], tuple[Sequence[Any], list[int]]]  # (like, addresses) -> what ``Replay`` returns
 TAIL = 1 << 14  # elements of scratch up to which it lies behind the first result instead of alone
 ALIGNED = 4  # elements from which a result begins at a multiple of: 128-bit accesses
 UNIT = 64  # the same of scratch: whole lines
@@ -23,20 +27,20 @@ UNIT = 64  # the same of scratch: whole lines
 class Step:
     """One launch: its numbers, and which of them are addresses."""
 
-    __slots__ = ("fills", "grid", "launch", "numbers", "shared", "what")
+    __slots__ = ("fills", "grid", "numbers", "shared", "what")
 
     def __init__(self, what: driver.Kernel, grid: tuple[int, ...], args: tuple[Any, ...], shared: int):
         self.what, self.grid, self.shared = what, grid, shared
         self.numbers = [0 if a is None or type(a) is Flat else a for a in args]
         self.fills: list[tuple[int, int]] = []  # (argument, slot of its address)
-        self.launch: Any = None
 
-    def prepare(self) -> Any:
+    def prepare(self, slots: list[tuple[int, str]]) -> Any:
         """Return what launches it; not before the first replay: the first launch may choose another way to launch."""
-        self.launch = self.what.launcher(self.grid, self.shared).bind(self.numbers, self.fills)
-        return self.launch
+        if driver.SIMULATED:
+            return functools.partial(self.simulate, slots)
+        return self.what.launcher(self.grid, self.shared).bind(self.numbers, self.fills)
 
-    def simulate(self, stream: int, at: list[int], slots: list[tuple[int, str]]) -> None:
+    def simulate(self, slots: list[tuple[int, str]], stream: int, at: list[int]) -> None:
         """Launch in the simulator."""
         args = [*self.numbers]
         for place, slot in self.fills:
@@ -59,41 +63,62 @@ class Made(NamedTuple):
 class Replay:
     """What is launched, and what is allocated for it."""
 
-    __slots__ = ("dtype", "inside", "made", "parts", "slots", "steps")
+    __slots__ = ("dtype", "made", "parts", "run", "slots", "steps")
 
     def __init__(self, steps: list[Step], slots: list[tuple[int, str]], made: Made, parts: list[tuple[int, int]]):
         self.steps, self.slots = steps, slots  # slots: size and kind of each array; inputs, results, scratch, parts
-        self.made, self.inside = made, [offset for _, offset in made.offsets]
+        self.made = made
         self.parts = parts  # of others: (slot, bytes into it)
         self.dtype = "float64" if any(kind == "f64" for _, kind in slots) else "float32"
+        self.run: Runner | None = None
 
-    def __call__(self, library: Library, like: Any, addresses: list[int]) -> tuple[list[Any], list[int]]:
+    def __call__(self, library: Library, like: Any, addresses: Sequence[int]) -> tuple[Sequence[Any], list[int]]:
         """Launch; returns the arrays that were allocated, results first, and their addresses."""
-        sizes, offsets, split = self.made
-        if len(sizes) == 1:
-            value = library.room(sizes[0], self.dtype, like)
-            base = library.address(value)
-            made, at = [value], addresses + [base + offset for offset in self.inside]
-            bases = [base]
-            if split is not None:
-                cut = library.cut(value, split[0])
-                made = [cut[k] for k in split[1]]
-        elif not sizes or not sizes:
-            made, bases, at = [], [], addresses.copy()
+        return self.runner(library, like)(like, addresses)
+
+    def runner(self, library: Library, like: Any) -> Runner:
+        """Return what launches and allocates for arrays like this one: a call less for who keeps it."""
+        if self.run is None:
+            self.run = _runner(self, library, like)
+        return self.run
+
+
+def _runner(replay: Replay, library: Library, like: Any) -> Runner:
+    """Return a function with everything at hand, as ``launcher.bound`` does."""
+    (sizes, offsets, split), parts, dtype = replay.made, replay.parts, replay.dtype
+    launches = [step.prepare(replay.slots) for step in replay.steps]
+    makes, address, stream = [maker(library, size, dtype, like) for size in sizes], pointer(library), library.stream
+    first = makes[0] if len(sizes) == 1 else None
+    behind = [offset for _, offset in offsets[1:]]  # of one allocation, whose first vector is where it begins
+    each = offsets == [(k, 0) for k in range(len(sizes))]
+    lengths, pick = ([], None) if split is None else (split[0], operator.itemgetter(*split[1]))
+
+    def run(like: Any, addresses: Sequence[int]) -> tuple[Sequence[Any], list[int]]:
+        if first is not None:
+            value = first(like)
+            base = address(value)
+            made, bases = [value], [base]
+            at = [*addresses, base]
+            for offset in behind:
+                at.append(base + offset)
+            if pick is not None:
+                made = pick(library.cut(value, lengths))
         else:
-            made = [library.room(size, self.dtype, like) for size in sizes]
-            bases = library.addresses(made)
-            at = addresses + [bases[k] + offset for k, offset in offsets]
-        if self.parts:
-            at += [at[slot] + offset for slot, offset in self.parts]
+            made, bases = [], []
+            for make in makes:
+                value = make(like)
+                made.append(value)
+                bases.append(address(value))
+            at = [*addresses, *(bases if each else [bases[k] + offset for k, offset in offsets])]
+        if parts:
+            at += [at[slot] + offset for slot, offset in parts]
         at.append(0)  # the last one is where there is no array
-        stream = library.stream(like)
-        for step in self.steps:
-            if driver.SIMULATED:
-                step.simulate(stream, at, self.slots)
-            else:
-                (step.launch or step.prepare())(stream, at)
+        handle = stream(like)
+        for launch in launches:
+            launch(handle, at)
         return made, bases
+
+    return run
 
 
 def record(

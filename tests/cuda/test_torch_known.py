@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastbn import device_family, device_known, device_sets
-from fastbn.cuda import libraries
+from fastbn import device, device_family, device_known, device_remembered, device_sets
+from fastbn.cuda import choice, libraries, recorded
 from tests.cuda.test_torch import _arrays, cpu_tensors, slow, step
 
 torch = pytest.importorskip("torch")
@@ -164,3 +164,90 @@ def test_what_a_known_call_saves_can_be_released_and_restored(slow):
         assert torch.equal(again.mean, saved.mean) and again.moments.count == 6
         if other.is_contiguous():
             assert torch.equal(again.gradients(grad, None).input, want.input)
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Count how often addresses are compared, of calls and of gradients."""
+    calls = []
+    for owner, name in (
+        (device_known.KnownBatch, "right"), (device_family.KnownSets, "right"), (device_remembered.Known, "_gradients"),
+    ):  # fmt: skip
+        genuine = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=genuine: (calls.append(f.__qualname__), f(*a))[1])
+    return calls
+
+
+def test_addresses_that_were_right_are_not_compared_again(slow, slow_sets, looked):
+    x, grad, vectors = _arrays((6, 4))
+    norm, out, dx = NORMS["layer"][0], torch.empty_like(x), torch.empty_like(x)
+    _, saved, _ = step(x, grad, vectors, out=out)
+    _, layer = norm(x, vectors[0], vectors[1], out)
+    for turn in range(6):
+        step(x, grad, vectors, out=out)
+        norm(x, vectors[0], vectors[1], out)
+        for known in (saved, layer):
+            known.gradients(grad, dx if turn < 5 else dx.clone())
+        counted = [looked.count(f"{who}.right") for who in ("KnownBatch", "KnownSets")]
+        assert counted == [min(turn + 1, 2)] * 2  # when it is recorded, and when that is first replayed
+    x, out = x.clone(), out.clone()
+    step(x, grad, vectors, out=out)
+    norm(x, vectors[0], vectors[1], out)
+    assert [looked.count(f"{who}.right") for who in ("KnownBatch", "KnownSets")] == [3, 3]
+    assert len(slow) == 1 and slow_sets.count("forward") == 1
+
+
+def test_more_addresses_than_are_remembered(slow, slow_sets, monkeypatch):
+    monkeypatch.setattr(device_remembered, "PROVEN", 3)
+    norm, kept = NORMS["layer"][0], []
+    for turn in range(24):
+        x, grad, vectors = _arrays((6, 4), seed=turn % 2)
+        dx = grad.clone() if turn % 3 else torch.empty_like(grad)
+        y, saved, grads = step(x, grad, vectors, out=torch.empty_like(x))
+        z, layer = norm(x, vectors[0], vectors[1], torch.empty_like(x))
+        found = [y, z, *grads[:3], *vectors[2:], layer.gradients(dx if turn % 3 else grad, dx).input]
+        kept.append((x, grad, vectors, found, saved, layer))  # so that no address comes again
+        assert all(torch.equal(a, b) for a, b in zip(found, kept[turn % 2][3], strict=True))
+        for known in (saved.known, layer.known):
+            backs = [back.proven for back in known.backs if back is not None]
+            assert all(len(proven) <= 3 for proven in (known.proven, *backs))
+    assert len(slow) == 1 and slow_sets.count("forward") == 1 and slow_sets.count("backward") == 2
+    assert len(saved.known.separate) <= 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tail", [True, False])
+def test_gradients_are_replayed_whichever_call_saved_them(dtype, tail, slow_sets, monkeypatch):
+    """Of the first call and of replayed ones, with scratch by itself, and anew after choices were made anew."""
+    monkeypatch.setattr(recorded, "TAIL", recorded.TAIL if tail else 0)
+    norm, shape, parameters = NORMS["layer"]
+    x, grad = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
+    w, b = (torch.rand(parameters) for _ in range(2))
+    calls = [norm(x, w, b, torch.empty_like(x))[1] for _ in range(4)]
+    want = [t.clone() for t in calls[0].gradients(grad, torch.empty_like(x))[:3]]
+    for anew in range(3):
+        choice.forget() if anew else None
+        del slow_sets[:]
+        for turn in range(3):
+            for saved in calls:
+                found = saved.gradients(grad, torch.empty_like(x))[:3]
+                assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+            assert slow_sets == ["backward"] * (anew > 0), turn
+    replay, out = saved.known.backs[2].apart, torch.empty_like(x)
+    made, _ = replay(saved.known.library, x, [*saved.ats, grad.data_ptr(), out.data_ptr()])
+    assert len(replay.made.sizes) == (1 if tail else 3) and [made[0].numel(), made[1].numel()] == [8, 8]
+    assert {t.dtype for t in made} == {torch.float32}
+
+
+def test_batch_norms_gradients_are_known_again_after_choices_were_made_anew(slow, monkeypatch):
+    x, grad, vectors = _arrays((6, 4))
+    full, genuine = [], device.DeviceSaved._gradients
+    monkeypatch.setattr(device.DeviceSaved, "_gradients", lambda *a: (full.append(1), genuine(*a))[1])
+    for _ in range(3):
+        _, saved, want = step(x, grad, vectors)
+    assert len(full) == 1
+    for anew in (1, 2):
+        choice.forget()
+        for _ in range(3):
+            assert torch.equal(saved.gradients(grad, None).input, want.input)
+        assert len(full) == 1 + anew
