@@ -20,6 +20,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 LOAD = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
 LOAD_LAST = "ld.global.cs.v4.b32"  # not .nc: an in-place kernel writes what it has read
+EARLY = " bar.warp.sync 0xffffffff;"  # a NOP, behind which the compiler leaves all other loads
 STORE = "st.global.cs.v4.b32"
 
 
@@ -35,7 +36,7 @@ def _words(kind, W):
     return types.UniTuple({"f32": types.int32, "f64": types.int64}.get(kind, types.int16), 1)
 
 
-def _load(kind, W, instruction):
+def _load(kind, W, instruction, early=False):
     raw = _words(kind, W)
 
     @intrinsic
@@ -47,9 +48,8 @@ def _load(kind, W, instruction):
                 words = [builder.load(builder.bitcast(at, element.as_pointer()))]
             else:
                 result = ir.LiteralStructType([I32] * 4)
-                asm = ir.InlineAsm(
-                    ir.FunctionType(result, [at.type]), instruction + " {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l"
-                )
+                text = instruction + " {$0,$1,$2,$3}, [$4];" + EARLY * early
+                asm = ir.InlineAsm(ir.FunctionType(result, [at.type]), text, "=r,=r,=r,=r,l", side_effect=early)
                 loaded = builder.call(asm, [at])
                 words = [builder.extract_value(loaded, k) for k in range(4)]
             return context.make_tuple(builder, sig.return_type, words)
@@ -195,6 +195,24 @@ def _gather(kind, W):
     return gather
 
 
+def _gather_aligned(kind, W):
+    A, number, most = ARITHMETIC[kind], F64 if kind == "f64" else F32, 2 if kind == "f64" else 4
+
+    @intrinsic
+    def gather_aligned(typingctx, array, index):
+        def emit(context, builder, sig, args):
+            at, lanes, size = _address(context, builder, sig.args[0], *args), [], min(W, most)
+            vector = ir.VectorType(number, size)
+            for k in range(0, W, size):
+                value = builder.load(builder.bitcast(builder.gep(at, [I32(k)]), vector.as_pointer()), align=16)
+                lanes += [builder.extract_element(value, I32(i)) for i in range(size)]
+            return context.make_tuple(builder, sig.return_type, lanes)
+
+        return types.UniTuple(A, W)(array, types.int64), emit
+
+    return gather_aligned
+
+
 def _scatter(kind, W):
     @intrinsic
     def scatter(typingctx, array, index, vector):
@@ -260,6 +278,7 @@ def access(kind, W):
     from fastbn.cuda.simd import Access
 
     return Access(
-        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _decode(kind, W), _encode_raw(kind, W), _store(kind, W),
-        _splat(kind, W), _step(kind, W), _gather(kind, W), _scatter(kind, W), _keep, _recall, _valid(W),
+        _load(kind, W, LOAD), _load(kind, W, LOAD_LAST), _load(kind, W, LOAD_LAST, True), _decode(kind, W),
+        _encode_raw(kind, W), _store(kind, W), _splat(kind, W), _step(kind, W), _gather(kind, W),
+        _gather_aligned(kind, W), _scatter(kind, W), _keep, _recall, _valid(W),
     )  # fmt: skip

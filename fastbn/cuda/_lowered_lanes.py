@@ -149,10 +149,61 @@ def sqrt(typingctx, x):
     return x(x), _emit(_sqrt)
 
 
+def _invsqrt(builder, x):
+    return builder.fdiv(ir.Constant(x.type, 1.0), _sqrt(builder, x))
+
+
 @intrinsic
 def invsqrt(typingctx, x):
     """1/sqrt(x), both correctly rounded; inf for 0, NaN for negative x."""
-    return x(x), _emit(lambda builder, v: builder.fdiv(ir.Constant(v.type, 1.0), _sqrt(builder, v)))
+    return x(x), _emit(_invsqrt)
+
+
+LEAST, SPAN = 0x0D000000, 0x727FFFFF  # bits of 2**-101, and how far above them those of the largest number lie
+
+
+def _approximate(builder, name, x):
+    asm = ir.InlineAsm(ir.FunctionType(x.type, [x.type]), f"{name}.approx.ftz.f32 $0, $1;", "=f,f")
+    return builder.call(asm, [x])
+
+
+def _invsqrt_between(builder, x):
+    """``invsqrt`` of a float32 from 2**-101 on, as the compiler does it behind two branches a number."""
+    half, one, minus = (ir.Constant(x.type, number) for number in (0.5, 1.0, -1.0))
+    near = _approximate(builder, "rsqrt", x)
+    root = builder.fmul(x, near)
+    root = builder.fma(builder.fma(builder.fmul(root, minus), root, x), builder.fmul(near, half), root)
+    near = _approximate(builder, "rcp", root)
+    return builder.fma(near, builder.fma(builder.fmul(near, minus), root, one), near)
+
+
+@intrinsic
+def invsqrts(typingctx, x):
+    """``invsqrt`` of each lane, bit by bit; float32 with one branch for all."""
+
+    def emit(context, builder, sig, args):
+        lanes = cgutils.unpack_tuple(builder, args[0])
+        if lanes[0].type != ir.FloatType():
+            return context.make_tuple(builder, sig.return_type, [_invsqrt(builder, v) for v in lanes])
+        word, usual = ir.IntType(32), None
+        for v in lanes:
+            above = builder.sub(builder.bitcast(v, word), word(LEAST))
+            here = builder.icmp_unsigned("<=", above, word(SPAN))
+            usual = here if usual is None else builder.and_(usual, here)
+        with builder.if_else(usual) as (then, otherwise):
+            with then:
+                quick, end = [_invsqrt_between(builder, v) for v in lanes], builder.block
+            with otherwise:
+                slow, other_end = [_invsqrt(builder, v) for v in lanes], builder.block
+        found = []
+        for a, b in zip(quick, slow, strict=True):
+            either = builder.phi(a.type)
+            either.add_incoming(a, end)
+            either.add_incoming(b, other_end)
+            found.append(either)
+        return context.make_tuple(builder, sig.return_type, found)
+
+    return x(x), emit
 
 
 @intrinsic

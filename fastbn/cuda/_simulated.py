@@ -69,6 +69,11 @@ def access(kind: str, W: int) -> Any:
         assert found.dtype == number
         return found.copy()
 
+    def gather_aligned(array: Any, index: Any) -> Array:
+        size = 16 // number().itemsize
+        assert W % size == 0
+        return np.concatenate([_place(array, index + k, size, True) for k in range(0, W, size)])
+
     def scatter(array: Any, index: Any, vector: Array) -> None:
         found = _place(array, index, W, False)
         assert found.dtype == number and vector.dtype == number
@@ -88,7 +93,9 @@ def access(kind: str, W: int) -> Any:
         return found.copy()
 
     memory = {"f16": "uint16", "bf16": "int16", "f32": "float32", "f64": "float64"}[kind]
-    return Access(load, load, decode, encode, store, splat, step, gather, scatter, keep, recall, valid)
+    return Access(
+        load, load, load, decode, encode, store, splat, step, gather, gather_aligned, scatter, keep, recall, valid
+    )
 
 
 def add(a: Any, b: Any) -> Any:
@@ -155,6 +162,11 @@ def invsqrt(x: Any) -> Any:
     return type(x)(1) / np.sqrt(x)
 
 
+def invsqrts(x: Array) -> Array:
+    """1/sqrt(x) of each lane."""
+    return np.reciprocal(np.sqrt(x))
+
+
 def finite(x: Any) -> bool:
     """Tell whether x is neither infinite nor NaN."""
     return math.isfinite(x)
@@ -182,9 +194,12 @@ def hear(array: Any, index: Any, tag: Any) -> tuple[bool, Any, Any]:
     return bool((words[:, 1] == tag).all()), a, b
 
 
-def fresh(array: Any, index: Any) -> Any:
-    """One number that another block has written."""
-    return _place(array, index, 1, False)[0]
+def ticket(array: Any, index: Any) -> int:
+    """How often this place has been asked before."""
+    pause()
+    count = _place(array, index, 1, False).view(np.int32)
+    count[0] += 1
+    return int(count[0]) - 1
 
 
 class Copies:

@@ -11,7 +11,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from fastbn.cuda import finalize, masks, planes, rows, tuning
+from fastbn.cuda import finalize, flat, masks, planes, rows, tuning
 from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.choice import One, attempt, one_launch
 from fastbn.cuda.driver import check, device_properties, run
@@ -222,14 +222,21 @@ def infer(
 ) -> None:  # fmt: skip
     """Inference into ``out``, by ``stats`` or by running statistics as they are (one launch)."""
     check()
-    p = _plan(dims, x.kind, _whole(mask, x, residual, out), mask)
-    given = isinstance(stats, Given)
+    tensors, params, whole = (x, residual, out), (weight, bias), _whole(mask, x, residual, out)
+    given, stream = isinstance(stats, Given), x.owner.stream()
+    first, more, eps = stats if isinstance(stats, Given) else (stats, None, 0.0)
     what = Variant(
-        x.kind, p.W, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given,
+        x.kind, 1, tuning.THREADS, relu=bool(relu), residual=residual is not None, given=given,
         masked=mask.valid is not None,
     )  # fmt: skip
-    first, more, eps = stats if isinstance(stats, Given) else (stats, None, 0.0)
-    _normalise(p, what, (x, residual, out), first, more, (weight, bias), eps, dims, x.owner.stream(), mask)
+    if tuning.FLAT and whole and mask.valid is None:
+        cut = flat.cut(dims, x.kind, aligned(first, more, *params))
+        if cut is not None:
+            args = (*tensors, first, more, *params, eps, *cut.numbers, flags_of(*params))
+            run(flat.normalise(what._replace(W=cut.W), cut.layout, cut.depth), (cut.blocks,), stream, args)
+            return
+    p = _plan(dims, x.kind, whole, mask)
+    _normalise(p, what._replace(W=p.W), tensors, first, more, params, eps, dims, stream, mask)
 
 
 def backward(

@@ -24,12 +24,14 @@ class Access(NamedTuple):
 
     load: Any  # (tensor, index) -> raw; for data that nobody writes during the kernel
     load_last: Any  # (tensor, index) -> raw; read for the last time, may be overwritten in place
+    load_early: Any  # the same, asked for before all that comes behind; by all threads of a warp
     decode: Any  # raw -> vector
     encode: Any  # vector -> raw, to be kept
     store: Any  # (tensor, index, vector) -> None; past the caches
     splat: Any  # number -> vector
     step: Any  # (number, other, count) -> vector of ``count`` times the number, then the other
     gather: Any  # (arithmetic array, index) -> vector of W consecutive numbers
+    gather_aligned: Any  # the same by 128-bit loads
     scatter: Any  # (arithmetic array, index, vector) -> None
     keep: Any  # (shared int32 array, index, raw) -> None
     recall: Any  # (shared int32 array, index) -> raw
@@ -45,6 +47,7 @@ if SIMULATED:
         fma,
         gate,
         invsqrt,
+        invsqrts,
         join,
         mul,
         pick,
@@ -62,6 +65,7 @@ else:
         fma,
         gate,
         invsqrt,
+        invsqrts,
         join,
         mul,
         pick,
@@ -72,6 +76,6 @@ else:
     )  # fmt: skip
 
 __all__ = [
-    "Access", "access", "add", "anew", "finite", "fma", "gate", "invsqrt", "join", "mul", "pick", "split_total",
-    "sqrt", "sub", "total",
+    "Access", "access", "add", "anew", "finite", "fma", "gate", "invsqrt", "invsqrts", "join", "mul", "pick",
+    "split_total", "sqrt", "sub", "total",
 ]  # fmt: skip

@@ -15,9 +15,10 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" and importlib.util.fin
 collect_ignore: list[str] = []
 if not SIMULATED:
     collect_ignore += [
-        "test_arrays.py", "test_devices.py", "test_launch.py", "test_launcher.py", "test_masks.py",
-        "test_plan.py", "test_public.py", "test_sets.py", "test_simulator.py", "test_stored.py", "test_torch.py",
-        "test_memory_order.py", "test_sets_held.py", "test_signals.py", "test_torch_known.py", "test_training.py",
+        "test_arrays.py", "test_devices.py", "test_flat.py", "test_launch.py", "test_launcher.py", "test_masks.py",
+        "test_persistent.py", "test_plan.py", "test_public.py", "test_sets.py", "test_simulator.py", "test_stored.py",
+        "test_torch.py", "test_memory_order.py", "test_sets_held.py", "test_signals.py", "test_torch_known.py",
+        "test_training.py",
     ]  # fmt: skip
 else:
     from tests.cuda import simulator  # noqa: F401  (before any kernel)

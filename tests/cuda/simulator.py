@@ -257,6 +257,10 @@ class Cuda:
         thread = current()
         return thread.warp.exchange(thread.lane, value)[thread.lane ^ step]
 
+    def shfl_sync(self, mask: int, value: Any, lane: int) -> Any:
+        thread = current()
+        return thread.warp.exchange(thread.lane, value)[lane]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(numba_cuda, name)
 
