@@ -91,14 +91,11 @@ def hear(typingctx, array, index, tag):
 
 
 @intrinsic
-def fresh(typingctx, array, index):
-    """One number that another block has written during the kernel: not from L1."""
-    number = array.dtype
+def ticket(typingctx, array, index):
+    """How often this place, a 32-bit number that was 0, has been asked before: no two who ask hear the same."""
 
     def emit(context, builder, sig, args):
         at = _address(context, builder, sig.args[0], *args)
-        if number == types.float64:
-            return _ordered(builder, at, F64, "ld.relaxed.gpu.global.f64 $0, [$1];", "=d,l")
-        return _ordered(builder, at, F32, "ld.relaxed.gpu.global.f32 $0, [$1];", "=f,l")
+        return _ordered(builder, at, I32, "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", "=r,l")
 
-    return number(array, types.int64), emit
+    return types.int32(array, types.int64), emit

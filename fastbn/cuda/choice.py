@@ -19,12 +19,14 @@ from fastbn.cuda import (
     plan_bundle,
     plan_gang,
     plan_sets,
+    sets_held,
     sets_kept,
+    sets_staged,
     slab,
     tuning,
 )
 from fastbn.cuda.arrays import ITEMSIZE
-from fastbn.cuda.driver import SIMULATED, Kernel, Limits, current_device, run
+from fastbn.cuda.driver import GRANTED, SIMULATED, Kernel, Limits, current_device, run
 from fastbn.cuda.plan import Dims
 from fastbn.cuda.sets import SetVariant
 from fastbn.cuda.sweep import Variant
@@ -153,7 +155,7 @@ def _rows(what: Variant, dims: Dims, p: plan.Persistent) -> One | None:
     kernel, (N, C, _) = persistent.backward(what) if what.backward else persistent.train(what), dims
     if (kernel, current_device()) in _refused or not fits(kernel, 0 if p.alone else p.across * p.parts, p.shared):
         return None
-    name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.chunk, p.tx, p.kept)
+    name, cut = "alone" if p.alone else "persistent", (C, N, p.parts, p.turns, p.depth, p.tx, p.kept)
     size = 0 if p.alone else meeting.scratch_size(p.across, p.tx * what.W, p.parts)
     return One(name, kernel, (p.across, p.parts), p.shared, size, cut)
 
@@ -168,7 +170,10 @@ def sets(
     d: plan_sets.Sizes, kind: str, whole: bool, given: bool, backward: bool, limits: Limits
 ) -> plan_sets.SetPlan:  # fmt: skip
     """Return how sets are worked off: as planned, split where a block may not have the shared memory for that."""
-    p = plan_sets.sets(d, kind, whole, given, 2 if backward else 1, limits.shared, limits.multiprocessors)
+    tensors = 2 if backward else 1
+    p = plan_sets.sets(d, kind, whole, given, tensors, limits.shared, limits.multiprocessors)
+    if p.held and not fits((sets_staged.backward if backward else sets_held.train)(set_variant(p, kind)), 0, p.shared):
+        p = plan_sets.sets(d, kind, whole, given, tensors, GRANTED, limits.multiprocessors)
     if not p.team or p.held:
         return p
     stage = sets_kept.backward if backward else sets_kept.train

@@ -144,7 +144,8 @@ class Persistent(NamedTuple):
     across: int = 0  # tiles side by side
     tx: int = 0
     parts: int = 0  # blocks below each other
-    chunk: int = 0  # rows of a block
+    turns: int = 0  # rows of each thread, of which some have one more
+    depth: int = 0  # rows of a thread that a warp takes at once to write; 0: those that it has summed
     kept: int = 0  # vectors that each thread keeps in shared memory
     shared: int = 0  # bytes of it
     alone: bool = False  # one block below another: few rows, no meeting
@@ -177,9 +178,12 @@ def persistent(
     alone = alone or (batches > 1 and 2 * batches * across >= blocks)
     if across > blocks and not alone:
         return Persistent(0)
-    parts = 1 if alone else min(blocks // across, -(-N // height))
-    chunk = -(-N // parts)
+    layers = -(-N // height)
+    parts = 1 if alone else min(blocks // across, layers)
+    most = -(-layers // parts)
     arithmetic = 8 if kind == "f64" else 4
     own = 2 * threads * lanes * arithmetic + 7 * TILE * lanes * arithmetic
-    kept = max(0, min(-(-chunk // height), (limit - own - tuning.RESERVE) // (threads * 16 * tensors)))
-    return Persistent(threads, across, tx, -(-N // chunk), chunk, kept, kept * threads * 16 * tensors, alone)
+    kept = max(0, min(most, (limit - own - tuning.RESERVE) // (threads * 16 * tensors)))
+    depth = 0 if parts == 1 else min(tuning.PERSISTENT_POOL // tensors, most - kept)
+    shared, turns = kept * threads * 16 * tensors, N // (parts * height)
+    return Persistent(threads, across, tx, parts, turns, depth, kept, shared, alone)

@@ -7,7 +7,7 @@ has some columns to settle, a warp each. Statistics, and the gradients of weight
 # mypy: ignore-errors
 from __future__ import annotations
 
-from fastbn.cuda.channel import fold, keep_statistics, make_parameters, make_running, make_slopes
+from fastbn.cuda.channel import fold, keep_statistics, make_running, make_slopes
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
 from fastbn.cuda.finalize import gradients, make_again, make_resolve
@@ -17,6 +17,7 @@ from fastbn.cuda.meeting import (
     make_down,
     make_lay_out,
     make_publish,
+    make_results,
     places,
 )
 from fastbn.cuda.rows import TX
@@ -67,50 +68,55 @@ def make_look(what: Variant):
     @device
     def look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally):
         C, R, P, width = sizes
-        tx, ty, height = where
+        tx, ty, height, _ = where
         part, batch, tile = own
         n, some, tid = A(values(R, 1, tally)), int32(0), cuda.threadIdx.x
         if alone:
-            lay_out(s, q, red, width, tx, ty, height)
-            for j in range(tid, width, threads):
+            laid = lay_out(s, q, red, where)
+            k = ty
+            while k < W and ty < height:
+                a, b = down(red, k, laid, where)
+                j, k = tx * W + k, int32(k + height)
                 bad[j] = 0
                 c = tile * width + j
                 if c < C:
                     old = running(outputs[1], outputs[2], c, flags)
-                    a, b = down(red, j, width, height)
                     sums, m, told = (a, A(0), b, A(0)), constants[j], (partial, int64(0))
                     if not statistics(m, c, C, batch, n, eps, sums, told, old, True, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
         else:
-            first, said = places(cuda.gridDim.x, tile, width, P)
-            publish(s, q, red, partial, first, said, P, part, width, tx, ty, height)
-            for j in range(part + P * (tid >> 5), width, P * warps):
+            _, said, theirs, _ = places(tile, width, P)
+            publish(s, q, red, partial, theirs, P, part, where)
+            j = int32(part + P * (tid >> 5))
+            while j < width:
                 bad[j] = 0
                 c, lead = tile * width + j, tid & 31 == 0
                 if c < C:
                     old = running(outputs[1], outputs[2], c, flags)
-                    sums, m, told = column(partial, first, j, P, width), constants[j], (partial, said + j * PLACE)
+                    sums, m, told = column(partial, theirs, j, P), constants[j], (partial, said + j * PLACE)
                     if not statistics(m, c, C, batch, n, eps, sums, told, old, lead, outputs, moving, flags, tally):
                         bad[j] = some = int32(1)
+                j = int32(j + P * warps)
         return some
 
     return look
 
 
 def make_settle(what: Variant):
-    """From the threads' sums to the constants (m, k, b) of the tile's columns."""
+    """From the threads' sums to the constants (m, k, b) of the tile's columns.
+
+    Where k and b will lie are weight and bias until then.
+    """
     kind, threads, alone, look = what.kind, what.threads, what.alone, make_look(what)
-    A, wide, parameters = ARITHMETIC[kind], TX * what.W, make_parameters(kind)
+    A, wide, results = ARITHMETIC[kind], TX * what.W, make_results(kind)
     values = make_counted(kind, what.masked).values
     again, (put, _), running = make_again(kind, threads, 0, what.masked), make_statistics(what), make_running(kind)
 
     @device
-    def settle(
-        x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, params, moving, flags, mask, tally
-    ):
+    def settle(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, mask, tally):
         C, R, P, width = sizes
         part, batch, tile = own
-        _, said = places(cuda.gridDim.x, tile, width, P)
+        _, said, _, _ = places(tile, width, P)
         some = look(x, constants, red, bad, s, q, partial, sizes, where, own, eps, outputs, moving, flags, tally)
         if cuda.syncthreads_or(some):
             for j in range(part, width, P):
@@ -123,17 +129,16 @@ def make_settle(what: Variant):
                         put(found, told, old, c, C, batch, outputs, moving, flags, tally)
         if alone:
             cuda.syncthreads()
-        stats, weight, bias = outputs[0], params[0], params[1]
+        stats = outputs[0]
         for j in range(cuda.threadIdx.x, width, threads):
             c = tile * width + j
             if c < C:
-                w, b = parameters(weight, bias, c, flags)
+                w, b = constants[wide + j], constants[2 * wide + j]
                 if alone:
                     at = int64(batch) * 4 * C + c
                     mean, invstd, rest = stats[at], stats[at + C], stats[at + 3 * C]
                 else:
-                    mean, invstd = heard(partial, said + j * PLACE, 1)
-                    rest, _ = heard(partial, said + j * PLACE + SAID, 1)
+                    mean, invstd, rest = results(partial, said + j * PLACE)
                 constants[j] = mean
                 constants[wide + j], constants[2 * wide + j] = fold(invstd, rest, w, b)
         cuda.syncthreads()
@@ -142,42 +147,49 @@ def make_settle(what: Variant):
 
 
 def make_settle_gradients(what: Variant):
-    """From the threads' sums to the slopes (c1, c0) of the tile's columns; writes gradients of weight and bias."""
+    """From the threads' sums to the slopes (c1, c0) of the tile's columns; writes gradients of weight and bias.
+
+    Where c1 will lie is the rounding remainder of the mean until then.
+    """
     kind, W, threads, alone = what.kind, what.W, what.threads, what.alone
     A, wide, warps, slopes = ARITHMETIC[kind], TX * W, what.threads // 32, make_slopes(kind)
     lay_out, down, column = make_lay_out(kind, W, threads), make_down(kind, W, threads), make_column(kind)
     publish = make_publish(kind, W, threads)
 
     @device
-    def settle(constants, red, s, q, partial, sizes, where, own, n, stats, dweight, dbias):
+    def settle(constants, red, s, q, partial, sizes, where, own, n, dweight, dbias):
         C, P, width = sizes
-        tx, ty, height = where
+        tx, ty, height, _ = where
         part, batch, tile = own
-        tid, start, base = cuda.threadIdx.x, int64(batch) * C, int64(batch) * 4 * C
-        first, said = places(cuda.gridDim.x, tile, width, P)
+        tid, start = cuda.threadIdx.x, int64(batch) * C
+        _, said, sums, _ = places(tile, width, P)
         if alone:
-            lay_out(s, q, red, width, tx, ty, height)
-            for j in range(tid, width, threads):
+            laid = lay_out(s, q, red, where)
+            k = ty
+            while k < W and ty < height:
+                db, dw = down(red, k, laid, where)
+                j, k = tx * W + k, int32(k + height)
                 c = tile * width + j
                 if c < C:
-                    slope = stats[base + 3 * C + c] * constants[wide + j]
-                    db, dw = down(red, j, width, height)
+                    slope = constants[4 * wide + j] * constants[wide + j]
                     dbias[start + c], dweight[start + c] = gradients(db, A(0), dw, A(0), slope)
         else:
-            publish(s, q, red, partial, first, said, P, part, width, tx, ty, height)
-            for j in range(part + P * (tid >> 5), width, P * warps):
+            publish(s, q, red, partial, sums, P, part, where)
+            j = int32(part + P * (tid >> 5))
+            while j < width:
                 c = tile * width + j
                 if c < C:
-                    sd, se, qd, qe = column(partial, first, j, P, width)
+                    sd, se, qd, qe = column(partial, sums, j, P)
                     if tid & 31 == 0:
-                        db, dw = gradients(sd, se, qd, qe, stats[3 * C + c] * constants[wide + j])
+                        db, dw = gradients(sd, se, qd, qe, constants[4 * wide + j] * constants[wide + j])
                         say(partial, said + j * PLACE, dw, db, 1)
                         dbias[c], dweight[c] = db, dw
-            cuda.syncthreads()  # no lane shall wait for one of its warp that has yet to speak
+                j = int32(j + P * warps)
+        cuda.syncthreads()  # no lane shall wait for one of its warp that has yet to speak
         for j in range(tid, width, threads):
             c = tile * width + j
             if c < C:
-                rest = stats[base + 3 * C + c]
+                rest = constants[4 * wide + j]
                 if alone:
                     dw, db = dweight[start + c], dbias[start + c]
                 else:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from fastbn.cuda.driver import SIMULATED, device
 
 if SIMULATED:
-    from fastbn.cuda._simulated import fresh, hear, say
+    from fastbn.cuda._simulated import hear, say, ticket
 else:
-    from fastbn.cuda._lowered_signals import fresh, hear, say
+    from fastbn.cuda._lowered_signals import hear, say, ticket
 
-__all__ = ["SAID", "fresh", "heard", "say"]
+__all__ = ["SAID", "heard", "say", "ticket"]
 
 SAID = 4  # numbers of memory that two numbers with their tags take; it begins at a multiple of them
 

@@ -48,8 +48,11 @@ def test_one_launch_cuts_fit_on_the_gpu(N, C, kind, tensors):
     p = plan.persistent.__wrapped__((N, C, 1), kind, True, tensors, blocks, limit)
     if not p.threads:
         return
-    assert p.across * p.parts <= blocks and (p.parts - 1) * p.chunk < N <= p.parts * p.chunk
-    lanes, size = 16 // ITEMSIZE[kind], 8 if kind == "f64" else 4
+    lanes, size, height = 16 // ITEMSIZE[kind], 8 if kind == "f64" else 4, p.threads // p.tx
+    layer = p.parts * height  # rows of a turn; in the first one each block has some
+    assert p.across * p.parts <= blocks and (p.parts - 1) * height < N
+    assert p.turns * layer <= N < (p.turns + 1) * layer and p.kept <= -(-N // layer)
+    assert 0 <= p.depth <= tuning.PERSISTENT_POOL // tensors and (p.depth == 0 or p.kept * layer < N)
     assert p.shared + 2 * p.threads * lanes * size + 7 * plan.TILE * lanes * size <= limit
     assert p.tx * p.across * lanes >= C
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from fastbn.cuda import _simulated, arrays, bundle_sums, choice, gang_sums, settle, tuning
+from fastbn.cuda import _simulated, arrays, bundle_sums, choice, gang_backward, gang_sums, meeting, settle, tuning
 from fastbn.cuda.driver import device_properties
 from tests.cuda.device import through_gpu
 from tests.oracle import case, check_backward, check_train
@@ -55,7 +55,7 @@ def check(monkeypatch, rng):
 def test_blocks_that_are_late(kernel, shape, monkeypatch, check):
     """A block that is a turn ahead speaks for itself alone, and leaves others' numbers where they are."""
     chance = random.Random(1)
-    for module in (gang_sums, bundle_sums, settle):
+    for module in (gang_sums, bundle_sums, meeting, settle):
 
         def say(array, index, *numbers, genuine=module.say):
             if chance.random() < 0.1:
@@ -66,6 +66,16 @@ def test_blocks_that_are_late(kernel, shape, monkeypatch, check):
         monkeypatch.setattr(module, "say", say)
     for _ in range(2):
         check(kernel, shape)
+
+
+def test_one_warp_waits_for_a_large_gang(monkeypatch, check):
+    """In backward every warp waits for the sums of a small gang."""
+    monkeypatch.setattr(tuning, "GANG_FEW", 0)
+    gang_backward.backward.cache_clear()
+    try:
+        check("gang", (2, 5, 1024))
+    finally:
+        gang_backward.backward.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
