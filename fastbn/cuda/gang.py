@@ -208,12 +208,15 @@ def train(what: Variant):
             bad[i] = 0
         c, turn, fine = gang, int32(0), True
         begin(x, slab, v, low, end, step, S4, C, S, c)
+        following = pivot(x, c, N, C, S)
         while c < C:
-            m = pivot(x, c, N, C, S)
+            m = following
             if tid == 0 and part == 0:
                 old[0], old[1] = running(running_mean, running_var, c, flags)
             s, q = sums(slab, m, v, low, end, step)
             w, b = parameters(weight, bias, c, flags)
+            if c + gangs < C:
+                following = pivot(x, int32(c + gangs), N, C, S)
             s, q = block_sum(total(s), total(q), scratch)
             s, se, q, qe = gang_sum(partial, gang, G, part, turn, s, q)
             good, mean, rest, var, invstd = resolve(m, s, se, q, qe, n, eps)

@@ -119,8 +119,18 @@ def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
     begin, sums, write = make_begin(W, threads), make_sums(what), make_write(what)
-    combine, block_sum, gang_sum = make_combine(kind), make_block_sum(kind, threads), make_gang_sum(kind, what.alone)
+    combine, block_sum, gang_sum = (
+        make_combine(kind),
+        make_block_sum(kind, threads),
+        make_gang_sum(kind, what.alone, True),
+    )
     slopes, sizes = make_slopes(kind), 2 * (threads // 32)
+
+    @device
+    def constants_of(stats, weight, bias, c, C, flags):
+        m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
+        k, b = combine(invstd, rest, weight, bias, c, flags)
+        return m, invstd, rest, k, b
 
     @kernel("TTTTTAAAAAAiiiiiii", kind, threads, what.layers, together=not what.alone)
     def gang_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, flags):
@@ -131,10 +141,12 @@ def backward(what: Variant):
         v, ahead = int32(low + tid), int64(gangs) * S
         c, turn = gang, int32(0)
         begin(x, g, slab, second, v, low, end, step, S4, C, S, c)
+        following = constants_of(stats, weight, bias, c, C, flags)
         while c < C:
-            m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
-            k, b = combine(invstd, rest, weight, bias, c, flags)
+            m, invstd, rest, k, b = following
             s, q = sums(y, dr, slab, second, (m, invstd, k, b), v, low, end, step, S4, C, S, c)
+            if c + gangs < C:
+                following = constants_of(stats, weight, bias, int32(c + gangs), C, flags)
             s, q = block_sum(total(s), total(q), scratch)
             s, se, q, qe = gang_sum(partial, gang, G, part, turn, s, q)
             db, dw = gradients(s, se, q, qe, rest * invstd)
