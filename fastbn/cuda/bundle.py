@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import functools
 
+from fastbn.cuda.bundle_copies import PARTS, make_begin, make_steps, make_sums
 from fastbn.cuda.bundle_sums import make_bundle_sums
 from fastbn.cuda.channel import fold, keep_statistics, make_combine, make_parameters, make_pivot, make_running
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.fetch import close, fetch
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.plan_bundle import MOST, OWN
-from fastbn.cuda.simd import access, add, anew, fma
-from fastbn.cuda.sweep import Variant, make_output, make_terms
+from fastbn.cuda.simd import access, anew
+from fastbn.cuda.sweep import Variant, make_output
 
 int32, int64, uint8 = types.int32, types.int64, types.uint8
 
@@ -58,72 +60,49 @@ def make_spread(what: Variant):
     return spread
 
 
-def make_read(what: Variant):
-    """Read and keep a thread's rows of a bundle, four at once; returns their sums by lane."""
-    kind, W, threads = what.kind, what.W, what.threads
-    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
-    load, splat, keep_raw, encode = io.load, io.splat, io.keep, io.encode
-
-    @device
-    def read(x, slab, m, r, end, height, at, step):
-        s = q = splat(A(0))
-        nothing = encode(s)
-        k = int32(4 * cuda.threadIdx.x)
-        while r < end:
-            x0, x1, x2, x3 = load(x, at), nothing, nothing, nothing
-            if r + height < end:
-                x1 = load(x, at + step)
-            if r + 2 * height < end:
-                x2 = load(x, at + 2 * step)
-            if r + 3 * height < end:
-                x3 = load(x, at + 3 * step)
-            for raw in (x0, x1, x2, x3):
-                if r < end:
-                    keep_raw(slab, k, raw)
-                    u, t = terms(raw, raw, raw, m, m, m, m)
-                    s, q = add(s, u), fma(u, t, q)
-                r, k = int32(r + height), int32(k + 4 * threads)
-            at += 4 * step
-        return s, q
-
-    return read
-
-
 def make_write(what: Variant):
-    """Normalise a thread's rows of a bundle from what it kept, the residual's four at once (of eight lanes two)."""
+    """Normalise a thread's rows of a bundle from what it kept, ``rows_together`` at once, if they are ``good``.
+
+    And begin to copy the next bundle's (``ahead`` elements on) if there are ``more``.
+    """
     kind, W, threads, residual = what.kind, what.W, what.threads, what.residual
-    A, io, output = ARITHMETIC[kind], access(kind, W), make_output(what)
+    A, io, output, four = ARITHMETIC[kind], access(kind, W), make_output(what), rows_together(what) == 4
     load_last, store, recall, splat, encode = io.load_last, io.store, io.recall, io.splat, io.encode
-    four = residual and W < 8
 
     @device
-    def put(y, slab, other, m, k, b, r, end, place, at):
+    def put(x, y, slab, other, m, k, b, r, end, place, at, ahead, more, good):
         if r < end:
-            store(y, at, output(recall(slab, place), other, m, k, b))
+            if good:
+                store(y, at, output(recall(slab, place), other, m, k, b))
+            if more:
+                fetch(slab, place, x, at + ahead)
 
     @device
-    def write(res, y, slab, m, k, b, r, end, height, at, step):
-        nothing, place = encode(splat(A(0))), int32(4 * cuda.threadIdx.x)
-        while r < end:
-            r0 = r1 = r2 = r3 = nothing
-            if residual:
+    def rest_of(res, r, end, height, at, step):
+        r0 = r1 = r2 = r3 = encode(splat(A(0)))
+        if residual:
+            if r < end:
                 r0 = load_last(res, at)
-                if r + height < end:
-                    r1 = load_last(res, at + step)
-            if four:
-                if r + 2 * height < end:
-                    r2 = load_last(res, at + 2 * step)
-                if r + 3 * height < end:
-                    r3 = load_last(res, at + 3 * step)
-            for other in (r0, r1):
-                put(y, slab, other, m, k, b, r, end, place, at)
-                r, place = int32(r + height), int32(place + 4 * threads)
-                at += step
-            if four:
-                for other in (r2, r3):
-                    put(y, slab, other, m, k, b, r, end, place, at)
+            if r + height < end:
+                r1 = load_last(res, at + step)
+        if four:
+            if r + 2 * height < end:
+                r2 = load_last(res, at + 2 * step)
+            if r + 3 * height < end:
+                r3 = load_last(res, at + 3 * step)
+        return r0, r1, r2, r3
+
+    @device
+    def write(x, res, y, slab, m, k, b, r, end, height, at, step, ahead, more, good, steps):
+        place = int32(4 * cuda.threadIdx.x)
+        for _ in range(PARTS):
+            for _ in range(steps):
+                r0, r1, r2, r3 = rest_of(res, r, end, height, at, step)
+                for other in (r0, r1, r2, r3) if four else (r0, r1) if residual else (r0,):
+                    put(x, y, slab, other, m, k, b, r, end, place, at, ahead, more, good)
                     r, place = int32(r + height), int32(place + 4 * threads)
                     at += step
+            close()
 
     return write
 
@@ -209,11 +188,17 @@ def make_settle(what: Variant):
     return settle
 
 
+def rows_together(what: Variant) -> int:
+    """Rows of a residual that a thread asks for at once: what its registers hold."""
+    return (4 if what.W < 8 else 2) if what.residual else 1
+
+
 @functools.cache
 def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4. Floor: one read and one write."""
     kind, W, threads, residual, A = what.kind, what.W, what.threads, what.residual, ARITHMETIC[what.kind]
-    read, write, over, spread = make_read(what), make_write(what), make_over(what), make_spread(what)
+    write, over, spread, together = make_write(what), make_over(what), make_spread(what), rows_together(what)
+    begin, steps_of, sums_of = make_begin(threads, together, 1), make_steps(together), make_sums(what, together)
     settle, pivot, sums = make_settle(what), make_pivot(kind), make_bundle_sums(kind, W, threads)
     (ready, publish, _), both, pair, size = sums, 4 * threads, 2 * MOST, 3 * MOST
     flags_size = OWN + 16  # so that what lies behind is aligned
@@ -231,28 +216,30 @@ def train(what: Variant):
         bad = cuda.shared.array(flags_size, uint8)  # channels whose sums are no good; whether any; in even, odd turns
         gang = int32(cuda.blockIdx.x // G)
         part, n = int32(cuda.blockIdx.x - gang * G), A(int64(N) * S)
-        step = int64(height) * C * S
+        step, ahead, steps = int64(height) * C * S, int64(gangs) * K * S, steps_of(chunk, height)
+        ready(partial, gang, G, part, K)
+        r, end, at, _, _ = place(part, chunk, gang, N, C, S, K, V, height, W)
+        begin(x, x, slab, 0, r, end, height, at, step, steps)
         for i in range(cuda.threadIdx.x, OWN, threads):  # of all turns at once: in the loop it would cost registers
             c = int32((gang + i // K * gangs) * K + i % K)
             if c < C:
                 pivots[i] = pivot(x, c, N, C, S)
         bad[OWN] = bad[OWN + 1] = 0
         outputs, moving = (stats, weight, bias, running_mean, running_var), (keep, momentum, unbias)
-        ready(partial, gang, G, part, K)
         cuda.syncthreads()
         bundle, turn = gang, int32(0)
         while bundle * K < C:
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
-            s, q = read(x, slab, spread(pivots, turn * K, first, count), r, end, height, at, step)
+            s, q = sums_of(slab, spread(pivots, turn * K, first, count), r, end, height, steps)
             publish(red, own, partial, gang, G, part, turn, s, q, count, S, V, height, K)
-            sums_of = (gang, G, part, turn)
-            settle(table, pivots, bad, own, partial, sums_of, bundle * K, n, eps, outputs, moving, flags, C, K)
+            which = (gang, G, part, turn)
+            settle(table, pivots, bad, own, partial, which, bundle * K, n, eps, outputs, moving, flags, C, K)
             cuda.syncthreads()
             r, end, at, first, count = place(part, chunk, bundle, N, C, S, K, V, height, W)
             m, k = spread(table, 0, first, count), spread(table, MOST, first, count)
-            if residual and bad[OWN + 1 + (turn & 1)] != 0:  # which may lie where the output goes: leave it
-                end = r
-            write(res, y, slab, m, k, spread(table, 2 * MOST, first, count), r, end, height, at, step)
+            b, more = spread(table, 2 * MOST, first, count), (bundle + gangs) * K < C
+            good = not residual or bad[OWN + 1 + (turn & 1)] == 0  # a residual may lie where the output goes: leave it
+            write(x, res, y, slab, m, k, b, r, end, height, at, step, ahead, more, good, steps)
             bundle, turn = int32(bundle + gangs), int32(turn + 1)
         cuda.syncthreads()
         if bad[OWN] != 0:

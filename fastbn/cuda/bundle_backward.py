@@ -11,62 +11,48 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.bundle import make_spread, place
+from fastbn.cuda.bundle_copies import PARTS, make_begin, make_steps, make_sums_gradients
 from fastbn.cuda.bundle_sums import make_bundle_sums
 from fastbn.cuda.channel import make_combine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.fetch import close, fetch
 from fastbn.cuda.finalize import gradients
 from fastbn.cuda.plan_bundle import MOST
-from fastbn.cuda.simd import access, add, anew, fma, mul
+from fastbn.cuda.simd import access, anew, fma, mul
 from fastbn.cuda.sweep import Variant, make_terms
 
 int32, int64 = types.int32, types.int64
 
 
-def make_read_gradients(what: Variant):
-    """Read and keep a thread's rows of x and of the gradient, and write the residual's gradient.
-
-    Two rows at once, but one where eight lanes and a ReLU need the registers.
-    """
-    kind, W, threads, by_output = what.kind, what.W, what.threads, what.relu and what.residual
-    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what)
-    load, load_last, store, splat, keep_raw, encode = io.load, io.load_last, io.store, io.splat, io.keep, io.encode
-    two = not what.relu or W < 8
+def make_write_gradients(what: Variant):
+    """Write a thread's rows of the input's gradient, and begin to copy the next bundle's if there are ``more``."""
+    kind, W, threads, slope = what.kind, what.W, what.threads, make_slope(what)
+    A, io, terms = ARITHMETIC[kind], access(kind, W), make_terms(what._replace(relu=False, residual=False))
+    store, recall, together = io.store, io.recall, rows_together(what)
 
     @device
-    def take(raw, own, its, slab, k, second, at, m, scale, b, dr):
-        u, t = terms(raw, own, its, m, A(1), scale, b)
-        if by_output:
-            store(dr, at, u)
-        keep_raw(slab, k, raw)
-        keep_raw(slab, second + k, encode(u))
-        return u, t
-
-    @device
-    def read(x, g, y, dr, slab, second, m, scale, b, r, end, height, at, step):
-        s = q = splat(A(0))
-        nothing = encode(s)
-        k = int32(4 * cuda.threadIdx.x)
-        while r < end:
-            x0, g0, x1, g1 = load(x, at), load_last(g, at), nothing, nothing
-            y0 = y1 = nothing
-            if by_output:
-                y0 = load(y, at)
-            if two and r + height < end:
-                x1, g1 = load(x, at + step), load_last(g, at + step)
-                if by_output:
-                    y1 = load(y, at + step)
-            u, t = take(x0, g0, y0, slab, k, second, at, m, scale, b, dr)
-            s, q = add(s, u), fma(u, t, q)
-            r, k = int32(r + height), int32(k + 4 * threads)
-            at += step
-            if two and r < end:
-                u, t = take(x1, g1, y1, slab, k, second, at, m, scale, b, dr)
-                s, q = add(s, u), fma(u, t, q)
-                r, k = int32(r + height), int32(k + 4 * threads)
+    def write(x, g, dx, slab, second, constants, r, end, height, at, step, ahead, more, steps):
+        m, k, c1, c0 = constants
+        kept = int32(4 * cuda.threadIdx.x)
+        for _ in range(PARTS):
+            for _ in range(steps * together):
+                if r < end:
+                    x0 = recall(slab, kept)
+                    u, t = terms(x0, recall(slab, second + kept), x0, m, A(1), k, k)
+                    store(dx, at, slope(u, t, k, c1, c0))
+                    if more:
+                        fetch(slab, kept, x, at + ahead)
+                        fetch(slab, second + kept, g, at + ahead)
+                r, kept = int32(r + height), int32(kept + 4 * threads)
                 at += step
-        return s, q
+            close()
 
-    return read
+    return write
+
+
+def rows_together(what: Variant) -> int:
+    """Rows of the output that a thread asks for at once, where it decides about a ReLU."""
+    return 2 if what.relu and what.residual else 1
 
 
 def make_settle_gradients(what: Variant):
@@ -123,8 +109,9 @@ def make_known(kind: str):
 def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
-    io, slope, read, spread = access(kind, W), make_slope(what), make_read_gradients(what), make_spread(what)
-    terms, store, recall = make_terms(what._replace(relu=False, residual=False)), io.store, io.recall
+    write, spread, together = make_write_gradients(what), make_spread(what), rows_together(what)
+    begin, steps_of = make_begin(threads, together, 2), make_steps(together)
+    sums_of = make_sums_gradients(what, together)
     settle, known, sums = make_settle_gradients(what), make_known(kind), make_bundle_sums(kind, W, threads)
     (ready, publish, _), both, pair, size = sums, 4 * threads, 2 * MOST, 12 * MOST
 
@@ -139,9 +126,12 @@ def backward(what: Variant):
         gang, last = int32(cuda.blockIdx.x // G), int32(threads - 1 - cuda.threadIdx.x)
         part, n = int32(cuda.blockIdx.x - gang * G), int64(N) * S
         step, second = int64(height) * C * S, int32((chunk + height - 1) // height * 4 * threads)
+        ahead, steps = int64(gangs) * K * S, steps_of(chunk, height)
+        ready(partial, gang, G, part, K)
+        r, end, at, _, _ = place(part, chunk, gang, N, C, S, K, V, height, W)
+        begin(x, g, slab, second, r, end, height, at, step, steps)
         if last < K:
             known(table, last, stats, weight, bias, int32(gang * K + last), C, flags)
-        ready(partial, gang, G, part, K)
         cuda.syncthreads()
         bundle, turn = gang, int32(0)
         while bundle * K < C:
@@ -149,7 +139,7 @@ def backward(what: Variant):
             here, others = (turn & 1) * 5 * MOST, (turn + 1 & 1) * 5 * MOST
             m, b = spread(table, here, first, count), spread(table, here + 3 * MOST, first, count)
             k = spread(table, here + 2 * MOST, first, count)
-            s, q = read(x, g, y, dr, slab, second, m, k, b, r, end, height, at, step)
+            s, q = sums_of(y, dr, slab, second, (m, k, b), r, end, height, at, step, steps)
             publish(red, own, partial, gang, G, part, turn, s, q, count, S, V, height, K)
             c = int32((bundle + gangs) * K + last)
             if last < K and c < C:
@@ -160,13 +150,8 @@ def backward(what: Variant):
             m = spread(table, here, first, count)
             k, c1 = spread(table, here + 2 * MOST, first, count), spread(table, 10 * MOST, first, count)
             c0 = spread(table, 11 * MOST, first, count)
-            kept = int32(4 * cuda.threadIdx.x)
-            while r < end:
-                x0 = recall(slab, kept)
-                u, t = terms(x0, recall(slab, second + kept), x0, m, A(1), k, k)
-                store(dx, at, slope(u, t, k, c1, c0))
-                at += step
-                r, kept = int32(r + height), int32(kept + 4 * threads)
+            more = (bundle + gangs) * K < C
+            write(x, g, dx, slab, second, (m, k, c1, c0), r, end, height, at, step, ahead, more, steps)
             bundle, turn = int32(bundle + gangs), int32(turn + 1)
 
     return bundle_backward
