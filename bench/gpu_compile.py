@@ -57,6 +57,7 @@ def kernels(target: tuple[int, int] = (9, 0)) -> Iterator[tuple[str, Any]]:
             suffix = f"{' relu' * relu}{' residual' * residual}"
             for W in (16 // itemsize, 1):
                 yield from _split(kind, W, relu, residual, f"{kind} W{W}{suffix}")
+            yield from _flat(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}")
             yield from _whole(kind, 16 // itemsize, relu, residual, f"{kind} W{16 // itemsize}{suffix}", target)
         yield from _masked(kind, 16 // itemsize, target)
         yield from _sets(kind, 16 // itemsize)
@@ -93,6 +94,18 @@ def _split(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterat
         yield f"{name} {suffix}: backward sums", stage.sums(back)
         yield f"{name} {suffix}: gradient", stage.gradient(back)
         yield f"{name} {suffix}: gradient frozen", stage.gradient(back._replace(frozen=True))
+
+
+def _flat(kind: str, W: int, relu: bool, residual: bool, suffix: str) -> Iterator[tuple[str, Any]]:
+    from fastbn.cuda import flat, tuning
+    from fastbn.cuda.sweep import Variant
+
+    what = Variant(kind, W, tuning.THREADS, relu=relu, residual=residual)
+    for layout, depth in itertools.product(flat.MAKE, (1, 2)):
+        given = flat.normalise(what._replace(given=True), layout, depth)
+        yield f"flat {suffix} {layout} x{depth}: normalise given", given
+        if depth == 1:
+            yield f"flat {suffix} {layout} x1: normalise", flat.normalise(what, layout, 1)
 
 
 def _whole(
@@ -152,7 +165,7 @@ def _masked(kind: str, W: int, target: tuple[int, int]) -> Iterator[tuple[str, A
 
 
 def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
-    from fastbn.cuda import sets, sets_columns, sets_held, sets_kept, tuning
+    from fastbn.cuda import sets, sets_columns, sets_held, sets_kept, sets_staged, tuning
     from fastbn.cuda.sets import SetVariant
 
     for threads, team, held in ((256, 32, 1), (256, 32, 2), (96, 96, 2), (512, 512, 2), (512, 512, 4)):
@@ -161,7 +174,7 @@ def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
         if held < 4 or W > 2:
             yield f"{name}: train", sets_held.train(what)
         if held < 4 or W < 8:
-            yield f"{name}: backward", sets_held.backward(what)
+            yield f"{name}: backward", sets_staged.backward(what)
     for affine, threads, team in (("run", 256, 32), ("one", 1024, 1024)):
         what = SetVariant(kind, W, threads, affine, team, held=4 if W > 2 else 2)
         yield f"held {kind} W{W} {affine} {threads}/{team}: train", sets_held.train(what)

@@ -109,15 +109,14 @@ def usable(torch: Any, failed: bool = True) -> bool:
 
 
 def only_split() -> contextlib.AbstractContextManager[None]:
-    """Use the split kernels alone, whatever the shape."""
-    return trials.changed(
-        {"PERSISTENT": False, "SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": trials.MANY, "GANG": False, "BUNDLE": False}
-    )
+    """Use the split kernels alone, whatever the shape, and those with constants by block for inference."""
+    off = dict.fromkeys(("PERSISTENT", "GANG", "BUNDLE", "FLAT"), False)
+    return trials.changed(off | {"SMALL": 0, "AGAIN": 0, "SLAB_CHANNELS": trials.MANY})
 
 
 def kernel_of(case: Case) -> str:
     """Name the kernel that ``launch`` chooses; what it chooses where one launch is not possible here, too."""
-    from fastbn.cuda import plan
+    from fastbn.cuda import flat, plan, tuning
     from fastbn.cuda.choice import one_launch
     from fastbn.cuda.driver import device_properties
 
@@ -128,6 +127,8 @@ def kernel_of(case: Case) -> str:
         one = one_launch(kind, dims, True, case.fused, case.fused, case.backward, False, device_properties())
         if one is not None:
             return str(one.name)
+    elif tuning.FLAT and flat.cut(dims, kind, True) is not None:
+        return "flat"
     return "rows" if plan.plan(dims, kind, True).rows else "planes"
 
 

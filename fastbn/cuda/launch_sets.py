@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn.cuda import choice, finalize, launch, sets, sets_columns, sets_held, sets_kept, tuning
+from fastbn.cuda import choice, finalize, launch, sets, sets_columns, sets_held, sets_kept, sets_staged, tuning
 from fastbn.cuda.arrays import WIDE, Flat
 from fastbn.cuda.driver import check, device_properties, run
 from fastbn.cuda.plan_sets import SetPlan, Sizes, columns
@@ -49,7 +49,7 @@ def backward(
     if p.held:
         partial = x.owner.scratch(2 * p.blocks * d.C)
         args: Any = (x, grad, out, stats, weight, partial, d.sets, d.C)
-        run(sets_held.backward(what), (p.blocks,), stream, args)
+        run(sets_staged.backward(what), (p.blocks,), stream, args, p.shared)
         settle(x, partial, dweight, dbias, (d.C, p.blocks, 1, tuning.HELD_MANY), stream)
         return
     if affine and p.affine != "one":

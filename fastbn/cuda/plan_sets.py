@@ -10,6 +10,7 @@ from fastbn.cuda.arrays import ITEMSIZE
 from fastbn.errors import ArgumentValueError
 
 WARP = 32
+AHEAD = 2  # samples that are on their way while gradients of one are worked out
 
 
 class Sizes(NamedTuple):
@@ -60,8 +61,8 @@ class ColumnPlan(NamedTuple):
 
 
 def together(threads: int, held: int, W: int, backward: bool) -> int:
-    """Blocks a multiprocessor whose registers must suffice: 64 a thread, in backward 80, or 128 beyond one vector."""
-    return max(1, (1024 if not backward else 768 if words(held, W) <= 4 else 512) // threads)
+    """Blocks a multiprocessor whose registers must suffice: 64 a thread, in backward 80, or 128 beyond eight sums."""
+    return max(1, (1024 if not backward else 768 if words(held, W) <= 8 else 512) // threads)
 
 
 def words(held: int, W: int) -> int:
@@ -72,8 +73,8 @@ def words(held: int, W: int) -> int:
 def team_of(vectors: int, W: int, backward: bool) -> tuple[int, int, int]:
     """Threads, team and vectors a thread to hold a set in registers, with the fewest idle; zeros if it is too large."""
     most = 2 if W == 2 else 4
-    if backward:  # two sums a lane beside them
-        most = 4 if W < 8 and vectors > 1024 else 2
+    if backward:  # two sums a lane
+        most = tuning.HELD_HALVES if W == 8 and vectors <= 512 else 4 if W < 8 and vectors > 1024 else 2
     if vectors <= tuning.HELD_WARP * most:
         return tuning.THREADS, WARP, next(h for h in (1, 2, 4) if vectors <= tuning.HELD_WARP * h)
     sizes = [(max(2, -(-vectors // (WARP * h))) * WARP, h) for h in (4, 2, 1) if h <= most]
@@ -102,7 +103,7 @@ def sets(
     vectors, large = d.n // W, d.sets * d.n * ITEMSIZE[kind] > tuning.SMALL
     few = large and d.sets < tuning.SLAB_CHANNELS
     if whole and not few and tuning.HELD:
-        p = _held(SetPlan(affine, W, 0, 0, False, 0, 0, split), d, given, tensors > 1, multiprocessors)
+        p = _held(SetPlan(affine, W, 0, 0, False, 0, 0, split), d, given, tensors > 1, limit, multiprocessors)
         if p.held:
             return p
     if vectors <= tuning.WARP_VECTORS:
@@ -117,19 +118,22 @@ def sets(
     return SetPlan(affine, W, threads, team, whole, shared, -(-d.sets // teams), split)
 
 
-def _held(p: SetPlan, d: Sizes, given: bool, backward: bool, multiprocessors: int) -> SetPlan:
-    """Return the plan with sets in registers, or as it was."""
+def _held(p: SetPlan, d: Sizes, given: bool, backward: bool, limit: int, multiprocessors: int) -> SetPlan:
+    """Return the plan with sets in registers (in backward staged in shared memory), or as it was."""
     if backward and (p.affine != "each" or d.G > 1):
         return p  # columns of a thread that go on with the next sample belong to one group
     threads, team, held = team_of(d.n // p.W, p.W, backward)
     if not held:
         return p
     teams = threads // team
-    blocks = -(-d.sets // teams)
+    blocks, shared = -(-d.sets // teams), (AHEAD + 1) * 2 * held * threads * 16 if backward else 0
+    own = tuning.RESERVE + (4 * threads * words(held, p.W) if team < threads else 0)  # a block adds up its warps' sums
+    if shared > limit - own:
+        return p
     if backward:  # four samples a team at least, where that leaves no multiprocessor idle
         least = max(min(blocks, multiprocessors), -(-blocks // 4))
         blocks = min(least, multiprocessors * together(threads, held, p.W, True))
-    return p._replace(threads=threads, team=team, held=held, blocks=blocks)
+    return p._replace(threads=threads, team=team, held=held, shared=shared, blocks=blocks)
 
 
 @functools.lru_cache(maxsize=1024)

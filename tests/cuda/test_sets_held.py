@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastbn.cuda import choice, plan_sets, sets_held, tuning
+from fastbn.cuda import choice, plan_sets, sets_held, sets_staged, tuning
 from fastbn.cuda.plan_sets import Sizes
 from tests import test_family as family
 from tests.cuda import device
@@ -21,14 +21,14 @@ def launched(monkeypatch):
     monkeypatch.setattr(tuning, "SLAB_CHANNELS", 0)
     choice.forget()
     seen = []
-    for name in ("train", "backward"):
-        kernel = getattr(sets_held, name)
+    for module, name in ((sets_held, "train"), (sets_staged, "backward")):
+        kernel = getattr(module, name)
 
         def see(what, name=name, kernel=kernel):
             seen.append((name, what.W, what.threads, what.team, what.held))
             return kernel(what)
 
-        monkeypatch.setattr(sets_held, name, see)
+        monkeypatch.setattr(module, name, see)
     return seen
 
 
@@ -95,11 +95,12 @@ def test_plans_of_real_sizes(monkeypatch):
     find = plan_sets.sets
     limits = (227 << 10, 132)
     p = find(Sizes(32768, 1, 768, 1), "f32", True, True, 2, *limits)
-    assert (p.threads, p.team, p.held, p.blocks) == (96, 96, 2, 132 * 5)
+    assert (p.threads, p.team, p.held, p.blocks) == (96, 96, 2, 132 * 8)
     p = find(Sizes(65536, 1, 256, 1), "bf16", True, True, 2, *limits)
-    assert (p.threads, p.team, p.held, p.blocks) == (256, 32, 1, 132 * 2)
+    assert (p.threads, p.team, p.held, p.blocks) == (256, 32, 1, 132 * 3)
     p = find(Sizes(16384, 1, 8192, 1), "f32", True, True, 2, *limits)
     assert (p.threads, p.held, p.blocks) == (512, 4, 132)
+    assert p.shared == 3 * 64 << 10 and not find(Sizes(16384, 1, 8192, 1), "f32", True, True, 2, 163 << 10, 108).held
     assert find(Sizes(16384, 1, 8192, 1), "f32", True, True, 1, *limits).held == 4
     for n, kind in ((16384, "bf16"), (12288, "f64"), (20000, "f32")):  # too large for the registers
         p = find(Sizes(16384, 1, n, 1), kind, True, True, 2, *limits)
