@@ -168,12 +168,12 @@ def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
     from fastbn.cuda import sets, sets_columns, sets_held, sets_kept, sets_staged, tuning
     from fastbn.cuda.sets import SetVariant
 
-    for threads, team, held in ((256, 32, 1), (256, 32, 2), (96, 96, 2), (512, 512, 2), (512, 512, 4)):
+    for threads, team, held in ((256, 32, 1), (256, 32, 2), (64, 64, 3), (96, 96, 2), (512, 512, 2), (512, 512, 4)):
         what = SetVariant(kind, W, threads, "each", team, held=held)
         name = f"held {kind} W{W} each {threads}/{team} x{held}"
-        if held < 4 or W > 2:
+        if held < 3 or W > 2:
             yield f"{name}: train", sets_held.train(what)
-        if held < 4 or W < 8:
+        if held != 3 and (held < 4 or W < 8):
             yield f"{name}: backward", sets_staged.backward(what)
     for affine, threads, team in (("run", 256, 32), ("one", 1024, 1024)):
         what = SetVariant(kind, W, threads, affine, team, held=4 if W > 2 else 2)

@@ -32,7 +32,7 @@ class SetVariant(NamedTuple):
     affine: str  # "one", "run" or "each" parameter, see above; "run" without parameters, too
     team: int = 0  # threads that have a set to themselves: a warp or the block
     kept: bool = False  # in shared memory; else a team reads its set again, from L2
-    held: int = 0  # vectors of a set that each thread of a team has in registers: 1, 2 or 4
+    held: int = 0  # vectors of a set that each thread of a team has in registers: 1 to 4
 
 
 def make_parameter(what: SetVariant):

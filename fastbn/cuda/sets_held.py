@@ -32,6 +32,12 @@ def make_each(held: int, f):
         def each(a, b, c, d):
             return f(0, a, b, c, d), f(1, a, b, c, d)
 
+    elif held == 3:
+
+        @device
+        def each(a, b, c, d):
+            return f(0, a, b, c, d), f(1, a, b, c, d), f(2, a, b, c, d)
+
     else:
 
         @device
