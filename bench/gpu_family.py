@@ -155,11 +155,24 @@ def _row(
     us = timing.microseconds(torch, ours)
     with trials.changed({"HELD": False}):  # sets in shared memory, gradients by two kernels
         kept = timing.microseconds(torch, ours)
+    one = None
+    if not forward and dtype in ("float16", "bfloat16"):
+        with trials.changed({"HELD_HALVES": 1}):
+            one = timing.microseconds(torch, ours)
     error = worst(
         torch, sets[0]["out" if forward else "dx"], reference(torch, "layer", 1, sets[0])["y" if forward else "input"]
     )
     row: dict[str, Any] = {"op": op, "layout": "rows", "dtype": dtype, "shape": list(shape), "kernel": "sets", "us": us}
-    row |= {"moved": moved, "us_copy": None, "us_split": kept, "max_err": error, "x_cudnn": None, "x_compile": None}
+    row |= {
+        "moved": moved,
+        "us_gpu": timing.gpu_microseconds(torch, ours),
+        "us_copy": None,
+        "us_split": kept,
+        "max_err": error,
+        "x_cudnn": None,
+        "x_compile": None,
+    }
+    row |= {"us_one_vector": one} if one is not None else {}
     if not error <= (1 if forward else 5) * peers.ALLOWED[dtype]:
         row |= {"error": f"wrong: error {error:.3g}", "us": None, "max_err": error if math.isfinite(error) else None}
 

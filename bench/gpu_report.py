@@ -42,7 +42,7 @@ def _failed(result: Result, job: dict[str, Any], error: str) -> None:
     about = {key: value for key, value in job.items() if key not in ("stage", "until")}
     if job["stage"] == "time":
         row = dict(zip(Case._fields, job["case"], strict=True)) | {"kernel": "", "error": error}
-        _add(result, {**dict.fromkeys(FIELDS), "us_copy": None, "us_split": None, **row})
+        _add(result, {**dict.fromkeys((*FIELDS, "us_gpu", "us_copy", "us_split")), **row})
     elif job["stage"] in ("compile", "trial"):  # the peer's, not ours; a constant that is not in use
         result["warnings"] = [*result["warnings"], f"{job['stage']} {about}: {error}"]
     else:
@@ -85,12 +85,12 @@ def show(result: Result) -> None:
     for text in trials.lines(result.get("trials", [])):
         print(text)
     print(f"{'op':20s}{'layout':7s}{'dtype':9s}{'shape':22s}{'kernel':11s}{'us':>9s}{'floor':>7s}", end="")
-    print(f"{'copy us':>9s}{'split':>9s}{'x torch':>9s}{'x cuDNN':>9s}{'x comp.':>9s}{'error':>10s}")
+    print(f"{'gpu us':>9s}{'copy us':>9s}{'split':>9s}{'x torch':>9s}{'x cuDNN':>9s}{'x comp.':>9s}{'error':>10s}")
     for row in result["rows"]:
         shape = "x".join(map(str, row["shape"]))
         print(f"{row['op']:20s}{row['layout']:7s}{row['dtype']:9s}{shape:22s}{row['kernel']:11s}", end="")
         print(_number(row["us"], 9, 1) + _number(row["floor_pct"], 6, 0) + "%", end="")
-        print("".join(_number(row[name], 9, 2) for name in ("us_copy", "us_split", *peers.PEERS)), end="")
+        print("".join(_number(row[name], 9, 2) for name in ("us_gpu", "us_copy", "us_split", *peers.PEERS)), end="")
         print(_number(row["max_err"], 10, 1, "e") if not row.get("error") else f"  {row['error'][:60]}")
     _summary(result)
 

@@ -11,6 +11,7 @@ COLD = 400 << 20  # bytes that the buffers of a case have together, so that L2 (
 ROUNDS = 5
 SECONDS = 0.004  # of work in a round, at least
 MOST = 200  # calls in a round
+QUEUED = 120_000  # cycles of the GPU in which the host queues a call: 60 us
 
 
 def sets(nbytes: int) -> int:
@@ -36,6 +37,30 @@ def microseconds(torch: Any, calls: Sequence[Callable[[], Any]]) -> float:
     once = _elapsed(torch, calls, len(calls))
     count = max(len(calls), min(MOST, int(SECONDS / max(once, 1e-7))))
     return 1e6 * statistics.median(_elapsed(torch, calls, count) for _ in range(ROUNDS))
+
+
+def gpu_microseconds(torch: Any, calls: Sequence[Callable[[], Any]], count: int = 40) -> float | None:
+    """Return what the GPU alone takes for a call: several queued behind a sleep, in which the host gets ahead.
+
+    None where PyTorch has no such sleep (it is not public).
+    """
+    sleep = getattr(torch._C, "_cuda_sleep", None)
+    if sleep is None:
+        return None
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        sleep(count * QUEUED)
+        start.record()
+        for i in range(count):
+            calls[i % len(calls)]()
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)) * 1e3 / count)
+    return min(found)
 
 
 def host_microseconds(torch: Any, call: Callable[[], Any], count: int = 500) -> float:

@@ -15,33 +15,39 @@ from bench import gpu_peers as peers
 from bench import gpu_timing as timing
 from bench.gpu_cases import Case
 
-LARGE, HALF = (64, 256, 56, 56), (64, 512, 28, 28)
+LARGE, HALF, SMALL = (64, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14)
 MANY = 1 << 30  # channels: more than any tensor has
 Trial = tuple[Case, str, tuple[Any, ...]]
-# Most telling first: channels in hand and blocks a multiprocessor of gangs, gangs at all, bundles at all; threads and
-# vectors in flight of the rest.
+# Most telling first: what no GPU has decided yet, then what might be otherwise on another one.
 TRIALS: list[Trial] = [
+    (Case("infer", "NHWC", "bfloat16", HALF), "FLAT", (False,)),
+    (Case("infer", "NCHW", "float32", LARGE), "FLAT", (False,)),
+    (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_POOL", (0, 4)),
+    (Case("backward", "NHWC", "float32", LARGE), "PERSISTENT_POOL", (0, 4)),
+    (Case("train", "NHWC", "bfloat16", SMALL), "PERSISTENT_EARLY", (False,)),
+    (Case("train", "NHWC", "bfloat16", SMALL), "PERSISTENT_POOL", (0, 2)),
+    (Case("infer", "NHWC", "bfloat16", HALF), "FLAT_HALVES", (1,)),
+    (Case("infer", "NHWC", "float32", HALF), "FLAT_COLUMNS", (2,)),
+    (Case("infer", "NCHW", "float32", LARGE), "FLAT_DEPTH", (2,)),
+    (Case("backward", "NCHW", "float32", LARGE), "GANG_FEW", (0,)),
     (Case("train", "NCHW", "float32", LARGE), "GANG_LAYERS", ((2,), (3,))),
-    (Case("train", "NCHW", "bfloat16", LARGE), "GANG_LAYERS", ((2,), (3,))),
-    (Case("train", "NCHW", "float32", (64, 1024, 14, 14)), "GANG", (False,)),
     (Case("train", "NCHW", "float32", (64, 2048, 7, 7)), "BUNDLE", (False,)),
-    (Case("backward", "NCHW", "bfloat16", (64, 1024, 14, 14)), "BUNDLE", (False,)),
-    (Case("train", "NHWC", "float32", LARGE), "PERSISTENT_THREADS", (256,)),
-    (Case("infer", "NHWC", "bfloat16", HALF), "APPLY_DEPTH", (4, 16)),
-    (Case("infer", "NHWC", "float32", (64, 1024, 14, 14)), "BLOCKS", (528, 2112)),
+    (Case("backward", "NCHW", "bfloat16", SMALL), "BUNDLE", (False,)),
 ]
 
 
 @contextlib.contextmanager
 def changed(values: dict[str, Any]) -> Iterator[None]:
     """Use other constants for a while."""
-    from fastbn.cuda import choice, tuning
+    from fastbn.cuda import choice, gang_backward, persistent, tuning
 
     kept = {name: getattr(tuning, name) for name in values}
 
     def put(some: dict[str, Any]) -> None:
         for name, value in some.items():
             setattr(tuning, name, value)
+        for kernels in (gang_backward.backward, persistent.train, persistent.backward):
+            kernels.cache_clear()  # they read constants when they are made
         choice.forget()
 
     put(values)

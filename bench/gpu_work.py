@@ -24,6 +24,7 @@ from bench.gpu_cases import CHECKED, MOVED, Case, cases
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FIRST = (((2, 3, 8, 8), "NCHW"), ((3, 5, 17, 19), "NCHW"), ((64, 8), "NC"), ((16, 3, 7, 7), "NHWC"), ((64, 100), "NC"))
+TIMES = ("us", "us_gpu", "us_copy", "us_split")  # a call; the GPU alone; a copy of a tensor; our other kernels
 Job = dict[str, Any]
 
 
@@ -162,7 +163,7 @@ def check(torch: Any, case: Case) -> dict[str, Any]:
 
 def measure(torch: Any, case: Case) -> dict[str, Any]:
     """Return a row: our time and error, and the ratio of each peer's time to ours (None where there is none)."""
-    row: dict[str, Any] = {**case._asdict(), "kernel": kernel_of(case)} | dict.fromkeys(("us", "us_copy", "us_split"))
+    row: dict[str, Any] = {**case._asdict(), "kernel": kernel_of(case)} | dict.fromkeys(TIMES)
     row |= dict.fromkeys(peers.PEERS)
     found, same = check_case(torch, case, seed_of(case))
     row["max_err"] = found if math.isfinite(found) else None
@@ -173,7 +174,8 @@ def measure(torch: Any, case: Case) -> dict[str, Any]:
         with only_split():  # what it would be without that kernel
             return measure(torch, case) | {"error": wrong}
     all_buffers = [peers.buffers(torch, case, i) for i in range(timing.sets(case.floor_bytes))]
-    row["us"] = us = timing.microseconds(torch, [peers.fastbn(torch, case, b) for b in all_buffers])
+    calls = [peers.fastbn(torch, case, b) for b in all_buffers]
+    row["us"], row["us_gpu"] = us, _ = timing.microseconds(torch, calls), timing.gpu_microseconds(torch, calls)
     row["us_copy"] = copy_us(torch, all_buffers[0].x)
     if row["kernel"] not in ("rows", "planes"):
         with only_split():

@@ -72,9 +72,9 @@ def words(held: int, W: int) -> int:
 
 def team_of(vectors: int, W: int, backward: bool) -> tuple[int, int, int]:
     """Threads, team and vectors a thread to hold a set in registers, with the fewest idle; zeros if it is too large."""
-    most, numbers = 2 if W == 2 else 4, (4, 3, 2, 1)
+    most, numbers = 2 if W == 2 else 4, [4, 3, 2, 1]
     if backward:  # two sums a lane
-        numbers = (4, 2, 1)
+        numbers = [4, 2, 1]
         most = tuning.HELD_HALVES if W == 8 and vectors <= 512 else 4 if W < 8 and vectors > 1024 else 2
     if vectors <= tuning.HELD_WARP * most:
         return tuning.THREADS, WARP, next(h for h in numbers[::-1] if vectors <= tuning.HELD_WARP * h)

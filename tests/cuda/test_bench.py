@@ -55,7 +55,7 @@ def pretended(monkeypatch):
     if not SIMULATED:
         pytest.skip("needs the simulator")
     pretend(torch, monkeypatch.setattr)
-    for name in ("microseconds", "host_microseconds"):
+    for name in ("microseconds", "gpu_microseconds", "host_microseconds"):
         monkeypatch.setattr(gpu_timing, name, ten)
     monkeypatch.setattr(gpu, "sanitize", lambda end, options: "not run")
     with torch.no_grad():
