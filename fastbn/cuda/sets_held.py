@@ -1,7 +1,8 @@
 """Layer norm and its kin in one launch, a set in the registers of the warp or block that has it to itself.
 
-Forward: all of a thread's vectors are on their way at once; the pivot comes from what has arrived, not from loads of
-its own. Floor: one read and one write.
+All of a thread's vectors are on their way at once; the pivot comes from what has arrived, not from loads of its own.
+Floor: one read and one write. On an H200, beside sets in shared memory (``sets_kept``): (8192, 1024) in float32 25 us
+instead of 34, (4096, 4096) in bfloat16 24 instead of 38; gradients are ``sets_staged``'s.
 """
 
 # mypy: ignore-errors

@@ -2,8 +2,9 @@
 
 Numba's own disk cache looks at the file of the kernel alone and never finds a kernel whose closure holds another
 compiled function, as all of ours do. Here a kernel is known by the sources of this folder, by what compiles them, by
-the GPU's compute capability, and by what its closure holds. What is kept is what Numba keeps. Whatever goes wrong with
-a file, the kernel is compiled instead; a kernel that cannot be named so is not kept.
+the GPU's compute capability, and by what its closure holds. What is kept is what Numba keeps, most of it text, hence
+compressed: 100 KB instead of 750. Whatever goes wrong with a file, the kernel is compiled instead; a kernel that cannot
+be named so is not kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import pickle
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -94,7 +96,7 @@ class Store:
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """Return the compiled kernel, None where there is none to be had."""
         try:
-            states = pickle.loads(self.path.read_bytes())
+            states = pickle.loads(zlib.decompress(self.path.read_bytes()))
             return importlib.import_module("numba.cuda.dispatcher")._Kernel._rebuild(**states)
         except Exception:  # of a file that is absent, cut off, or of another numba-cuda
             return None
@@ -102,7 +104,7 @@ class Store:
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Keep a compiled kernel: whole or not at all, and silently not on a full disk."""
         try:
-            data = _serialize().dumps(compiled._reduce_states())
+            data = zlib.compress(_serialize().dumps(compiled._reduce_states()), 1)
             handle, name = tempfile.mkstemp(dir=self.path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

@@ -189,7 +189,7 @@ def check(steps):
     assert [(s[0], s[5]) for s in steps["stream"]] == [("launch", "0x7f0000001000")]
     assert [s[:3] for s in steps["slab"] if s[0] == "launch"] == [("launch", 64, 1)]
     assert len(steps["infer"]) == 1 and [s[0] for s in steps["layer"]] == ["launch"]
-    assert steps["layer"][0][1:5] == (300, 1, 96, 0)  # a set in the registers of three warps
+    assert steps["layer"][0][1:5] == (300, 1, 64, 0)  # a set in the registers of two warps
     assert [s[1:4] for s in steps["layer_gradient"]] == [(132, 1, 96), (192, 1, 256)]  # and their sums
     assert [s[0] for s in steps["thread"]] == ["launch"] * 2  # once more after the thread got a context
     assert "end" in steps
