@@ -45,7 +45,8 @@ class Torch(Library):
 
     def __init__(self, torch: Any):
         self.torch = torch
-        self._grad_enabled, self._pointer = torch.is_grad_enabled, torch.Tensor.data_ptr
+        self._grad_enabled = torch.is_grad_enabled
+        self.pointer = self._pointer = torch.Tensor.data_ptr
         self._guards = _guards(torch)
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.2 us instead of 1.5
         self.dtypes = {getattr(torch, name): name for name in DTYPES}
@@ -91,6 +92,12 @@ class Torch(Library):
     def room(self, size: Any, dtype: str, like: Any) -> Any:  # noqa: D102
         wanted = self.types[dtype]  # new_empty takes half the time of empty, and a number half that of a tuple
         return like.new_empty(size) if like.dtype is wanted else like.new_empty(size, dtype=wanted)
+
+    def maker(self, size: Any, dtype: str, like: Any) -> Callable[[Any], Any]:  # noqa: D102
+        wanted = self.types[dtype]
+        if like.dtype is wanted:
+            return lambda like: like.new_empty(size)
+        return lambda like: like.new_empty(size, dtype=wanted)
 
     def cut(self, value: Any, sizes: list[int]) -> Any:  # noqa: D102
         return value.unsafe_split_with_sizes(sizes)  # not views of each other to autograd, who may write into them
@@ -277,21 +284,6 @@ def _quick(kind: type) -> Library | None:
     if torch is not None and kind is torch.Tensor:
         return _torch()
     return _cupy() if cupy is not None and kind is cupy.ndarray else None
-
-
-def maker(library: Library, size: Any, dtype: str, like: Any) -> Callable[[Any], Any]:
-    """Return what makes room as ``library.room`` does, for arrays with the dtype of this one: without looking it up."""
-    if type(library) is not Torch:
-        return lambda like: library.room(size, dtype, like)
-    wanted = library.types[dtype]
-    if like.dtype is wanted:
-        return lambda like: like.new_empty(size)
-    return lambda like: like.new_empty(size, dtype=wanted)
-
-
-def pointer(library: Library) -> Callable[[Any], int]:
-    """Return what ``library.address`` does, in the quickest way."""
-    return library._pointer if type(library) is Torch else library.address
 
 
 quick: Callable[[Any], Library | None] = functools.lru_cache(maxsize=64)(_quick)  # every call asks

@@ -14,6 +14,7 @@ class Library:
 
     name = "CUDA"
     streams_differ = False  # arrays say themselves which stream they are on
+    pointer: Callable[[Any], int] | None = None  # what ``address`` does, if there is a quicker way
 
     def wrap(self, value: Any, name: str = "x") -> DeviceArray:
         """See an array of this library."""
@@ -59,6 +60,10 @@ class Library:
     def room(self, size: Any, dtype: str, like: Any) -> Any:
         """Return an uninitialised array as this library has it; ``size``: of a vector, or a shape."""
         return self.empty(size if type(size) is tuple else (size,), dtype, like)
+
+    def maker(self, size: Any, dtype: str, like: Any) -> Callable[[Any], Any]:
+        """Return what makes room for arrays with the dtype of this one, without looking it up again."""
+        return lambda like: self.room(size, dtype, like)
 
     def cut(self, value: Any, sizes: list[int]) -> Any:
         """Return the parts of a vector, of these sizes."""

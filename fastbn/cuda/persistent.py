@@ -1,7 +1,7 @@
 """Batch norm on rows (R, C) in one launch: all blocks of the grid are on the GPU at once and meet (``meeting``).
 
 The blocks of a tile of columns take turns at its rows, sum them and keep the first ``kept`` vectors of each thread in
-shared memory (26 MB over an H200); when they have met they write, last rows first (``absorb``): what the caches still
+shared memory (26 MB over an H200); when they have met they write, last rows first (``give_out``): what the caches still
 hold is read from there. Floor: one read and one write of the tensor where it fits on the chip, one read more where it
 does not. The launch is a cooperative one, since blocks wait for each other, but where few rows are one block's alone:
 then the grid's second axis goes over batches (ghosts) that lie behind each other. ``rows`` does the same in three
@@ -13,20 +13,11 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.absorb import (
-    make_absorb,
-    make_absorb_gradients,
-    make_ahead,
-    make_row_only,
-    make_sweep,
-    make_write_again,
-    make_write_back,
-    make_write_kept,
-    walk,
-)
+from fastbn.cuda.absorb import make_absorb, make_absorb_gradients, make_ahead, make_row_only, walk
 from fastbn.cuda.channel import make_combine, make_parameters
 from fastbn.cuda.counted import make_counted
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
+from fastbn.cuda.give_out import make_sweep, make_write_again, make_write_back, make_write_kept
 from fastbn.cuda.meeting import make_begin, places
 from fastbn.cuda.rows import TX, place
 from fastbn.cuda.settle import make_settle, make_settle_gradients
@@ -59,12 +50,8 @@ def train(what: Variant):
     """Training forward; moves the running statistics if ``flags`` has 4."""
     kind, W, threads = what.kind, what.W, what.threads
     A, gather = ARITHMETIC[kind], access(kind, W).gather
-    ahead, begin, absorb, settle = (
-        make_ahead(what),
-        make_begin(kind, threads, what.alone),
-        make_absorb(what),
-        make_settle(what),
-    )
+    ahead, begin = make_ahead(what), make_begin(kind, threads, what.alone)
+    absorb, settle = make_absorb(what), make_settle(what)
     pivot, parameters = make_counted(kind, what.masked).pivot, make_parameters(kind)
     sweep, write_kept = make_sweep(what, make_write_again(what)), make_write_kept(what)
     wide, three, both, share = TX * W, 3 * TX * W, 2 * threads * W, make_share(what)

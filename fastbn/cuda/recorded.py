@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from fastbn.cuda import driver
 from fastbn.cuda.arrays import ITEMSIZE, WIDE, Flat, Library
-from fastbn.cuda.libraries import maker, pointer
 
 __all__ = ["Replay", "Runner", "record"]
 
@@ -87,7 +86,8 @@ def _runner(replay: Replay, library: Library, like: Any) -> Runner:
     """Return a function with everything at hand, as ``launcher.bound`` does."""
     (sizes, offsets, split), parts, dtype = replay.made, replay.parts, replay.dtype
     launches = [step.prepare(replay.slots) for step in replay.steps]
-    makes, address, stream = [maker(library, size, dtype, like) for size in sizes], pointer(library), library.stream
+    makes, stream = [library.maker(size, dtype, like) for size in sizes], library.stream
+    address = library.pointer or library.address
     first = makes[0] if len(sizes) == 1 else None
     behind = [offset for _, offset in offsets[1:]]  # of one allocation, whose first vector is where it begins
     each = offsets == [(k, 0) for k in range(len(sizes))]
