@@ -1,12 +1,12 @@
 """Check and time the kernels on the GPU of this machine: ``python -m bench.gpu [--seconds N] [--out FILE]``.
 
-In this order: all kernels compiled, by as many processes as there are cores; a few small calls, the first contact;
-every kernel against float64 with fresh inputs and poisoned outputs; the bandwidth of a copy and the cost of a launch;
-our time of every case, its floor (bytes that must move, at the bandwidth of a copy) and those of PyTorch, of cuDNN and,
-as far as the time goes, of torch.compile; compute-sanitizer on the small calls. All work on the GPU is done by another
-process, which may fail, die or hang: that costs the case in hand, becomes its row, and the run goes on. The JSON is
-written again and again as the run goes, the table comes last. What is wrong makes the exit status 1. Without a GPU it
-says so and exits with 0. Needs numpy, numba-cuda and torch, nothing installed.
+In this order: a few small calls, the first contact, while all kernels are compiled by as many processes as there are
+cores; every kernel against float64 with fresh inputs and poisoned outputs; the bandwidth of a copy and the cost of a
+launch; our time of every case, its floor (bytes that must move, at the bandwidth of a copy) and those of PyTorch, of
+cuDNN and, as far as the time goes, of torch.compile; compute-sanitizer on the small calls. All work on the GPU is done
+by another process, which may fail, die or hang: that costs the case in hand, becomes its row, and the run goes on. The
+JSON is written again and again as the run goes, the table comes last. What is wrong makes the exit status 1. Without a
+GPU it says so and exits with 0. Needs numpy, numba-cuda and torch, nothing installed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,12 @@ def run(seconds: float, out: Path, todo: list[dict[str, Any]], start: Any, optio
     return 1 if result["wrong"] else 0
 
 
+def compile_beside(about: dict[str, Any]) -> None:
+    """Compile all kernels and say how it went."""
+    about["compiled"] = compile_kernels(capability(), 120.0)
+    print(f"kernels compiled: {about['compiled']}", flush=True)
+
+
 def begin(seconds: float, out: Path) -> int:
     """Compile, make contact, and run."""
     from bench.gpu_work import jobs
@@ -138,8 +145,9 @@ def begin(seconds: float, out: Path) -> int:
     end = time.time() + seconds
     find_toolkit()
     os.environ.setdefault("FASTBN_CACHE_DIR", str(Path(tempfile.gettempdir(), "fastbn")))  # whoever's home it is
-    compiled = compile_kernels(capability(), 120.0)
-    print(f"kernels compiled: {compiled}", flush=True)
+    about: dict[str, Any] = {"compiled": "not to the end"}
+    compiling = threading.Thread(target=compile_beside, args=(about,), daemon=True)
+    compiling.start()  # a minute of all cores, that checks need not wait for: what is not there they compile themselves
     options, said = choose_launch()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "jobs.json")
@@ -149,7 +157,7 @@ def begin(seconds: float, out: Path) -> int:
             command = [sys.executable, "-m", "bench.gpu", "--work", str(path), "--first", str(first), *options]
             return processes.start_worker(command)
 
-        about = {"compiled": compiled, "launch": "numba" if options else "direct", "said": said}
+        about |= {"launch": "numba" if options else "direct", "said": said}
         return run(max(60.0, end - time.time()), out, jobs(), start, options, about)
 
 
