@@ -158,7 +158,9 @@ def begin(seconds: float, out: Path) -> int:
             return processes.start_worker(command)
 
         about |= {"launch": "numba" if options else "direct", "said": said}
-        return run(max(60.0, end - time.time()), out, jobs(), start, options, about)
+        status = run(max(60.0, end - time.time()), out, jobs(), start, options, about)
+    compiling.join()
+    return status
 
 
 def worker(options: argparse.Namespace) -> int:

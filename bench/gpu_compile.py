@@ -168,7 +168,8 @@ def _sets(kind: str, W: int) -> Iterator[tuple[str, Any]]:
     from fastbn.cuda import sets, sets_columns, sets_held, sets_kept, sets_staged, tuning
     from fastbn.cuda.sets import SetVariant
 
-    for threads, team, held in ((256, 32, 1), (256, 32, 2), (64, 64, 3), (96, 96, 2), (512, 512, 2), (512, 512, 4)):
+    warps, blocks = ((256, 1), (256, 2)), ((256, 1), (64, 3), (96, 2), (512, 2), (512, 4))
+    for threads, team, held in (*((n, 32, h) for n, h in warps), *((n, n, h) for n, h in blocks)):
         what = SetVariant(kind, W, threads, "each", team, held=held)
         name = f"held {kind} W{W} each {threads}/{team} x{held}"
         if held < 3 or W > 2:

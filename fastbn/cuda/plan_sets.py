@@ -75,7 +75,7 @@ def team_of(vectors: int, W: int, backward: bool) -> tuple[int, int, int]:
     most, numbers = 2 if W == 2 else 4, [4, 3, 2, 1]
     if backward:  # two sums a lane
         numbers = [4, 2, 1]
-        most = tuning.HELD_HALVES if W == 8 and vectors <= 512 else 4 if W < 8 and vectors > 1024 else 2
+        most = 1 if W == 8 and vectors <= tuning.HELD_HALVES else 4 if W < 8 and vectors > 1024 else 2
     if vectors <= tuning.HELD_WARP * most:
         return tuning.THREADS, WARP, next(h for h in numbers[::-1] if vectors <= tuning.HELD_WARP * h)
     sizes = [(max(2, -(-vectors // (WARP * h))) * WARP, h) for h in numbers if h <= most]
