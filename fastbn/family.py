@@ -133,7 +133,9 @@ class GroupSaved(Saved):
         if self.groups is not None:
             done = quick_sets.backward(self.x, self.groups, self.weight, self.stats, grad_output, out)
             if done is not None:
-                return Gradients(*done, None)
+                dx, dweight, dbias = done
+                absent = [shape is None for shape in self.affine]
+                return Gradients(dx, None if absent[0] else dweight, None if absent[1] else dbias, None)
         with np.errstate(all="ignore"):
             return self._gradients(grad_output, out)
 
@@ -175,6 +177,11 @@ def _quick(
     result.axis, result.groups, result.updated = 1 if groups else None, groups, 0
     result.x, result.weight, result.stats = x, weight, stats
     result.sizes, result.shape, result.affine, result.count = call.sizes, call.rows, call.affine, call.sizes.length
+    if weight is None or bias is None:
+        param = call.affine[0]
+        result.affine = None if weight is None else param, None if bias is None else param
+        if weight is None:
+            result.weight = views.constant(1.0, call.sizes.C, call.wide)
     return y, result
 
 
@@ -206,14 +213,14 @@ def _normalise(
     result.axis, result.sizes, result.shape, result.count = axis, d, shape, d.length
     result.affine = (None if w is None else param, None if b is None else param)
     result.groups = None
-    if w is not None and b is not None and len(param) == 1 and axis in (None, 1):
+    if len(param) == 1 and axis in (None, 1):
         result.groups = quick_sets.LAST if axis is None else d.G
     result.x, result.weight, result.updated = x, w, 0
     if x.size == 0:
         result.stats = no_statistics(d.B * d.G, eps)
         return y, result
     affine = None
-    if w is not None or b is not None:
+    if w is not None or b is not None or quick_sets.without_affine(x):
         kind = arguments.arithmetic(x.dtype)
         result.weight = views.constant(1.0, d.C, kind) if w is None else w
         affine = (result.weight, views.constant(0.0, d.C, kind) if b is None else b)

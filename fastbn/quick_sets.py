@@ -1,7 +1,7 @@
 """Small plain calls of layer, group and instance norm in the fewest steps, as ``quick`` does for batch norm.
 
-Plain: x is a C-contiguous, aligned, writeable array, so is the output, weight and bias are such vectors, eps is
-a float. Where they are not, the answer is None and ``family`` does it or says what is wrong.
+Plain: x is a C-contiguous, aligned, writeable array, so is the output, weight and bias are such vectors or absent, eps
+is a float. Where they are not, the answer is None and ``family`` does it or says what is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastbn import recycled
 from fastbn.arguments import F32, arithmetic, supported
 from fastbn.cpu.tuning import PARALLEL
 from fastbn.groups import Groups
+from fastbn.views import constant
 
 __all__ = ["LAST", "Call", "backward", "is_small", "train"]
 
@@ -78,6 +79,11 @@ def _learn(op: str, known: dict[Key, Call], x: Array, groups: int) -> Call | Non
     return call
 
 
+def without_affine(x: Array) -> bool:
+    """Tell whether calls without weight and bias do as with ones and zeros, whatever way they take."""
+    return x.size < PARALLEL
+
+
 def train(x: Any, groups: int, weight: Any, bias: Any, eps: Any, out: Any) -> tuple[Array, Array, Call] | None:
     """Normalise as ``family``: LAST, or groups of the channels along axis 1; returns y, the statistics and the call."""
     if type(x) is not _array or type(eps) is not float:
@@ -87,6 +93,9 @@ def train(x: Any, groups: int, weight: Any, bias: Any, eps: Any, out: Any) -> tu
         return None
     y = recycled.empty(x.shape, call.dtype) if out is None else out
     sizes = call.sizes
+    if weight is None or bias is None:
+        weight = constant(1.0, sizes.C, call.wide) if weight is None else weight
+        bias = constant(0.0, sizes.C, call.wide) if bias is None else bias
     stats = _empty(3 * sizes.B * sizes.G)
     if call.enter(x, y, weight, bias, stats, _array, call.dtype, call.wide, *call.numbers, eps):
         return y, stats, call
@@ -102,6 +111,8 @@ def backward(
         return None
     dx = recycled.empty(x.shape, call.dtype) if out is None else out
     C = call.sizes.C
+    if weight is None:
+        weight = constant(1.0, C, call.wide)
     dweight, dbias = _empty(C, call.wide), _empty(C, call.wide)
     if call.enter(x, grad, dx, weight, dweight, dbias, stats, _array, call.dtype, call.wide, *call.numbers):
         return dx, dweight, dbias

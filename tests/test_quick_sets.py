@@ -102,6 +102,26 @@ def test_other_dtypes(rng, shape, groups, dtype, long_way):
     assert [a.dtype for a in got] == [x.dtype, weight.dtype, bias.dtype] == [a.dtype for a in wanted]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BF16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("there", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("shape", "groups"), [((64, 100), 0), ((5, 6, 31), 0), ((3, 6, 5), 6), ((5, 6, 200), 3)])
+def test_without_weight_or_bias(rng, shape, groups, there, dtype, long_way):
+    """As with ones and zeros, by both ways; there is no gradient of what is absent."""
+    x, g, *params = draw(rng, shape, groups, dtype)
+    x[0] = 1  # its deviations are 0
+    given = [p if here else None for p, here in zip(params, there, strict=True)]
+    filled = [np.full_like(p, k) if v is None else v for k, p, v in zip((1, 0), params, given, strict=True)]
+    y, saved = norm(x, groups, *given)
+    want, known = norm(x, groups, *filled)
+    other, known_long = long_way(norm, x, groups, *given)
+    assert same_bits(y, want) and same_bits(y, other)
+    got, wanted = fastbn.backward(g, saved), fastbn.backward(g, known)
+    for grads in (got, long_way(fastbn.backward, g, saved), long_way(fastbn.backward, g, known_long)):
+        assert [a is None for a in grads[1:3]] == [not here for here in there]
+        assert all(a is None or same_bits(a, b) for a, b in zip(grads[:3], wanted[:3], strict=True))
+    assert saved.affine == known_long.affine and known.affine != saved.affine
+
+
 @pytest.mark.parametrize(("shape", "groups"), [((64, 100), 0), ((64, 4, 100), 2), ((64, 2, 200), 2)], ids=str)
 def test_nan_inf_and_products_beyond_float32(rng, shape, groups, long_way):
     x, g, weight, bias = draw(rng, shape, groups)
