@@ -73,9 +73,12 @@ def _find(
 
 
 def _find_other(op: str, known: _Known, x: Array, key: _Key) -> Call | None:
-    """Return the call for a large array if there is one thread, or one that gets to be known now."""
+    """Return the call for a large array if there is one thread, or one that gets to be known now.
+
+    Of other arrays, channels last, another kernel is compiled: this one would be looked for in every call.
+    """
     large = x.size >= PARALLEL
-    if large and get_num_threads() > 1:
+    if (large and get_num_threads() > 1) or not x.flags.c_contiguous:
         return None
     call: Call | Literal[False] | None = _others.get((op, key), False)
     if call is not False:

@@ -358,3 +358,19 @@ def test_without_gates_calls_go_the_long_way(c, long_way, monkeypatch):
     monkeypatch.setattr(entries, "address_of", lambda kernel, args: None)
     c.train()
     assert long_way
+
+
+@pytest.mark.parametrize("op", ["train", "infer"])
+def test_channels_last_is_looked_up_once(rng, op, monkeypatch):
+    """Its kernels are rows', and not those that a shape alone would ask for in every call."""
+    x = np.moveaxis(rng.standard_normal((3, 7, 6, 5), dtype=np.float32), -1, 1)
+    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
+    asked, genuine = [], quick._learn
+    monkeypatch.setattr(quick, "_learn", lambda *a: asked.append(a) or genuine(*a))
+    for _ in range(4):
+        if op == "infer":
+            fastbn.batch_norm_infer(x, zeros, ones, ones, zeros)
+        else:
+            _, saved = fastbn.batch_norm_train(x, ones, zeros)
+            fastbn.backward(x.copy(order="K"), saved)
+    assert not asked
