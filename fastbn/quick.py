@@ -173,9 +173,10 @@ def infer(
 
 def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Array | None] | None:
     """Gradients of input, weight, bias and, behind a ReLU, residual for a ``saved.BatchSaved``."""
-    y, bits, fused = saved.y, saved.signs, saved.residual
-    # a residual without a ReLU: grad is its gradient
-    if saved.places is not None or fused is not (y is not None or bits is not None):
+    y, bits = saved.y, saved.signs
+    fused = y is not None or bits is not None
+    alone = saved.residual and not fused and not saved.relu and out is None  # the residual's gradient is grad itself
+    if saved.places is not None or (saved.residual is not fused and not alone):
         return None
     x = saved.x
     call = _find("backward", _backward, x, saved.axis, "relu" if saved.relu else None, fused, bits is not None)
@@ -191,5 +192,5 @@ def backward(saved: Any, grad: Any, out: Any) -> tuple[Array, Array, Array, Arra
         x, grad, y, dx, dr, saved.weight, saved.bias, dweight, dbias, saved.stats, bits, _array, dtype, wide, *numbers,
         saved.frozen, relu,
     ):  # fmt: skip
-        return dx, dweight, dbias, dr
+        return dx, dweight, dbias, grad if alone else dr
     return None

@@ -155,9 +155,9 @@ def test_with_a_residual(shape, axis, activation, rng, long_way, monkeypatch):
     results(c, activation, residual)
     long_way.clear()
     short = results(c, activation, residual)
-    # Without a ReLU grad is the residual's gradient; one that is streamed must begin where dx does.
+    # A residual's gradient that is streamed must begin where dx does.
     signs = activation is not None and 3 * residual.nbytes >= tuning.STREAM
-    some_way = activation is None or (shape == LARGE_RUNS and 5 * residual.nbytes >= tuning.STREAM)
+    some_way = activation is not None and shape == LARGE_RUNS and 5 * residual.nbytes >= tuning.STREAM
     assert set(long_way) == ({1} if some_way else set()) | (
         {0} if signs else set()
     )  # frozen they are kept the long way
@@ -358,6 +358,16 @@ def test_without_gates_calls_go_the_long_way(c, long_way, monkeypatch):
     monkeypatch.setattr(entries, "address_of", lambda kernel, args: None)
     c.train()
     assert long_way
+
+
+def test_the_gradient_of_a_residual_alone_is_the_gradient(c, long_way):
+    _, kept, *_ = c.train(residual=c.grad.copy())
+    long_way.clear()
+    grads = fastbn.backward(c.grad, kept)
+    assert grads.residual is c.grad and not long_way
+    assert all(map(same_bits, grads[:3], fastbn.backward(c.grad, c.train()[1])[:3]))
+    with pytest.raises(ValueError, match="grad_output"):
+        fastbn.backward(c.grad, kept, out=c.grad)
 
 
 @pytest.mark.parametrize("op", ["train", "infer"])
