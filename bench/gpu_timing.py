@@ -52,15 +52,9 @@ def gpu_microseconds(torch: Any, calls: Sequence[Callable[[], Any]], count: int 
     torch.cuda.synchronize()
     found = []
     for _ in range(3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         sleep(count * QUEUED)
-        start.record()
-        for i in range(count):
-            calls[i % len(calls)]()
-        end.record()
-        end.synchronize()
-        found.append(float(start.elapsed_time(end)) * 1e3 / count)
-    return min(found)
+        found.append(_elapsed(torch, calls, count))
+    return 1e6 * min(found)
 
 
 def host_microseconds(torch: Any, call: Callable[[], Any], count: int = 500) -> float:

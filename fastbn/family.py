@@ -133,9 +133,8 @@ class GroupSaved(Saved):
         if self.groups is not None:
             done = quick_sets.backward(self.x, self.groups, self.weight, self.stats, grad_output, out)
             if done is not None:
-                dx, dweight, dbias = done
-                absent = [shape is None for shape in self.affine]
-                return Gradients(dx, None if absent[0] else dweight, None if absent[1] else dbias, None)
+                weight, bias = self.affine
+                return Gradients(done[0], None if weight is None else done[1], None if bias is None else done[2], None)
         with np.errstate(all="ignore"):
             return self._gradients(grad_output, out)
 

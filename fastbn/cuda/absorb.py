@@ -8,13 +8,12 @@ are read and one that is written took 148 us on an H200, of a stretch to each bl
 from __future__ import annotations
 
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
-from fastbn.cuda.fetch import close, fetch, make_await
+from fastbn.cuda.fetch import close, fetch, none_left
 from fastbn.cuda.simd import access, add, fma, pick
 from fastbn.cuda.sweep import Variant, make_terms
 
 int32, int64 = types.int32, types.int64
 AHEAD = 12  # vectors of a thread that are on their way while blocks wait for each other: 3 us of an H200's reading
-arrived = make_await(0)
 
 
 @device
@@ -97,7 +96,7 @@ def make_absorb(what: Variant):
         n, r, down, at, step = own
         count = int32(0)
         s = q = splat(zero)
-        arrived()
+        none_left()
         while count < ready:
             s, q = take(recall(slab, 4 * (count * threads + cuda.threadIdx.x)), m, s, q, r, mask)
             r, count = int32(r + down), int32(count + 1)
@@ -152,7 +151,7 @@ def make_absorb_gradients(what: Variant):
         n, r, down, at, step = own
         count = int32(0)
         s = q = splat(zero)
-        arrived()
+        none_left()
         while count < ready:
             place = 4 * (count * threads + cuda.threadIdx.x)
             x0, g0 = recall(slab, place), recall(slab, 4 * kept * threads + place)

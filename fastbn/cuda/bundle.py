@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.bundle_copies import PARTS, make_begin, make_steps, make_sums
+from fastbn.cuda.bundle_copies import make_begin, make_steps, make_sums
 from fastbn.cuda.bundle_sums import make_bundle_sums
 from fastbn.cuda.channel import fold, keep_statistics, make_combine, make_parameters, make_pivot, make_running
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.fetch import close, fetch
+from fastbn.cuda.fetch import PARTS, close, fetch
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.plan_bundle import MOST, OWN
 from fastbn.cuda.simd import access, anew

@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 
 from fastbn.cuda.bundle import make_spread, place
-from fastbn.cuda.bundle_copies import PARTS, make_begin, make_steps, make_sums_gradients
+from fastbn.cuda.bundle_copies import make_begin, make_steps, make_sums_gradients
 from fastbn.cuda.bundle_sums import make_bundle_sums
-from fastbn.cuda.channel import make_combine, make_slopes
+from fastbn.cuda.channel import make_affine, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.fetch import close, fetch
+from fastbn.cuda.fetch import PARTS, close, fetch
 from fastbn.cuda.finalize import gradients
 from fastbn.cuda.plan_bundle import MOST
 from fastbn.cuda.simd import access, anew, fma, mul
@@ -93,12 +93,11 @@ def make_slope(what: Variant):
 
 def make_known(kind: str):
     """Put the constants (m, invstd, k, b, rest) of one channel into a table."""
-    combine = make_combine(kind)
+    A, affine = ARITHMETIC[kind], make_affine(kind, False)
 
     @device
     def known(table, at, stats, weight, bias, c, C, flags):
-        m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
-        k, b = combine(invstd, rest, weight, bias, c, flags)
+        m, invstd, k, b, rest = affine(stats, stats, weight, bias, c, C, A(0), flags)
         table[at], table[at + MOST], table[at + 2 * MOST] = m, invstd, k
         table[at + 3 * MOST], table[at + 4 * MOST] = b, rest
 

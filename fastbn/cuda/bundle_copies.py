@@ -9,13 +9,11 @@ memory four times a bundle, and in backward seven times: of the 28 us that 7 x 7
 from __future__ import annotations
 
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, types
-from fastbn.cuda.fetch import close, fetch, make_await
+from fastbn.cuda.fetch import PARTS, close, fetch, none_left, one_left, three_left, two_left
 from fastbn.cuda.simd import access, add, fma
 from fastbn.cuda.sweep import Variant, make_terms
 
 int32 = types.int32
-PARTS = 4  # groups of copies a bundle
-three_left, two_left, one_left, none_left = (make_await(n) for n in (3, 2, 1, 0))
 
 
 def make_steps(together: int):

@@ -36,7 +36,7 @@ from fastbn.cuda.channel import (
     make_running,
 )
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.fetch import close, fetch, make_await
+from fastbn.cuda.fetch import PARTS, close, fetch, none_left, one_left, three_left, two_left
 from fastbn.cuda.finalize import make_again, make_resolve
 from fastbn.cuda.gang_sums import make_gang_sum
 from fastbn.cuda.plan_gang import TURNS
@@ -45,8 +45,6 @@ from fastbn.cuda.simd import access, add, fma, total
 from fastbn.cuda.sweep import Variant, make_output, make_terms
 
 int32, int64 = types.int32, types.int64
-three_left, two_left, one_left, none_left = (make_await(n) for n in (3, 2, 1, 0))
-PARTS = 4  # groups of copies a channel
 
 
 @device

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 
-from fastbn.cuda.channel import make_block_sum, make_combine, make_slopes
+from fastbn.cuda.channel import make_affine, make_block_sum, make_slopes
 from fastbn.cuda.driver import ARITHMETIC, cuda, device, kernel, types
-from fastbn.cuda.fetch import close, fetch
+from fastbn.cuda.fetch import PARTS, close, fetch, none_left, one_left, three_left, two_left
 from fastbn.cuda.finalize import gradients
-from fastbn.cuda.gang import PARTS, none_left, one_left, share, three_left, two_left
+from fastbn.cuda.gang import share
 from fastbn.cuda.gang_sums import make_gang_sum
 from fastbn.cuda.planes import advance, first_vector, stride
 from fastbn.cuda.simd import access, add, fma, total
@@ -119,18 +119,8 @@ def backward(what: Variant):
     """Gradients of input, weight, bias (and residual). Floor: two reads and one write, and y and dr where they are."""
     kind, W, threads, A = what.kind, what.W, what.threads, ARITHMETIC[what.kind]
     begin, sums, write = make_begin(W, threads), make_sums(what), make_write(what)
-    combine, block_sum, gang_sum = (
-        make_combine(kind),
-        make_block_sum(kind, threads),
-        make_gang_sum(kind, what.alone, True),
-    )
-    slopes, sizes = make_slopes(kind), 2 * (threads // 32)
-
-    @device
-    def constants_of(stats, weight, bias, c, C, flags):
-        m, invstd, rest = stats[c], stats[C + c], stats[3 * C + c]
-        k, b = combine(invstd, rest, weight, bias, c, flags)
-        return m, invstd, rest, k, b
+    affine, slopes, block_sum = make_affine(kind, False), make_slopes(kind), make_block_sum(kind, threads)
+    gang_sum, sizes = make_gang_sum(kind, what.alone, True), 2 * (threads // 32)
 
     @kernel("TTTTTAAAAAAiiiiiii", kind, threads, what.layers, together=not what.alone)
     def gang_backward(x, g, y, dx, dr, stats, weight, bias, dweight, dbias, partial, N, C, S, G, gangs, chunk, flags):
@@ -141,12 +131,12 @@ def backward(what: Variant):
         v, ahead = int32(low + tid), int64(gangs) * S
         c, turn = gang, int32(0)
         begin(x, g, slab, second, v, low, end, step, S4, C, S, c)
-        following = constants_of(stats, weight, bias, c, C, flags)
+        following = affine(stats, stats, weight, bias, c, C, A(0), flags)
         while c < C:
-            m, invstd, rest, k, b = following
+            m, invstd, k, b, rest = following
             s, q = sums(y, dr, slab, second, (m, invstd, k, b), v, low, end, step, S4, C, S, c)
             if c + gangs < C:
-                following = constants_of(stats, weight, bias, int32(c + gangs), C, flags)
+                following = affine(stats, stats, weight, bias, int32(c + gangs), C, A(0), flags)
             s, q = block_sum(total(s), total(q), scratch)
             s, se, q, qe = gang_sum(partial, gang, G, part, turn, s, q)
             db, dw = gradients(s, se, q, qe, rest * invstd)

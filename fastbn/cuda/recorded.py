@@ -17,7 +17,7 @@ from fastbn.cuda.arrays import ITEMSIZE, WIDE, Flat, Library
 
 __all__ = ["Replay", "Runner", "record"]
 
-Runner = Callable[[Any, Sequence[int]], tuple[Sequence[Any], list[int]]]  # (like, addresses) -> what ``Replay`` returns
+Runner = Callable[[Any, Sequence[int]], tuple[Sequence[Any], list[int]]]  # (like, addresses) -> what was made, where
 TAIL = 1 << 14  # elements of scratch up to which it lies behind the first result instead of alone
 ALIGNED = 4  # elements from which a result begins at a multiple of: 128-bit accesses
 UNIT = 64  # the same of scratch: whole lines
@@ -71,12 +71,11 @@ class Replay:
         self.dtype = "float64" if any(kind == "f64" for _, kind in slots) else "float32"
         self.run: Runner | None = None
 
-    def __call__(self, library: Library, like: Any, addresses: Sequence[int]) -> tuple[Sequence[Any], list[int]]:
-        """Launch; returns the arrays that were allocated, results first, and their addresses."""
-        return self.runner(library, like)(like, addresses)
-
     def runner(self, library: Library, like: Any) -> Runner:
-        """Return what launches and allocates for arrays like this one: a call less for who keeps it."""
+        """Return what launches and allocates for arrays like this one.
+
+        It returns the arrays that were allocated, results first, and their addresses.
+        """
         if self.run is None:
             self.run = _runner(self, library, like)
         return self.run

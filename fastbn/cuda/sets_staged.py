@@ -25,7 +25,6 @@ from fastbn.cuda.simd import access, add, anew, fma, sub, total
 
 int32, int64 = types.int32, types.int64
 arrived = make_await(AHEAD)
-SLOTS = AHEAD + 1  # samples in shared memory
 
 
 def make_stage(what: SetVariant):

@@ -234,7 +234,7 @@ def test_gradients_are_replayed_whichever_call_saved_them(dtype, tail, slow_sets
                 assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
             assert slow_sets == ["backward"] * (anew > 0), turn
     replay, out = saved.known.backs[2].apart, torch.empty_like(x)
-    made, _ = replay(saved.known.library, x, [*saved.ats, grad.data_ptr(), out.data_ptr()])
+    made, _ = replay.runner(saved.known.library, x)(x, [*saved.ats, grad.data_ptr(), out.data_ptr()])
     assert len(replay.made.sizes) == (1 if tail else 3) and [made[0].numel(), made[1].numel()] == [8, 8]
     assert {t.dtype for t in made} == {torch.float32}
 
